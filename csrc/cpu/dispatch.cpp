@@ -1,0 +1,40 @@
+#include "cpu/dispatch.h"
+
+#include <cstdlib>
+#include <cstring>
+
+namespace lr {
+namespace {
+
+constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512bf16"};
+
+Isa best_isa() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx512) return __builtin_cpu_supports("avx512bf16") ? Isa::kAvx512Bf16 : Isa::kAvx512;
+  if (avx2) return Isa::kAvx2;
+#endif
+  return Isa::kBaseline;
+}
+
+Isa read_isa() {
+  const Isa best = best_isa();
+  const char* wanted = std::getenv("LR_KERNELS_ISA");
+  for (int i = 0; wanted && i < static_cast<int>(best); ++i)
+    if (std::strcmp(wanted, kNames[i]) == 0) return static_cast<Isa>(i);
+  return best;
+}
+
+}  // namespace
+
+Isa chosen_isa() {
+  static const Isa isa = read_isa();
+  return isa;
+}
+
+const char* isa() { return kNames[static_cast<int>(chosen_isa())]; }
+
+}  // namespace lr

@@ -1,0 +1,80 @@
+"""Which backend runs a call. An explicit name never falls back; "auto" takes the first that can serve the call."""
+
+import importlib.util
+import os
+from collections.abc import Sequence
+
+import torch
+
+from . import ops
+from .checks import fail
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+"""In the order that "auto" tries them."""
+
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_OPERATORS_WITH_CUDA: frozenset[str] = frozenset()
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in Triton's interpreter (TRITON_INTERPRET=1), which also serves CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def unavailable(backend: str, op: str, device_type: str | None = None) -> str | None:
+    """Why `backend` cannot run `op` on this machine (and device), or None."""
+    match backend:
+        case "cpu":
+            if ops.extension_error is not None:
+                return ops.extension_error
+            return "runs on cpu tensors only" if device_type not in (None, "cpu") else None
+        case "triton":
+            if not _HAS_TRITON:
+                return "the package triton is not installed"
+            if device_type == "cuda" or (interpreted() and device_type in (None, "cpu")):
+                return None
+            if device_type is None and torch.cuda.is_available():
+                return None
+            return "needs a CUDA device, or TRITON_INTERPRET=1 to interpret on cpu tensors"
+        case "cuda":
+            if op not in _OPERATORS_WITH_CUDA:
+                return f"{op} has no CUDA C++ kernel; the GPU backend is 'triton'"
+            return None if torch.cuda.is_available() else "no CUDA device"
+    return None
+
+
+def choose(op: str, backend: str, device: torch.device, dtype: torch.dtype, unsupported: dict[str, Sequence[str]]) -> str:
+    """Resolve `backend` for a call of `op`.
+
+    Args:
+        unsupported: per backend, the arguments of this call that it does not implement.
+
+    Raises:
+        ValueError: an unknown name. RuntimeError: the named backend is not available, with the cause.
+        TypeError: the named backend does not support the dtype. NotImplementedError: it lacks an argument of the call.
+    """
+    if backend == "auto":
+        for name in BACKENDS:
+            if dtype not in KERNEL_DTYPES and name != "reference":
+                continue
+            if not unsupported.get(name) and unavailable(name, op, device.type) is None:
+                return name
+        raise AssertionError("the reference serves every call")
+    if backend not in BACKENDS:
+        fail(op, "backend", "one of auto, " + ", ".join(BACKENDS), repr(backend))
+    reason = unavailable(backend, op, device.type)
+    if reason is not None:
+        raise RuntimeError(f"lr_kernels.{op}: backend: {backend!r} cannot run: {reason}")
+    if backend == "reference":
+        return backend
+    if dtype not in KERNEL_DTYPES:
+        fail(op, "query", "one of float32, float16, bfloat16", dtype, f"backend {backend!r}", TypeError)
+    if unsupported.get(backend):
+        able = [name for name in BACKENDS if not unsupported.get(name) and unavailable(name, op, device.type) is None]
+        raise NotImplementedError(
+            f"lr_kernels.{op}: {', '.join(unsupported[backend])}: not supported by backend {backend!r}; "
+            f"supported by {', '.join(map(repr, able))}"
+        )
+    return backend
