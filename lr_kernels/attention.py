@@ -106,10 +106,10 @@ def multi_source_attention(
         query,
         [s.key for s in sources],
         [s.value for s in sources],
-        [None if s.rows is None else s.rows.int() for s in sources],
+        [_table(s.rows, torch.int32) for s in sources],
         plan.key_index,
         plan.key_count,
-        [None if s.key_bias is None else s.key_bias.float() for s in sources],
+        [_table(s.key_bias, torch.float32) for s in sources],
         [_per_head(s.logit_scale, query) for s in sources],
         [_per_head(s.logit_bias, query) for s in sources],
         plan.query_order,
@@ -143,6 +143,14 @@ def merge_attention_states(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tu
 def _autocast(query: Tensor, sources: Sequence[Source]) -> tuple[Tensor, list[Source]]:
     dtype = torch.get_autocast_dtype(query.device.type)
     return query.to(dtype), [s._replace(key=s.key.to(dtype), value=s.value.to(dtype)) for s in sources]
+
+
+def _table(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """In the kernels' dtype and contiguous in the last dimension; as it is where it is so already."""
+    if x is None:
+        return None
+    x = x.to(dtype)
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _per_head(x: float | Tensor | None, query: Tensor) -> Tensor | None:
@@ -216,6 +224,10 @@ def _check_source(i: int, source: Source, query: Tensor) -> None:
             fail(_OP, f"rows[{i}]", "an integer dtype", source.rows.dtype, error=TypeError)
         if source.rows.device != query.device:
             fail(_OP, f"rows[{i}]", str(query.device), source.rows.device)
+        if source.rows.device.type == "cpu" and batch > 0 and not torch.compiler.is_compiling():
+            low, high = torch.aminmax(source.rows)  # on a GPU, looking would synchronize: there a row beyond reads as -1
+            if low < -1 or high >= rows:
+                fail(_OP, f"rows[{i}]", f"-1 to {rows - 1}", f"{int(low)} to {int(high)}")
     for name in ("key_mask", "key_groups", "key_bias"):
         table = getattr(source, name)
         if table is not None:

@@ -111,7 +111,8 @@ def _joint_softmax(query: Tensor, sources: Sequence, query_groups: Tensor | None
     if s.shape[-1] == 0:
         return torch.zeros_like(query), s.new_full(s.shape[:-1], -math.inf)
     lse = s.logsumexp(-1)
-    p = torch.where((lse == -math.inf)[..., None], 0, (s - lse[..., None]).exp())
+    blind = (lse == -math.inf)[..., None]
+    p = torch.where(blind, 0, s.masked_fill(blind, 0).softmax(-1))
     finite = value.isfinite()
     out = torch.einsum("bhnm,bmhd->bnhd", p, torch.where(finite, value, 0))
     if not finite.all():

@@ -496,7 +496,8 @@ class Attention {
       S* row = out + i * p.out_stride[1];
       for (int c = 0; c < d; ++c) from_float(s.out[c * kSlice + lane], row[c]);
       if (p.lse) {
-        const float lse = s.sum[lane] == 0 ? -INFINITY : (s.max[lane] + std::log2(s.sum[lane])) * kLn2;
+        const float top = s.max[lane] == -FLT_MAX ? -FLT_MAX : s.max[lane] * kLn2;  // the clamp of load_block, undone
+        const float lse = s.sum[lane] == 0 ? -INFINITY : top + std::log(s.sum[lane]);
         p.lse[tile.b * p.lse_stride[0] + i * p.lse_stride[1] + h * p.lse_stride[2]] = lse;
       }
     }

@@ -1,0 +1,297 @@
+"""multi_source_attention on the reference and the CPU backend. The numbers in names are rows of the fault list in DESIGN.md."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from lr_kernels import Source, merge_attention_states, multi_source_attention, plan_attention, reference
+from lr_kernels.testing import CASES, AttentionCase, AttentionInputs, assert_matches, attention_inputs, check_attention
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+sizes = dict(max_examples=40, deadline=None)
+
+
+def on(backend):
+    def run(query, sources, **kwargs):
+        return multi_source_attention(query, sources, backend=backend, **kwargs)
+
+    return run
+
+
+def random_source(rows, keys, heads=2, head_dim=16, dtype=torch.float32):
+    return Source(torch.randn(rows, keys, heads, head_dim, dtype=dtype), torch.randn(rows, keys, heads, head_dim, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
+def test_01_matches_reference(case, dtype):
+    check_attention(on("cpu"), attention_inputs(case, dtype))
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512bf16"])
+def test_01_every_instruction_set(isa):
+    """LR_KERNELS_ISA is read once, so each runs in its own process; one this processor lacks falls to the best it has."""
+    code = (
+        "import torch, lr_kernels as lr; from lr_kernels.testing import *\n"
+        "run = lambda *a, **k: lr.multi_source_attention(*a, backend='cpu', **k)\n"
+        "for case in CASES:\n"
+        "    for dtype in (torch.float32, torch.bfloat16, torch.float16):\n"
+        "        check_attention(run, attention_inputs(case, dtype))\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "LR_KERNELS_ISA": isa})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_01_long_sequence_crosses_blocks_and_tiles(dtype):
+    case = AttentionCase("long", batch=1, queries=1100, heads=1, head_dim=40, keys=(1000, 700), rows=(None, 1), visible=0.6)
+    check_attention(on("cpu"), attention_inputs(case, dtype))
+
+
+def test_01_growing_logits_redo_the_block():
+    """Logits that rise by far more than 2^60 between blocks force the lazy maximum to move."""
+    inputs = attention_inputs(AttentionCase("rising", keys=(600,), rows=(None,), head_dim=16), torch.float32)
+    key = inputs.sources[0].key * torch.linspace(0.1, 60, 600)[None, :, None, None]
+    check_attention(on("cpu"), AttentionInputs(inputs.query, [inputs.sources[0]._replace(key=key)]))
+
+
+@settings(**sizes)
+@given(data=st.data())
+def test_04_strides(data):
+    """Permuted, sliced, expanded and fused-QKV views give bitwise what their compact copies give."""
+    heads, head_dim = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 20))
+    tokens, rows = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 3))
+    kind = data.draw(st.sampled_from(["heads-first", "fused", "sliced", "expanded", "offset-1"]))
+    dtype = data.draw(st.sampled_from(DTYPES))
+
+    def view():
+        if kind == "heads-first":
+            return torch.randn(rows, heads, tokens, head_dim).to(dtype).transpose(1, 2)
+        if kind == "fused":
+            return torch.randn(rows, tokens, 3 * heads * head_dim).to(dtype).chunk(3, -1)[1].unflatten(-1, (heads, head_dim))
+        if kind == "sliced":
+            return torch.randn(rows * 2, tokens * 3, heads + 1, head_dim + 2).to(dtype)[::2, 1::3, 1:, 1:-1]
+        if kind == "expanded":
+            return torch.randn(1, tokens, 1, head_dim).to(dtype).expand(rows, tokens, heads, head_dim)
+        flat = torch.randn(rows * tokens * heads * head_dim + 1).to(dtype)
+        return flat[1:].view(rows, tokens, heads, head_dim)
+
+    query, key, value = view(), view(), view()
+    out = multi_source_attention(query, [Source(key, value)], backend="cpu")
+    compact = multi_source_attention(
+        query.clone(memory_format=torch.contiguous_format), [Source(key.contiguous(), value.contiguous())], backend="cpu"
+    )
+    assert torch.equal(out, compact)
+
+
+def test_04_last_dimension_must_be_contiguous():
+    x = torch.randn(1, 4, 2, 8)
+    strided = torch.randn(1, 4, 8, 2).mT
+    for argument, query, source in (
+        ("query", strided, Source(x, x)),
+        (r"key\[0\]", x, Source(strided, x)),
+        (r"value\[0\]", x, Source(x, strided)),
+    ):
+        with pytest.raises(ValueError, match=f"{argument}: expected a contiguous last dimension"):
+            multi_source_attention(query, [source])
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_08_one_source_is_plain_self_attention(backend):
+    source = random_source(2, 33)
+    query = torch.randn(2, 33, 2, 16)
+    q, k, v = (x.transpose(1, 2).double() for x in (query, source.key, source.value))
+    truth = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    assert_matches(on(backend)(query, [source]), reference.multi_source_attention(query, [source]), truth)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_09_empty_dimensions(backend):
+    run = on(backend)
+    for batch, queries in ((0, 5), (2, 0)):
+        out, lse = run(torch.randn(batch, queries, 2, 16), [random_source(1, 7)], return_lse=True)
+        assert out.shape == (batch, queries, 2, 16) and lse.shape == (batch, queries, 2)
+    query = torch.randn(2, 5, 2, 16)
+    out, lse = run(query, [random_source(2, 0)], return_lse=True)
+    assert (out == 0).all() and (lse == -math.inf).all()
+    some = random_source(2, 9)
+    assert torch.equal(run(query, [some, random_source(1, 0)]), run(query, [some]))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_10_query_that_sees_nothing(backend):
+    query, source = torch.randn(2, 6, 2, 16), random_source(2, 9)
+    groups = torch.tensor([[1, 2, 1, 2, 0, 1]], dtype=torch.uint8)
+    only_1 = source._replace(key_groups=torch.ones(1, 9, dtype=torch.uint8))
+    out, lse = on(backend)(query, [only_1], query_groups=groups, return_lse=True)
+    blind = groups[0] != 1
+    assert (out[:, blind] == 0).all() and (lse[:, blind] == -math.inf).all()
+    assert_matches(out[:, ~blind], out[:, ~blind], reference.multi_source_attention(query, [source]).double()[:, ~blind])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_11_nan_in_hidden_keys_is_ignored_bitwise(dtype):
+    case = AttentionCase("masked", visible=0.5, keys=(70, 45), rows=(None, 1), groups=2)
+    inputs = attention_inputs(case, dtype)
+    clean = multi_source_attention(inputs.query, inputs.sources, query_groups=inputs.query_groups, backend="cpu")
+    poisoned = []
+    for source in inputs.sources:
+        hidden = ~source.key_mask.expand(source.key.shape[0], -1)
+        key, value = source.key.clone(), source.value.clone()
+        key[hidden], value[hidden] = math.nan, math.inf
+        poisoned.append(source._replace(key=key, value=value))
+    out = multi_source_attention(inputs.query, poisoned, query_groups=inputs.query_groups, backend="cpu")
+    assert torch.equal(out, clean)
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["key", "value"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_12_live_nan_reaches_only_queries_that_see_it(dtype, where, poison):
+    inputs = attention_inputs(AttentionCase("routed", groups=2, keys=(70, 45), rows=(None, 1)), dtype)
+    source = inputs.sources[0]
+    x = getattr(source, where).clone()
+    x[0, 5, 0, 3] = poison
+    live = [source._replace(**{where: x}), inputs.sources[1]]
+    out = multi_source_attention(inputs.query, live, query_groups=inputs.query_groups, backend="cpu")
+    exact = [s._replace(key=s.key.double(), value=s.value.double()) for s in live]
+    truth = reference.multi_source_attention(inputs.query.double(), exact, query_groups=inputs.query_groups)
+    assert torch.equal(out.isfinite(), truth.isfinite())
+    assert truth.isfinite().any() and (poison != math.nan or not truth.isfinite().all())
+
+
+def test_13_garbage_after_the_last_key_is_not_read():
+    buffer = torch.full((2, 71, 2, 16), math.nan)
+    buffer[:, :70] = torch.randn(2, 70, 2, 16)
+    query = torch.randn(2, 5, 2, 16)
+    views = [Source(buffer[:, :70], buffer[:, :70])]
+    copies = [Source(buffer[:, :70].contiguous(), buffer[:, :70].contiguous())]
+    assert torch.equal(on("cpu")(query, views), on("cpu")(query, copies))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_14_fp16_scores_do_not_overflow(backend):
+    x = torch.full((1, 8, 1, 64), 300.0, dtype=torch.float16)
+    value = torch.randn(1, 8, 1, 64).half()
+    out, lse = on(backend)(x, [Source(x, value)], return_lse=True)
+    assert out.isfinite().all() and lse.isfinite().all()
+
+
+@settings(**sizes)
+@given(
+    bias=st.lists(st.sampled_from([0.0, -1.5, -math.inf, torch.finfo(torch.float32).min]), min_size=1, max_size=12),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_15_infinite_and_smallest_bias(bias, dtype):
+    source = random_source(1, len(bias), dtype=dtype)._replace(key_bias=torch.tensor([bias]))
+    check_attention(on("cpu"), AttentionInputs(torch.randn(2, 3, 2, 16).to(dtype), [source]))
+
+
+@settings(**sizes)
+@given(seed=st.integers(0, 999), dtype=st.sampled_from(DTYPES))
+def test_31_permuting_the_batch_permutes_the_output_bitwise(seed, dtype):
+    case = AttentionCase("permuted", batch=4, queries=40, groups=2, visible=0.6, rows=(None, (2, -1, 0, 1)))
+    inputs = attention_inputs(case, dtype, seed)
+    order = torch.randperm(4, generator=torch.Generator().manual_seed(seed))
+    run = on("cpu")
+    out = run(inputs.query, inputs.sources, query_groups=inputs.query_groups)
+    first, second = inputs.sources
+    mask_rows = {name: getattr(first, name)[order] for name in ("key_mask", "key_groups")}
+    shuffled = [
+        first._replace(key=first.key[order], value=first.value[order], **mask_rows),
+        second._replace(rows=second.rows[order]),
+    ]
+    assert torch.equal(run(inputs.query[order], shuffled, query_groups=inputs.query_groups[order]), out[order])
+
+
+@settings(**sizes)
+@given(cuts=st.lists(st.integers(0, 90), min_size=1, max_size=4), seed=st.integers(0, 99), masked=st.booleans())
+def test_32_splitting_and_merging_sources(cuts, seed, masked):
+    """Any partition of the keys, as sources of one call or as merged calls, is the attention over all of them."""
+    inputs = attention_inputs(
+        AttentionCase("whole", keys=(90,), rows=(None,), visible=0.7 if masked else None), torch.float32, seed
+    )
+    whole, edges = inputs.sources[0], [0, *sorted(cuts), 90]
+    parts = [
+        Source(
+            whole.key[:, a:b], whole.value[:, a:b], key_mask=None if whole.key_mask is None else whole.key_mask[:, a:b]
+        )
+        for a, b in zip(edges, edges[1:])
+    ]
+    exact = inputs.to(torch.float64)
+    truth = reference.multi_source_attention(exact.query, exact.sources)
+    low = reference.multi_source_attention(inputs.query, inputs.sources)
+    assert_matches(on("cpu")(inputs.query, parts), low, truth)
+    outs, lses = zip(*(on("cpu")(inputs.query, [part], return_lse=True) for part in parts))
+    merged, lse = merge_attention_states(outs, lses)
+    assert_matches(merged, low, truth)
+    expected = reference.merge_attention_states([x.double() for x in outs], [x.double() for x in lses])
+    assert_matches(lse, reference.merge_attention_states(outs, lses)[1], expected[1])
+
+
+def test_32_permuting_sources():
+    inputs = attention_inputs(AttentionCase("three", keys=(33, 64, 100), rows=(None, 1, None)), torch.float32)
+    exact = inputs.to(torch.float64)
+    truth = reference.multi_source_attention(exact.query, exact.sources)
+    low = reference.multi_source_attention(inputs.query, inputs.sources)
+    assert_matches(on("cpu")(inputs.query, inputs.sources[::-1]), low, truth)
+
+
+def test_plan_is_reused_and_bound_to_its_masks():
+    inputs = attention_inputs(AttentionCase("planned", visible=0.5, groups=2, keys=(70, 45), rows=(None, 1)), torch.float32)
+    plan = plan_attention([s.key_mask for s in inputs.sources], [s.key_groups for s in inputs.sources], inputs.query_groups)
+    expected = on("cpu")(inputs.query, inputs.sources, query_groups=inputs.query_groups)
+    for _ in range(2):
+        assert torch.equal(on("cpu")(inputs.query, inputs.sources, query_groups=inputs.query_groups, plan=plan), expected)
+    other = [s._replace(key_mask=s.key_mask.clone()) for s in inputs.sources]
+    with pytest.raises(ValueError, match=r"plan: expected a plan built from key_mask\[0\]"):
+        multi_source_attention(inputs.query, other, query_groups=inputs.query_groups, plan=plan)
+    with pytest.raises(ValueError, match="plan: expected a plan for 1 sources, got one for 2"):
+        multi_source_attention(inputs.query, inputs.sources[:1], query_groups=inputs.query_groups, plan=plan)
+    with pytest.raises(ValueError, match="plan: expected a plan built from query_groups"):
+        multi_source_attention(inputs.query, inputs.sources, query_groups=inputs.query_groups.clone(), plan=plan)
+
+
+def test_plan_with_named_classes_refuses_a_missing_byte():
+    groups = torch.tensor([[1, 2, 4]], dtype=torch.uint8)
+    keys = torch.ones(1, 3, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="query_classes: a byte of query_groups is missing"):
+        plan_attention([None], [keys], groups, query_classes=(1, 2))
+
+
+def test_softmax_groups_and_value_index_run_on_the_reference():
+    """IP-Adapter's decoupled sum, and V read through a correspondence."""
+    query, text, image = torch.randn(2, 5, 2, 16), random_source(2, 7), random_source(1, 4)
+    weighted = [text, image._replace(softmax_group=1, weight=0.6)]
+    parts = [reference.multi_source_attention(query, [s]) for s in (text, image)]
+    torch.testing.assert_close(multi_source_attention(query, weighted), parts[0] + 0.6 * parts[1])
+    index = torch.randint(4, (1, 4))
+    warped = image._replace(value=image.value[:, index[0]])
+    assert torch.equal(
+        multi_source_attention(query, [image._replace(value_index=index)], backend="reference"),
+        multi_source_attention(query, [warped], backend="reference"),
+    )
+    with pytest.raises(ValueError, match="return_lse: expected one softmax group"):
+        multi_source_attention(query, weighted, return_lse=True)
+
+
+def test_gradients_come_from_a_backend_that_has_them():
+    query = torch.randn(1, 5, 2, 16, dtype=torch.float64, requires_grad=True)
+    source = Source(*(torch.randn(1, 7, 2, 16, dtype=torch.float64, requires_grad=True) for _ in range(2)))
+    assert torch.autograd.gradcheck(lambda q, k, v: multi_source_attention(q, [Source(k, v)]), (query, *source[:2]))
+    small = query.detach().float().requires_grad_()
+    with pytest.raises(NotImplementedError, match="gradients: not supported by backend 'cpu'; supported by 'reference'"):
+        multi_source_attention(small, [random_source(1, 7)], backend="cpu")
+
+
+def test_autocast_brings_all_tensors_to_one_dtype():
+    query, source = torch.randn(1, 5, 2, 16), random_source(1, 7)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = multi_source_attention(query.bfloat16(), [source])
+    assert out.dtype == torch.bfloat16
