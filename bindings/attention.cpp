@@ -1,6 +1,7 @@
 // lr_kernels::multi_source_attention_cpu: tensors -> AttentionParams.
-#include "bindings.h"
 #include "cpu/attention.h"
+
+#include "bindings.h"
 #include "cpu/dispatch.h"
 
 namespace {

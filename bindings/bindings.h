@@ -27,10 +27,14 @@ inline Parallel torch_parallel() {
 
 inline DType dtype_of(const Tensor& x) {
   switch (x.scalar_type()) {
-    case torch::headeronly::ScalarType::Float: return DType::kFloat32;
-    case torch::headeronly::ScalarType::Half: return DType::kFloat16;
-    case torch::headeronly::ScalarType::BFloat16: return DType::kBFloat16;
-    default: STD_TORCH_CHECK(false, "lr_kernels: expected float32, float16 or bfloat16");
+    case torch::headeronly::ScalarType::Float:
+      return DType::kFloat32;
+    case torch::headeronly::ScalarType::Half:
+      return DType::kFloat16;
+    case torch::headeronly::ScalarType::BFloat16:
+      return DType::kBFloat16;
+    default:
+      STD_TORCH_CHECK(false, "lr_kernels: expected float32, float16 or bfloat16");
   }
 }
 

@@ -25,11 +25,11 @@ struct AttentionSource {
   const float* logit_scale;  // [b, h] or null: 1
   const float* logit_bias;   // [b, h] or null: 0
   int64_t r, m;
-  int64_t key_stride[3];    // row, key, head; the last dimension is contiguous
-  int64_t value_stride[3];  // row, key, head
-  int64_t index_stride[2];  // class, row (0 where shared); keys are contiguous
-  int64_t count_stride[2];  // class, row (0 where shared)
-  int64_t bias_stride;      // row (0 where shared); keys are contiguous
+  int64_t key_stride[3];                                // row, key, head; the last dimension is contiguous
+  int64_t value_stride[3];                              // row, key, head
+  int64_t index_stride[2];                              // class, row (0 where shared); keys are contiguous
+  int64_t count_stride[2];                              // class, row (0 where shared)
+  int64_t bias_stride;                                  // row (0 where shared); keys are contiguous
   int64_t logit_scale_stride[2], logit_bias_stride[2];  // b, h
 };
 
@@ -69,24 +69,25 @@ struct SubjectMaskParams {
   const float* maps;  // [b, l, h, w] contiguous
   uint8_t* out;       // [b, out_h, out_w] contiguous, 0 or 1
   int64_t b, l, h, w, out_h, out_w;
-  int32_t smoothing;  // side of the mean filter, odd; 1: none
+  int64_t smoothing;  // side of the mean filter, odd; 1: none
   bool otsu;
-  float threshold;  // used where otsu is false
+  double threshold;  // used where otsu is false
 };
 
 constexpr int kMaxPredictions = 6;
 
 struct StepBlendParams {
-  const void* sample;                        // [b, c, h, w] contiguous
-  const void* prediction[kMaxPredictions];   // [b, c, h, w] contiguous
-  const float* coefficients;                 // [b or 1, k + 4] of this step: w_0 .. w_{k-1}, a, sigma, p, q
-  const float* mask;                         // [b or 1, h, w] or null
-  const void* background;                    // [b, c, h, w] contiguous, with mask
-  const void* noise;                         // [b, c, h, w] contiguous or null
-  void* out;                                 // [b, c, h, w] contiguous
-  int64_t b, c, plane;                       // plane = h * w
-  int64_t coefficient_stride, mask_stride;   // b (0 where shared)
-  int32_t predictions;                       // k
+  const void* sample;                       // [b, c, plane], as all of its kind: each row contiguous
+  const void* prediction[kMaxPredictions];  // k x [b, c, plane]
+  const float* coefficients;                // [b or 1, k + 4] of this step: w_0 .. w_{k-1}, a, sigma, p, q
+  const float* mask;                        // [b or 1, plane] or null
+  const void* background;                   // [b, c, plane], with mask
+  const void* noise;                        // [b, c, plane] or null
+  void* out;                                // [b, c, plane]
+  int64_t b, c, plane;                      // plane = height * width
+  int64_t sample_stride, prediction_stride[kMaxPredictions], background_stride, noise_stride, out_stride;  // b
+  int64_t coefficient_stride, mask_stride;  // b (0 where shared)
+  int32_t predictions;                      // k
   DType dtype;
 };
 

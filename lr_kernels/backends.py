@@ -10,7 +10,8 @@ from . import ops
 from .checks import fail
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
-"""In the order that "auto" tries them."""
+_AUTO = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+"""In the order that "auto" tries them, by device type. The Triton interpreter serves cpu tensors only when named."""
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -56,12 +57,11 @@ def choose(op: str, backend: str, device: torch.device, dtype: torch.dtype, unsu
         TypeError: the named backend does not support the dtype. NotImplementedError: it lacks an argument of the call.
     """
     if backend == "auto":
-        for name in BACKENDS:
-            if dtype not in KERNEL_DTYPES and name != "reference":
-                continue
-            if not unsupported.get(name) and unavailable(name, op, device.type) is None:
+        for name in _AUTO.get(device.type, ("reference",)):
+            if name == "reference" or (
+                dtype in KERNEL_DTYPES and not unsupported.get(name) and unavailable(name, op, device.type) is None
+            ):
                 return name
-        raise AssertionError("the reference serves every call")
     if backend not in BACKENDS:
         fail(op, "backend", "one of auto, " + ", ".join(BACKENDS), repr(backend))
     reason = unavailable(backend, op, device.type)

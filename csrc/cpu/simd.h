@@ -1,5 +1,6 @@
 // A vector of floats for the instruction set this file is compiled for, and the few operations the kernels need.
-// GCC vector extensions give + - * and comparisons; intrinsics stand only where they do not. LR_ISA names the namespace.
+// GCC vector extensions give + - * and comparisons; intrinsics stand only where they do not. LR_ISA names the
+// namespace.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -53,8 +54,8 @@ LR_INLINE bool any_greater(Vec a, Vec b) {
 #endif
 }
 
-// 2^x with a polynomial of the given degree on [-0.5, 0.5]: relative error 2e-7 (degree 5), 7.5e-5 (degree 3, enough for
-// bf16). 0 below -126, NaN stays NaN. kRoundBf16 adds half a bf16 unit, so that cutting the low 16 bits rounds.
+// 2^x with a polynomial of the given degree on [-0.5, 0.5]: relative error 2e-7 (degree 5), 7.5e-5 (degree 3, enough
+// for bf16). 0 below -126, NaN stays NaN. kRoundBf16 adds half a bf16 unit, so that cutting the low 16 bits rounds.
 template <int kDegree, bool kRoundBf16 = false>
 LR_INLINE Vec exp2(Vec x) {
   static_assert(kDegree == 3 || kDegree == 5);
@@ -123,7 +124,8 @@ LR_INLINE float to_float(Float16 x) {
   return h;
 #else
   const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, magnitude = uint32_t(x.bits & 0x7fff) << 13;
-  uint32_t u = magnitude >= (0x7c00u << 13) ? magnitude | 0x7f800000u : magnitude;  // Inf and NaN keep all exponent bits
+  uint32_t u =
+      magnitude >= (0x7c00u << 13) ? magnitude | 0x7f800000u : magnitude;  // Inf and NaN keep all exponent bits
   float f;
   std::memcpy(&f, &u, 4);
   f = magnitude >= (0x7c00u << 13) ? f : f * 0x1p112f;  // rebias the exponent; exact for subnormals

@@ -1,0 +1,252 @@
+// One block of keys against one slice of queries: scores, softmax weights, weighted values. Included by
+// attention_kernel.cpp, once per instruction set.
+#pragma once
+#include <cfloat>
+#include <type_traits>
+
+#include "cpu/simd.h"
+
+namespace lr::LR_ISA {
+namespace {
+
+constexpr int kSlice = 2 * kLanes;  // queries in a slice
+constexpr int kBlock = 192;         // keys in a block
+// Keys per score tile and channels per value tile: accumulators that fit the registers (32 with AVX-512 and NEON, 16
+// AVX2).
+#if defined(__AVX512F__)
+constexpr int kKeyTile = 8, kChannelTile = 10;
+#elif defined(__AVX2__)
+constexpr int kKeyTile = 6, kChannelTile = 6;
+#else
+constexpr int kKeyTile = 8, kChannelTile = 8;
+#endif
+
+// How the products are computed: fp32, or bf16 pairs along the summed dimension. `Unit` is what one lane multiplies.
+struct Fp32 {
+  using Unit = float;
+  static constexpr int kPack = 1;
+};
+struct Bf16Pairs {
+  using Unit = uint32_t;
+  static constexpr int kPack = 2;
+};
+
+// ---- products of one tile ----
+
+// scores[i] = <key i, query lane> for kKeyTile keys. queries: units x kSlice.
+template <class C>
+LR_INLINE void score_tile(const char* keys, int64_t key_bytes, const typename C::Unit* queries, int units,
+                          Vec (&scores)[kKeyTile][2]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kKeyTile; ++i) scores[i][0] = scores[i][1] = Vec{};
+#pragma GCC unroll 4
+  for (int u = 0; u < units; ++u) {
+    if constexpr (std::is_same_v<C, Fp32>) {
+      const Vec q0 = load(queries + u * kSlice), q1 = load(queries + u * kSlice + kLanes);
+#pragma GCC unroll 16
+      for (int i = 0; i < kKeyTile; ++i) {
+        const Vec k = set1(reinterpret_cast<const float*>(keys + i * key_bytes)[u]);
+        scores[i][0] += k * q0;
+        scores[i][1] += k * q1;
+      }
+    } else {
+#if LR_HAS_BF16_DOT
+      const VecPair q0 = load_pairs(queries + u * kSlice), q1 = load_pairs(queries + u * kSlice + kLanes);
+#pragma GCC unroll 16
+      for (int i = 0; i < kKeyTile; ++i) {
+        const VecPair k = set1_pair(keys + i * key_bytes + u * 4);
+        scores[i][0] = dot(scores[i][0], k, q0);
+        scores[i][1] = dot(scores[i][1], k, q1);
+      }
+#endif
+    }
+  }
+}
+
+// out[c] += Σ_keys value[key][c] · p[key] for kCount channels. Each block's sum starts at zero: 5 times less fp32
+// error.
+template <class C, int kCount>
+LR_INLINE void value_tile(const typename C::Unit* values, int64_t value_stride, const typename C::Unit* p, int units,
+                          float* out) {
+  Vec sum[kCount][2];
+#pragma GCC unroll 16
+  for (int i = 0; i < kCount; ++i) sum[i][0] = sum[i][1] = Vec{};
+#pragma GCC unroll 2
+  for (int u = 0; u < units; ++u) {
+    if constexpr (std::is_same_v<C, Fp32>) {
+      const Vec p0 = load(p + u * kSlice), p1 = load(p + u * kSlice + kLanes);
+#pragma GCC unroll 16
+      for (int i = 0; i < kCount; ++i) {
+        const Vec v = set1(values[i]);
+        sum[i][0] += v * p0;
+        sum[i][1] += v * p1;
+      }
+    } else {
+#if LR_HAS_BF16_DOT
+      const VecPair p0 = load_pairs(p + u * kSlice), p1 = load_pairs(p + u * kSlice + kLanes);
+#pragma GCC unroll 16
+      for (int i = 0; i < kCount; ++i) {
+        const VecPair v = set1_pair(values + i);
+        sum[i][0] = dot(sum[i][0], v, p0);
+        sum[i][1] = dot(sum[i][1], v, p1);
+      }
+#endif
+    }
+    values += value_stride;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kCount; ++i) {
+    store(out + i * kSlice, load(out + i * kSlice) + sum[i][0]);
+    store(out + i * kSlice + kLanes, load(out + i * kSlice + kLanes) + sum[i][1]);
+  }
+}
+
+// value_tile for a remainder of 1 .. kCount channels.
+template <class C, int kCount>
+LR_INLINE void value_remainder(int count, const typename C::Unit* values, int64_t value_stride,
+                               const typename C::Unit* p, int units, float* out) {
+  if constexpr (kCount > 0) {
+    if (count == kCount) return value_tile<C, kCount>(values, value_stride, p, units, out);
+    value_remainder<C, kCount - 1>(count, values, value_stride, p, units, out);
+  }
+}
+
+template <class C, int kTile>
+void add_values(const typename C::Unit* values, int64_t value_stride, const typename C::Unit* p, int units, int d,
+                float* out) {
+  int c = 0;
+  for (; c + kTile <= d; c += kTile) value_tile<C, kTile>(values + c, value_stride, p, units, out + c * kSlice);
+  value_remainder<C, kTile - 1>(d - c, values + c, value_stride, p, units, out + c * kSlice);
+}
+
+// ---- one block of keys for one slice of queries ----
+
+// A packed block: keys as rows of units, values as rows of units (a row holds kPack keys).
+template <class C>
+struct Block {
+  const char* keys;                // keys x units, row after key_bytes
+  const char* tail;                // kKeyTile x units: the last, partial key tile, padded with zeros
+  const typename C::Unit* values;  // [keys / kPack, d], row after value_stride units
+  const float* bias;               // [keys], padded with -inf to whole key tiles, log2 units; or null: none
+  int64_t key_bytes, tail_bytes, value_stride;
+  int keys_count;
+  float scale;  // logit factor in log2 units; > 0 where bias is null
+  float shift;  // added to the logits, log2 units; part of bias where that is given
+};
+
+template <class C>
+struct Slice {
+  typename C::Unit* query;  // [units, kSlice]
+  float* out;               // [d, kSlice], not yet divided by sum
+  float* max;               // [kSlice] log2 units
+  float* sum;               // [kSlice] Σ 2^(logit - max)
+};
+
+template <class C, bool kBiased>
+LR_INLINE void tile_logits(const Block<C>& block, int tile, const typename C::Unit* query, int units,
+                           Vec (&x)[kKeyTile][2]) {
+  const int rest = block.keys_count - tile * kKeyTile;
+  const bool partial = __builtin_expect(rest < kKeyTile, 0);
+  score_tile<C>(partial ? block.tail : block.keys + tile * kKeyTile * block.key_bytes,
+                partial ? block.tail_bytes : block.key_bytes, query, units, x);
+  if constexpr (kBiased) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kKeyTile; ++i) {
+      const Vec bias = set1(block.bias[tile * kKeyTile + i]);
+      x[i][0] = x[i][0] * block.scale + bias;
+      x[i][1] = x[i][1] * block.scale + bias;
+    }
+  } else if (partial) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kKeyTile; ++i)
+      if (i >= rest) x[i][0] = x[i][1] = set1(-INFINITY);
+  }
+}
+
+// Softmax weights of one block into p, and their products with the values into the slice. The running maximum is lazy:
+// it is taken from the first tile that the slice sees, and the block is redone only where a logit exceeds it by 2^60.
+// Unbiased logits keep their factor out of the scores until the exponent: 2^(scale·s + shift - max) is one fma.
+template <class C, bool kBiased>
+void attend_block(const Slice<C>& s, const Block<C>& block, int units, int d, typename C::Unit* p, bool first) {
+  const int tiles = (block.keys_count + kKeyTile - 1) / kKeyTile;
+  const float scale = kBiased ? 1.0f : block.scale, shift = kBiased ? 0.0f : block.shift;
+  const Vec floor = set1(-FLT_MAX);
+  Vec m0 = load(s.max), m1 = load(s.max + kLanes);
+  if (first) {
+    Vec x[kKeyTile][2];
+    tile_logits<C, kBiased>(block, 0, s.query, units, x);
+    Vec top0 = x[0][0], top1 = x[0][1];
+#pragma GCC unroll 16
+    for (int i = 1; i < kKeyTile; ++i) {
+      top0 = max(top0, x[i][0]);
+      top1 = max(top1, x[i][1]);
+    }
+    m0 = max(floor, top0 * scale + shift);
+    m1 = max(floor, top1 * scale + shift);
+  }
+  for (;;) {
+    Vec sum0 = Vec{}, sum1 = Vec{}, top0 = set1(-INFINITY), top1 = top0;
+    const Vec z0 = shift - m0, z1 = shift - m1;
+    for (int t = 0; t < tiles; ++t) {
+      Vec x[kKeyTile][2];
+      tile_logits<C, kBiased>(block, t, s.query, units, x);
+      typename C::Unit* row = p + t * (kKeyTile / C::kPack) * kSlice;
+      if constexpr (std::is_same_v<C, Fp32>) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kKeyTile; ++i) {
+          top0 = max(top0, x[i][0]);
+          top1 = max(top1, x[i][1]);
+          const Vec e0 = exp2<5>(x[i][0] * scale + z0), e1 = exp2<5>(x[i][1] * scale + z1);
+          sum0 += e0;
+          sum1 += e1;
+          store(row + i * kSlice, e0);
+          store(row + i * kSlice + kLanes, e1);
+        }
+      } else {
+#if LR_HAS_BF16_DOT
+#pragma GCC unroll 16
+        for (int i = 0; i < kKeyTile; i += 2) {
+          top0 = max(top0, max(x[i][0], x[i + 1][0]));
+          top1 = max(top1, max(x[i][1], x[i + 1][1]));
+          const VecPair e0 = cut_pairs(exp2<3, true>(x[i][0] * scale + z0), exp2<3, true>(x[i + 1][0] * scale + z0));
+          const VecPair e1 = cut_pairs(exp2<3, true>(x[i][1] * scale + z1), exp2<3, true>(x[i + 1][1] * scale + z1));
+          sum0 = dot(sum0, e0, ones());
+          sum1 = dot(sum1, e1, ones());
+          store_pairs(row + i / 2 * kSlice, e0);
+          store_pairs(row + i / 2 * kSlice + kLanes, e1);
+        }
+#endif
+      }
+    }
+    top0 = top0 * scale + shift;
+    top1 = top1 * scale + shift;
+    if (__builtin_expect(!any_greater(top0 - m0, set1(60.0f)) && !any_greater(top1 - m1, set1(60.0f)), 1)) {
+      store(s.sum, load(s.sum) + sum0);
+      store(s.sum + kLanes, load(s.sum + kLanes) + sum1);
+      store(s.max, m0);
+      store(s.max + kLanes, m1);
+      break;
+    }
+    const Vec n0 = max(m0, top0), n1 = max(m1, top1);
+    if (!first) {
+      const Vec f0 = exp2<5>(m0 - n0), f1 = exp2<5>(m1 - n1);
+      store(s.sum, load(s.sum) * f0);
+      store(s.sum + kLanes, load(s.sum + kLanes) * f1);
+      for (int c = 0; c < d; ++c) {
+        store(s.out + c * kSlice, load(s.out + c * kSlice) * f0);
+        store(s.out + c * kSlice + kLanes, load(s.out + c * kSlice + kLanes) * f1);
+      }
+    }
+    m0 = n0;
+    m1 = n1;
+  }
+  // A channel tile that divides d leaves no remainder; 8 does for most head dims where kChannelTile does not.
+  const int key_units = (block.keys_count + C::kPack - 1) / C::kPack;
+  if (kChannelTile > 8 && d % kChannelTile != 0 && d % 8 == 0)
+    add_values<C, 8>(block.values, block.value_stride, p, key_units, d, s.out);
+  else
+    add_values<C, kChannelTile>(block.values, block.value_stride, p, key_units, d, s.out);
+}
+
+}  // namespace
+}  // namespace lr::LR_ISA

@@ -1,0 +1,311 @@
+// attention_with_token_maps for one instruction set (LR_ISA): queries in SIMD lanes, keys and values as scalars, so the
+// softmax over the few text tokens needs no sum across lanes.
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "cpu/simd_convert.h"
+#include "params.h"
+
+namespace lr::LR_ISA {
+namespace {
+
+constexpr int kQueries = 2 * kLanes;         // of one block: two vectors
+constexpr int64_t kSlice = 128;              // queries of one work item; the keys of a head are converted once for them
+constexpr int64_t kKeyBlock = 128;           // each block's sums start at 0, which keeps fp32 rounding small
+constexpr int kTile = kLanes == 16 ? 8 : 4;  // keys or channels whose sums stay in registers
+constexpr float kLog2E = 1.44269504088896340736f;
+static_assert(kSlice % kQueries == 0);
+
+struct Scratch {
+  explicit Scratch(int64_t floats) : data(static_cast<float*>(std::aligned_alloc(64, (floats * 4 + 63) / 64 * 64))) {
+    if (!data) throw std::bad_alloc();
+  }
+  float* take(int64_t floats) {  // a multiple of 16 floats, so that every part is aligned
+    float* part = data.get() + used;
+    used += (floats + 15) / 16 * 16;
+    return part;
+  }
+  struct Free {
+    void operator()(float* p) const { std::free(p); }
+  };
+  std::unique_ptr<float, Free> data;
+  int64_t used = 0;
+};
+
+// Swaps rows and columns of a square of kLanes rows in registers.
+LR_INLINE void transpose(Vec (&row)[kLanes]) {
+#pragma GCC unroll 4
+  for (int s = 1; s < kLanes; s *= 2) {
+    VecInt low, high;  // indices into the pair (first row, second row)
+    for (int i = 0; i < kLanes; ++i) {
+      low[i] = i & s ? kLanes + i - s : i;
+      high[i] = i & s ? kLanes + i : i + s;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      if (i & s) continue;
+      const Vec a = row[i], b = row[i + s];
+      row[i] = __builtin_shuffle(a, b, low);
+      row[i + s] = __builtin_shuffle(a, b, high);
+    }
+  }
+}
+
+// Calls visit(first) for groups of kLanes channels that cover [0, d), the last one overlapping where d is no multiple.
+template <class F>
+LR_INLINE void channel_groups(int64_t d, F visit) {
+  for (int64_t first = 0; first < d; first += kLanes) visit(std::min(first, d - kLanes));
+}
+
+// Rows of queries [n, d] -> [d, kQueries]; lanes past n repeat the last query.
+template <class T>
+void gather_queries(const T* query, int64_t stride, int64_t n, int64_t d, float* out) {
+  const auto row = [&](int64_t i) { return query + std::min(i, n - 1) * stride; };
+  if (d < kLanes) {
+    for (int64_t i = 0; i < kQueries; ++i)
+      for (int64_t j = 0; j < d; ++j) out[j * kQueries + i] = to_float(row(i)[j]);
+    return;
+  }
+  for (int64_t lane = 0; lane < kQueries; lane += kLanes)
+    channel_groups(d, [&](int64_t first) {
+      Vec x[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) x[i] = load_as_float(row(lane + i) + first);
+      transpose(x);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) store(out + (first + i) * kQueries + lane, x[i]);
+    });
+}
+
+// [d, kQueries] -> rows of n queries [n, d].
+template <class T>
+void scatter_queries(const float* in, int64_t n, int64_t d, T* out, int64_t stride) {
+  if (d < kLanes) {
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t j = 0; j < d; ++j) from_float(in[j * kQueries + i], out[i * stride + j]);
+    return;
+  }
+  for (int64_t lane = 0; lane < n; lane += kLanes)
+    channel_groups(d, [&](int64_t first) {
+      Vec x[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) x[i] = load(in + (first + i) * kQueries + lane);
+      transpose(x);
+      const int64_t rows = std::min<int64_t>(kLanes, n - lane);
+      for (int64_t i = 0; i < rows; ++i) store_from_float(out + (lane + i) * stride + first, x[i]);
+    });
+}
+
+// Keys or values of one head as floats: in place, or converted to [m, d].
+struct Rows {
+  const float* data;
+  int64_t stride;
+};
+
+Rows float_rows(const float* x, int64_t stride, int64_t, int64_t, float*) { return {x, stride}; }
+
+template <class T>
+Rows float_rows(const T* x, int64_t stride, int64_t m, int64_t d, float* copy) {
+  for (int64_t j = 0; j < m; ++j) {
+    int64_t i = 0;
+    for (; i + kLanes <= d; i += kLanes) store_from_float(copy + j * d + i, load_as_float(x + j * stride + i));
+    for (; i < d; ++i) copy[j * d + i] = to_float(x[j * stride + i]);
+  }
+  return {copy, d};
+}
+
+// scores [kKeys, kQueries] = factor * K Q^T for kKeys keys; `most` is the running maximum.
+template <int kKeys>
+LR_INLINE void score_tile(const float* key, int64_t stride, const float* query, int64_t d, float factor, float* scores,
+                          Vec (&most)[2]) {
+  Vec sum[kKeys][2];
+#pragma GCC unroll 8
+  for (int j = 0; j < kKeys; ++j) sum[j][0] = sum[j][1] = Vec{};
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < d; ++i) {
+    const Vec q0 = load(query + i * kQueries), q1 = load(query + i * kQueries + kLanes);
+#pragma GCC unroll 8
+    for (int j = 0; j < kKeys; ++j) {
+      const Vec k = set1(key[j * stride + i]);
+      sum[j][0] += k * q0;
+      sum[j][1] += k * q1;
+    }
+  }
+#pragma GCC unroll 8
+  for (int j = 0; j < kKeys; ++j)
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v) {
+      const Vec s = sum[j][v] * factor;
+      store(scores + j * kQueries + v * kLanes, s);
+      most[v] = max(s, most[v]);
+    }
+}
+
+template <int kKeys>
+LR_INLINE void score_keys(const Rows& key, int64_t m, const float* query, int64_t d, float factor, float* scores,
+                          Vec (&most)[2], int64_t j = 0) {
+  for (; j + kKeys <= m; j += kKeys)
+    score_tile<kKeys>(key.data + j * key.stride, key.stride, query, d, factor, scores + j * kQueries, most);
+  if constexpr (kKeys > 1) score_keys<kKeys / 2>(key, m, query, d, factor, scores, most, j);
+}
+
+// out [kChannels, kQueries] (+)= V^T P over the keys of one block.
+template <int kChannels>
+LR_INLINE void value_tile(const float* value, int64_t stride, const float* p, int64_t keys, bool first, float* out) {
+  Vec sum[kChannels][2];
+#pragma GCC unroll 8
+  for (int i = 0; i < kChannels; ++i) sum[i][0] = sum[i][1] = Vec{};
+#pragma GCC unroll 2
+  for (int64_t j = 0; j < keys; ++j) {
+    const Vec p0 = load(p + j * kQueries), p1 = load(p + j * kQueries + kLanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < kChannels; ++i) {
+      const Vec x = set1(value[j * stride + i]);
+      sum[i][0] += x * p0;
+      sum[i][1] += x * p1;
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kChannels; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v) {
+      float* o = out + i * kQueries + v * kLanes;
+      store(o, first ? sum[i][v] : load(o) + sum[i][v]);
+    }
+}
+
+template <int kChannels>
+LR_INLINE void value_channels(const float* value, int64_t stride, const float* p, int64_t keys, bool first, int64_t d,
+                              float* out, int64_t i = 0) {
+  for (; i + kChannels <= d; i += kChannels)
+    value_tile<kChannels>(value + i, stride, p, keys, first, out + i * kQueries);
+  if constexpr (kChannels > 1) value_channels<kChannels / 2>(value, stride, p, keys, first, d, out, i);
+}
+
+// Scores [m, kQueries] (base 2) -> exponentials, in place; returns 1 / sum in `inverse`.
+void exponentials(float* scores, int64_t m, const Vec (&most)[2], Vec (&inverse)[2]) {
+  Vec total[2] = {};
+  for (int64_t start = 0; start < m; start += kKeyBlock) {
+    Vec part[2] = {};
+    for (int64_t j = start; j < std::min(start + kKeyBlock, m); ++j)
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) {
+        float* s = scores + j * kQueries + v * kLanes;
+        const Vec e = exp2<5>(load(s) - most[v]);
+        store(s, e);
+        part[v] += e;
+      }
+    for (int v = 0; v < 2; ++v) total[v] += part[v];
+  }
+  for (int v = 0; v < 2; ++v) inverse[v] = 1.0f / total[v];
+}
+
+struct Buffers {
+  Scratch scratch;
+  float *key, *value, *query, *scores, *out, *maps;
+
+  Buffers(const TokenMapsParams& p, bool convert)
+      : scratch((convert ? 2 * p.m * p.d + 32 : 0) + kQueries * (p.m + 2 * p.d) + kSlice * p.t) {
+    key = convert ? scratch.take(p.m * p.d) : nullptr;    // [m, d]
+    value = convert ? scratch.take(p.m * p.d) : nullptr;  // [m, d]
+    query = scratch.take(kQueries * p.d);                 // [d, kQueries]
+    scores = scratch.take(kQueries * p.m);                // [m, kQueries]
+    out = scratch.take(kQueries * p.d);                   // [d, kQueries]
+    maps = scratch.take(kSlice * p.t);                    // [block, t, kQueries]
+  }
+};
+
+template <class T>
+void attend(const TokenMapsParams& p, Buffers& buffer, int64_t b, int64_t first, int64_t count) {
+  const float factor = p.scale * kLog2E, share = 1.0f / static_cast<float>(p.h);
+  const int32_t* chosen = p.token_indices + b * p.token_stride;
+  std::fill(buffer.maps, buffer.maps + kSlice * p.t, 0.0f);
+  for (int64_t h = 0; h < p.h; ++h) {
+    const auto head = [&](const void* x, const int64_t (&stride)[3]) {
+      return static_cast<const T*>(x) + b * stride[0] + h * stride[2];
+    };
+    const Rows key = float_rows(head(p.key, p.key_stride), p.key_stride[1], p.m, p.d, buffer.key);
+    const Rows value = float_rows(head(p.value, p.value_stride), p.value_stride[1], p.m, p.d, buffer.value);
+    for (int64_t start = 0; start < count; start += kQueries) {
+      const int64_t n = std::min<int64_t>(kQueries, count - start);
+      gather_queries(head(p.query, p.query_stride) + (first + start) * p.query_stride[1], p.query_stride[1], n, p.d,
+                     buffer.query);
+
+      Vec most[2] = {set1(-INFINITY), set1(-INFINITY)}, inverse[2];
+      score_keys<kTile>(key, p.m, buffer.query, p.d, factor, buffer.scores, most);
+      exponentials(buffer.scores, p.m, most, inverse);
+
+      for (int64_t t = 0; t < p.t; ++t)
+        for (int v = 0; v < 2; ++v) {
+          float* sum = buffer.maps + (start * p.t + t * kQueries) + v * kLanes;
+          store(sum, load(sum) + load(buffer.scores + chosen[t] * kQueries + v * kLanes) * inverse[v] * share);
+        }
+
+      for (int64_t j = 0; j < p.m; j += kKeyBlock)
+        value_channels<kTile>(value.data + j * value.stride, value.stride, buffer.scores + j * kQueries,
+                              std::min(kKeyBlock, p.m - j), j == 0, p.d, buffer.out);
+      for (int64_t i = 0; i < p.d; ++i)
+        for (int v = 0; v < 2; ++v) {
+          float* o = buffer.out + i * kQueries + v * kLanes;
+          store(o, load(o) * inverse[v]);
+        }
+      T* out = static_cast<T*>(p.out) + b * p.out_stride[0] + h * p.out_stride[2];
+      scatter_queries(buffer.out, n, p.d, out + (first + start) * p.out_stride[1], p.out_stride[1]);
+    }
+  }
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t t = 0; t < p.t; ++t)
+      p.maps[(b * p.n + first + i) * p.t + t] = buffer.maps[(i / kQueries * p.t + t) * kQueries + i % kQueries];
+}
+
+template <class T>
+void no_keys(const TokenMapsParams& p) {
+  for (int64_t b = 0; b < p.b; ++b)
+    for (int64_t i = 0; i < p.n; ++i)
+      for (int64_t h = 0; h < p.h; ++h) {
+        T* out = static_cast<T*>(p.out) + b * p.out_stride[0] + i * p.out_stride[1] + h * p.out_stride[2];
+        std::memset(out, 0, p.d * sizeof(T));
+      }
+}
+
+struct Work {
+  const TokenMapsParams& p;
+  int64_t slices, workers;
+};
+
+// Each worker takes an equal run of (row, slice) items, so that scratch is allocated once per thread.
+template <class T>
+void run_items(void* context, int64_t worker) {
+  const auto& [p, slices, workers] = *static_cast<const Work*>(context);
+  const int64_t items = p.b * slices;
+  Buffers buffer(p, sizeof(T) < sizeof(float));
+  for (int64_t item = items * worker / workers; item < items * (worker + 1) / workers; ++item) {
+    const int64_t first = item % slices * kSlice;
+    attend<T>(p, buffer, item / slices, first, std::min(kSlice, p.n - first));
+  }
+}
+
+template <class T>
+void run(const TokenMapsParams& p, const Parallel& parallel) {
+  if (p.m == 0) return no_keys<T>(p);
+  const int64_t slices = (p.n + kSlice - 1) / kSlice;
+  Work work{p, slices, std::min<int64_t>(parallel.threads, p.b * slices)};
+  parallel.run(work.workers, run_items<T>, &work);
+}
+
+}  // namespace
+
+void token_maps_kernel(const TokenMapsParams& p, const Parallel& parallel) {
+  switch (p.dtype) {
+    case DType::kFloat32:
+      return run<float>(p, parallel);
+    case DType::kFloat16:
+      return run<Float16>(p, parallel);
+    case DType::kBFloat16:
+      return run<BFloat16>(p, parallel);
+  }
+}
+
+}  // namespace lr::LR_ISA

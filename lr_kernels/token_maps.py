@@ -1,0 +1,109 @@
+"""attention_with_token_maps: cross-attention that also returns where chosen text tokens are looked at."""
+
+import torch
+from torch import Tensor
+
+from . import backends, reference
+from .checks import fail
+
+_OP = "attention_with_token_maps"
+MAX_HEAD_DIM = 256
+
+
+def attention_with_token_maps(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    token_indices: Tensor,
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention and, for each chosen key, the probability that each query gives it, averaged over the heads.
+
+        out = softmax(scale · Q Kᵀ) V,     maps[b,i,t] = mean_h P[b,i,h, token_indices[b,t]]
+
+    The probabilities of all heads are never stored: the maps are summed up while the heads are computed.
+
+    Args:
+        query: (B, N, H, D), fp32, fp16 or bf16 (the reference backend also float64); D 1 to 256.
+        key, value: (B, M, H, D). Strided views are read in place; only the last dimension must be contiguous.
+        token_indices: integers (T,) or (B, T) in [0, M): the keys to map, for example the subject's text tokens.
+        scale: default D ** -0.5.
+        backend: "auto", "cpu", "triton" or "reference". A name never falls back.
+
+    Returns:
+        out (B, N, H, D) in the query's dtype and maps fp32 (B, N, T) (float64 for float64 inputs). M = 0 gives out 0.
+        CPU scratch per thread, in floats: 32·(M + 2·D) + 128·T, and 2·M·D for 16-bit dtypes.
+
+    Raises:
+        ValueError: a shape, device, stride or token index that does not fit. TypeError: a dtype that does not fit.
+        RuntimeError: the named backend is not available. NotImplementedError: a named kernel backend where a gradient is
+        required. Token indices on a GPU are not checked; in a compiled graph the CPU kernel raises RuntimeError.
+
+    The maps are the input of `subject_mask`, which gives the foreground of adaptive mask blending in Layout-and-Retouch
+    (arXiv 2407.09779); cross-attention maps as a place of words: A. Hertz et al., arXiv 2208.01626.
+    """
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    _check(query, key, value, token_indices)
+    needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    unsupported = {"cpu": ["gradients"], "triton": ["gradients"]} if needs_grad else {}
+    name = backends.choose(_OP, backend, query.device, query.dtype, unsupported)
+    if name == "reference":
+        return reference.attention_with_token_maps(query, key, value, token_indices, scale=scale)
+    batch, tokens, _, head_dim = query.shape
+    indices = token_indices.int().contiguous()
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    maps = query.new_empty((batch, tokens, indices.shape[-1]), dtype=torch.float32)
+    op = torch.ops.lr_kernels.attention_with_token_maps_cpu
+    if name == "triton":
+        from . import triton  # noqa: F401  (registers the Triton implementations)
+
+        op = torch.ops.lr_kernels.attention_with_token_maps_triton
+    op(
+        query,
+        key,
+        value,
+        indices.expand(batch, -1),
+        head_dim**-0.5 if scale is None else scale,
+        out,
+        maps,
+    )
+    return out, maps
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, token_indices: Tensor) -> None:
+    """Shapes, dtypes and devices of every argument, in the order of the signature."""
+    if query.dim() != 4:
+        fail(_OP, "query", "shape (batch, tokens, heads, head_dim)", tuple(query.shape))
+    if not query.is_floating_point():
+        fail(_OP, "query", "one of float32, float16, bfloat16, float64", query.dtype, error=TypeError)
+    batch, _, heads, head_dim = query.shape
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        fail(_OP, "query", f"head_dim from 1 to {MAX_HEAD_DIM}", head_dim)
+    if heads < 1:
+        fail(_OP, "query", "at least one head", heads)
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.dim() != 4 or (x.shape[0], x.shape[2], x.shape[3]) != (batch, heads, head_dim):
+            fail(_OP, name, f"shape ({batch}, keys, {heads}, {head_dim})", tuple(x.shape))
+        if x.dtype != query.dtype:
+            fail(_OP, name, str(query.dtype), x.dtype, "cast all tensors to one dtype", TypeError)
+        if x.device != query.device:
+            fail(_OP, name, str(query.device), x.device)
+        if x.stride(3) != 1 and head_dim > 1:
+            fail(_OP, name, "a contiguous last dimension", f"stride {x.stride(3)}", "call .contiguous()")
+    keys = key.shape[1]
+    if value.shape[1] != keys:
+        fail(_OP, "value", f"{keys} keys as in key", value.shape[1])
+    if token_indices.dim() not in (1, 2) or token_indices.shape[:-1] not in ((), (batch,)):
+        fail(_OP, "token_indices", f"shape (T,) or ({batch}, T)", tuple(token_indices.shape))
+    if token_indices.is_floating_point() or token_indices.is_complex() or token_indices.dtype == torch.bool:
+        fail(_OP, "token_indices", "an integer dtype", token_indices.dtype, error=TypeError)
+    if token_indices.device != query.device:
+        fail(_OP, "token_indices", str(query.device), token_indices.device)
+    if token_indices.device.type == "cpu" and token_indices.numel() and not torch.compiler.is_compiling():
+        low, high = (int(x) for x in token_indices.aminmax())
+        if low < 0 or high >= keys:
+            fail(_OP, "token_indices", f"integers in [0, {keys})", token_indices.tolist())

@@ -1,0 +1,145 @@
+"""Bad input gets an error that names the argument, what was expected and what came. Numbers are rows of the fault list."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lr_kernels import Source, backends, merge_attention_states, multi_source_attention, plan_attention
+
+OP = r"lr_kernels\.multi_source_attention: "
+
+
+def good(count=3, rows=2, keys=7, heads=2, head_dim=16):
+    query = torch.randn(2, 5, heads, head_dim)
+    return query, [Source(torch.randn(rows, keys, heads, head_dim), torch.randn(rows, keys, heads, head_dim))] * count
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    index=st.integers(0, 2),
+    argument=st.sampled_from(["key", "value"]),
+    fault=st.sampled_from(["head_dim", "heads", "rows", "keys", "rank"]),
+)
+def test_07_disagreeing_shapes_name_source_and_argument(index, argument, fault):
+    query, sources = good()
+    shape = {
+        "head_dim": (2, 7, 2, 80),
+        "heads": (2, 7, 3, 16),
+        "rows": (3, 7, 2, 16),
+        "keys": (2, 8, 2, 16),
+        "rank": (2, 7, 32),
+    }[fault]
+    sources[index] = sources[index]._replace(**{argument: torch.randn(shape)})
+    with pytest.raises(ValueError, match=OP + rf"(key|value|rows)\[{index}\]: expected .*, got "):
+        multi_source_attention(query, sources)
+
+
+def test_07_message_form():
+    query, sources = good(head_dim=64)
+    sources[2] = sources[2]._replace(key=torch.randn(2, 7, 2, 80))
+    with pytest.raises(ValueError, match=OP + r"key\[2\]: expected head_dim 64, got 80"):
+        multi_source_attention(query, sources)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (dict(rows=torch.tensor([0])), ValueError, r"rows\[1\]: expected shape \(2,\), got \(1,\)"),
+        (dict(rows=torch.tensor([0.0, 1.0])), TypeError, r"rows\[1\]: expected an integer dtype, got torch.float32"),
+        (dict(rows=torch.tensor([0, 2])), ValueError, r"rows\[1\]: expected -1 to 1, got 0 to 2"),
+        (dict(rows=torch.tensor([-2, 0])), ValueError, r"rows\[1\]: expected -1 to 1, got -2 to 0"),
+        (dict(key_mask=torch.ones(2, 7)), TypeError, r"key_mask\[1\]: expected torch.bool, got torch.float32"),
+        (dict(key_mask=torch.ones(2, 8).bool()), ValueError, r"key_mask\[1\]: expected shape \(2 or 1, 7\), got \(2, 8\)"),
+        (dict(key_mask=torch.ones(7).bool()), ValueError, r"key_mask\[1\]: expected shape"),
+        (dict(key_groups=torch.ones(1, 7).byte()), ValueError, r"query_groups: expected a tensor, since key_groups\[1\]"),
+        (dict(key_bias=torch.ones(3, 7)), ValueError, r"key_bias\[1\]: expected shape \(2 or 1, 7\), got \(3, 7\)"),
+        (dict(logit_scale=torch.ones(3)), ValueError, r"logit_scale\[1\]: expected a scalar, \(2,\) or \(2, 2\), got"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_07_tables_of_a_source(change, error, message):
+    query, sources = good()
+    sources[1] = sources[1]._replace(**change)
+    with pytest.raises(error, match=OP + message):
+        multi_source_attention(query, sources)
+
+
+def test_07_query_and_groups():
+    query, sources = good()
+    with pytest.raises(ValueError, match=OP + r"query: expected shape \(batch, tokens, heads, head_dim\), got \(5, 32\)"):
+        multi_source_attention(torch.randn(5, 32), sources)
+    with pytest.raises(ValueError, match=OP + "sources: expected 1 to 16, got 0"):
+        multi_source_attention(query, [])
+    with pytest.raises(ValueError, match=OP + "query: expected head_dim from 1 to 256, got 257"):
+        multi_source_attention(torch.randn(1, 2, 1, 257), sources)
+    with pytest.raises(TypeError, match=OP + r"query_groups: expected torch.uint8, got torch.int64"):
+        multi_source_attention(query, sources, query_groups=torch.ones(2, 5, dtype=torch.long))
+    with pytest.raises(ValueError, match=OP + r"query_groups: expected shape \(2 or 1, 5\), got \(2, 6\)"):
+        multi_source_attention(query, sources, query_groups=torch.ones(2, 6, dtype=torch.uint8))
+    wide = Source(torch.randn(3, 7, 2, 16), torch.randn(3, 7, 2, 16))
+    with pytest.raises(ValueError, match=OP + r"rows\[0\]: expected a tensor, since key\[0\] has 3 rows for a batch of 2"):
+        multi_source_attention(query, [wide])
+
+
+def test_07_plan_and_merge():
+    with pytest.raises(ValueError, match=r"lr_kernels\.plan_attention: key_groups: expected 2 entries, got 1"):
+        plan_attention([None, None], [None])
+    with pytest.raises(ValueError, match=r"lr_kernels\.merge_attention_states: lses: expected 2 tensors"):
+        merge_attention_states([torch.randn(1, 2, 1, 4)] * 2, [torch.randn(1, 2, 1)])
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (dict(value_index=torch.zeros(1, 7, dtype=torch.long)), r"value_index\[1\]"),
+        (dict(weight=0.5), r"weight\[1\]"),
+        (dict(softmax_group=1), r"softmax_group\[1\]"),
+    ],
+    ids=["value_index", "weight", "softmax_group"],
+)
+def test_16_unsupported_argument_names_itself_and_who_supports_it(backend, change, name):
+    query, sources = good()
+    sources[1] = sources[1]._replace(**change)
+    with pytest.raises(NotImplementedError, match=OP + f"{name}: not supported by backend '{backend}'; supported by 'reference'"):
+        multi_source_attention(query, sources, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_17_dtypes(backend):
+    query, sources = good()
+    sources[0] = sources[0]._replace(value=sources[0].value.half())
+    with pytest.raises(TypeError, match=OP + r"value\[0\]: expected torch.float32, got torch.float16"):
+        multi_source_attention(query, sources, backend=backend)
+    for dtype in (torch.int32, torch.bool):
+        with pytest.raises(TypeError, match=OP + "query: expected one of float32, float16, bfloat16, float64"):
+            multi_source_attention(query.to(dtype), sources, backend=backend)
+    double = [s._replace(key=s.key.double(), value=s.value.double()) for s in good()[1]]
+    with pytest.raises(TypeError, match=OP + "query: expected one of float32, float16, bfloat16, got torch.float64"):
+        multi_source_attention(query.double(), double, backend=backend)
+
+
+@pytest.mark.parametrize("argument", ["key", "value", "rows", "key_mask"])
+def test_18_devices(argument):
+    query, sources = good()
+    away = {
+        "key": sources[0].key,
+        "value": sources[0].value,
+        "rows": torch.zeros(2, dtype=torch.int32),
+        "key_mask": torch.ones(1, 7, dtype=torch.bool),
+    }[argument].to("meta")
+    sources[0] = sources[0]._replace(**{argument: away})
+    with pytest.raises(ValueError, match=OP + rf"{argument}\[0\]: expected cpu, got meta"):
+        multi_source_attention(query, sources)
+
+
+def test_42_unavailable_backend_says_why(monkeypatch):
+    query, sources = good()
+    with pytest.raises(ValueError, match=OP + "backend: expected one of auto, cuda, triton, cpu, reference, got 'tpu'"):
+        multi_source_attention(query, sources, backend="tpu")
+    with pytest.raises(RuntimeError, match=OP + "backend: 'cuda' cannot run: .* has no CUDA"):
+        multi_source_attention(query, sources, backend="cuda")
+    monkeypatch.setattr(backends, "interpreted", lambda: False)
+    with pytest.raises(RuntimeError, match=OP + "backend: 'triton' cannot run: needs a CUDA device"):
+        multi_source_attention(query, sources, backend="triton")

@@ -1,0 +1,77 @@
+"""The registered op: schema, fake kernel, compile, determinism. Numbers are rows of the fault list."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from lr_kernels import Source, multi_source_attention, plan_attention
+from lr_kernels.testing import CASES, AttentionCase, attention_inputs
+
+
+def op_arguments(case: AttentionCase, dtype=torch.float32) -> tuple:
+    inputs = attention_inputs(case, dtype)
+    query, sources = inputs.query, inputs.sources
+    plan = plan_attention([s.key_mask for s in sources], [s.key_groups for s in sources], inputs.query_groups)
+    count = len(sources)
+    return (
+        query,
+        [s.key for s in sources],
+        [s.value for s in sources],
+        [s.rows for s in sources],
+        list(plan.key_index),
+        list(plan.key_count),
+        [s.key_bias for s in sources],
+        [None] * count,
+        [None] * count,
+        plan.query_order,
+        plan.class_start,
+        0.3,
+        torch.full(query.shape, torch.nan, dtype=dtype),
+        torch.full(query.shape[:3], torch.nan),
+    )
+
+
+@pytest.mark.parametrize("case", [CASES[2], CASES[-1]], ids=lambda c: c.id)
+def test_26_27_opcheck(case):
+    torch.library.opcheck(torch.ops.lr_kernels.multi_source_attention_cpu.default, op_arguments(case))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_29_compiles_without_break_or_recompile(backend):
+    """One graph for three steps, masks and blend values, with a plan passed in and one built inside."""
+    query, key = torch.randn(2, 32, 2, 16), torch.randn(2, 32, 2, 16)
+
+    def layer(query, key, mask, plan, strength):
+        sources = [Source(key, key), Source(key[:1], key[:1], key_mask=mask, logit_scale=strength)]
+        return multi_source_attention(query, sources, plan=plan) + multi_source_attention(query, sources)
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    for step in range(3):
+        mask = torch.rand(1, 32, generator=torch.Generator().manual_seed(step)) < 0.5
+        arguments = (query, key, mask, plan_attention([None, mask]), torch.tensor(1.0 + step))
+        assert torch.equal(compiled(*arguments), layer(*arguments))
+    assert counter.frame_count == 1
+
+
+def test_30_forward_is_bitwise_deterministic_over_runs_and_threads():
+    inputs = attention_inputs(CASES[-1], torch.bfloat16)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for run in range(20):
+            torch.set_num_threads(1 + run % 4)
+            results.append(
+                multi_source_attention(inputs.query, inputs.sources, query_groups=inputs.query_groups, backend="cpu")
+            )
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(results[0], x) for x in results)
+
+
+def test_out_of_range_rows_are_refused_by_the_op_itself():
+    arguments = list(op_arguments(CASES[2]))
+    arguments[3] = [torch.tensor([0, 5], dtype=torch.int32), None]
+    with pytest.raises(RuntimeError, match=r"rows\[0\]: expected -1 to 1, got 5"):
+        torch.ops.lr_kernels.multi_source_attention_cpu(*arguments)
