@@ -1,0 +1,27 @@
+"""`python -m lr_kernels`: info and demo."""
+
+import argparse
+from pathlib import Path
+
+from . import info
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m lr_kernels", description="Multi-source attention for diffusion models")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="versions, instruction set, backends and why each is available or not")
+    demo = commands.add_parser("demo", help="Layout-and-Retouch on the embedded toy model: pictures and metrics")
+    demo.add_argument("--output", type=Path, default=Path("outputs/demo"), help="folder for the PNG and JSON")
+    demo.add_argument("--seeds", type=int, default=3, help="seeds per prompt (default 3)")
+    demo.add_argument("--backend", default="auto", help="auto, cpu, triton, cuda or reference (default auto)")
+    options = parser.parse_args()
+    if options.command == "info":
+        print(info.report())
+        return
+    from .demo import run  # needs diffusers, which info does not
+
+    run(options.output, seeds=options.seeds, backend=options.backend)
+
+
+if __name__ == "__main__":
+    main()
