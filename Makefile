@@ -3,6 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
+PUBLIC := $(addprefix lr_kernels/,$(addsuffix .py,__init__ attention backends checks info masks ops plan reference step_blend token_maps))
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*.h csrc/cpu/* bindings/*)
 
 .PHONY: demo test lint bench readme clean
@@ -23,7 +24,7 @@ readme: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(BIN)/python -m pip install -q "ruff==0.17.*" "mypy==2.*" "clang-format==23.*"
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(BIN)/mypy lr_kernels
+	$(BIN)/mypy --follow-imports=silent $(PUBLIC)
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'bindings/*')
 
 # The build runs in the environment that has torch, so that the extension is built against the torch it will meet.

@@ -1,7 +1,9 @@
-"""Self-attention of a retouch step: queries over their own, the context's and the reference's keys, against today's ways.
+"""Self-attention of a retouch step: queries over their own, the context's and the reference's keys, against today's
+ways.
 
-Shapes are the layers of SD1.5 at 512² and SDXL at 1024² (tokens x heads x head_dim); three sources of as many keys as there
-are queries, the reference shared by all rows. "67 % visible": half of the context's and of the reference's keys are hidden.
+Shapes are the layers of SD1.5 at 512² and SDXL at 1024² (tokens x heads x head_dim); three sources of as many keys as
+there are queries, the reference shared by all rows. "67 % visible": half of the context's and of the reference's keys
+are hidden.
 """
 
 from collections.abc import Callable

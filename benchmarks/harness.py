@@ -1,4 +1,4 @@
-"""How everything is measured: correctness first, then interleaved medians and peak memory, in one process on the same data."""
+"""How everything is measured: interleaved medians and peak memory, in one process on the same data."""
 
 import ctypes
 import platform

@@ -16,8 +16,8 @@ def attention_table() -> str:
         rows = list(csv.DictReader(file))
     found = {(r["layer"], r["dtype"], r["visible"], r["contender"]): r for r in rows}
     lines = [
-        "| layer (tokens × heads × head_dim) | dtype | vs cat + SDPA | 67 % visible: vs SDPA + mask | vs gather + SDPA | "
-        "extra memory vs cat + SDPA |",
+        "| layer (tokens × heads × head_dim) | dtype | vs cat + SDPA | 67 % visible: vs SDPA + mask "
+        "| vs gather + SDPA | extra memory vs cat + SDPA |",
         "|---|---|---|---|---|---|",
     ]
     for layer in LAYERS:
@@ -25,8 +25,9 @@ def attention_table() -> str:
             ours, cat = (found[layer, dtype, "100%", name] for name in ("lr_kernels", "cat + SDPA"))
             mask, gather = (found[layer, dtype, "67%", name] for name in ("SDPA + mask", "gather + SDPA"))
             lines.append(
-                f"| {ours['model']} ({ours['shape'].replace('x', ' × ')}) | {dtype} | {cat['ours_is_faster']}× | "
-                f"{mask['ours_is_faster']}× | {gather['ours_is_faster']}× | {ours['peak_mib']} / {cat['peak_mib']} MiB |"
+                f"| {ours['model']} ({ours['shape'].replace('x', ' × ')}) | {dtype} | {cat['ours_is_faster']}× "
+                f"| {mask['ours_is_faster']}× | {gather['ours_is_faster']}× "
+                f"| {ours['peak_mib']} / {cat['peak_mib']} MiB |"
             )
     m = rows[0]
     lines += ["", f"{m['device']}, {m['threads']} threads, torch {m['torch']}, commit {m['commit']}: "]

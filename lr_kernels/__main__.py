@@ -7,7 +7,9 @@ from . import info
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m lr_kernels", description="Multi-source attention for diffusion models")
+    parser = argparse.ArgumentParser(
+        prog="python -m lr_kernels", description="Multi-source attention for diffusion models"
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, instruction set, backends and why each is available or not")
     demo = commands.add_parser("demo", help="Layout-and-Retouch on the embedded toy model: pictures and metrics")

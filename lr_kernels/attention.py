@@ -1,4 +1,4 @@
-"""multi_source_attention: attention of one query over several sources of keys and values, without concatenating them."""
+"""multi_source_attention: attention of one query over several sources of keys and values, never concatenated."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -60,8 +60,8 @@ def multi_source_attention(
         out[b,i,h] = Σ_{s,j} P[b,i,h,s,j] · V_s[r_s(b), j, h],   P = softmax over visible (s, j) of
                      α_s·scale·⟨Q[b,i,h], K_s[r_s(b), j, h]⟩ + β_s + bias_s[j]
 
-    Key j of source s is visible to query (b, i) iff rows_s[b] >= 0, key_mask_s[j] and query_groups[b,i] & key_groups_s[j].
-    Nothing is concatenated, expanded or expressed as a dense mask: hidden keys cost nothing.
+    Key j of source s is visible to query (b, i) iff rows_s[b] >= 0, key_mask_s[j] and query_groups[b,i] &
+    key_groups_s[j]. Nothing is concatenated, expanded or expressed as a dense mask: hidden keys cost nothing.
 
     Args:
         query: (B, N, H, D), fp32, fp16 or bf16 (the reference backend also float64); D 1 to 256.
@@ -80,8 +80,8 @@ def multi_source_attention(
         ValueError, TypeError: an argument that does not fit, named with its source: `key[2]: expected …, got …`.
         NotImplementedError: the named backend lacks an argument of this call. RuntimeError: it is not available.
 
-    The retouch stage of Layout-and-Retouch (arXiv 2407.09779) is this operator with the layout and the reference image as
-    sources.
+    The retouch stage of Layout-and-Retouch (arXiv 2407.09779) is this operator with the layout and the reference image
+    as sources.
     """
     if torch.is_autocast_enabled(query.device.type):
         query, sources = _autocast(query, sources)
@@ -177,7 +177,7 @@ def _check(query: Tensor, sources: Sequence[Source], query_groups: Tensor | None
     """Shapes, dtypes and devices of every argument, in the order of the signature."""
     if query.dim() != 4:
         fail(_OP, "query", "shape (batch, tokens, heads, head_dim)", tuple(query.shape))
-    batch, tokens, heads, head_dim = query.shape
+    batch, tokens, _, head_dim = query.shape
     if not query.is_floating_point():
         fail(_OP, "query", "one of float32, float16, bfloat16, float64", query.dtype, error=TypeError)
     if not 1 <= head_dim <= MAX_HEAD_DIM:
@@ -198,22 +198,24 @@ def _check(query: Tensor, sources: Sequence[Source], query_groups: Tensor | None
 
 def _check_source(i: int, source: Source, query: Tensor) -> None:
     batch, _, heads, head_dim = query.shape
-    rows, keys = source.key.shape[:2]
     for name, x in (("key", source.key), ("value", source.value)):
-        if x.dim() != 4:
-            fail(_OP, f"{name}[{i}]", "shape (rows, keys, heads, head_dim)", tuple(x.shape))
-        if x.shape[3] != head_dim:
-            fail(_OP, f"{name}[{i}]", f"head_dim {head_dim}", x.shape[3])
-        if x.shape[2] != heads:
-            fail(_OP, f"{name}[{i}]", f"{heads} heads", x.shape[2])
+        shape = x.shape
+        if len(shape) != 4:
+            fail(_OP, f"{name}[{i}]", "shape (rows, keys, heads, head_dim)", tuple(shape))
+        if shape[3] != head_dim:
+            fail(_OP, f"{name}[{i}]", f"head_dim {head_dim}", shape[3])
+        if shape[2] != heads:
+            fail(_OP, f"{name}[{i}]", f"{heads} heads", shape[2])
         if x.dtype != query.dtype:
             fail(_OP, f"{name}[{i}]", str(query.dtype), x.dtype, "cast all tensors to one dtype", TypeError)
         if x.device != query.device:
             fail(_OP, f"{name}[{i}]", str(query.device), x.device)
-        if x.stride(3) != 1 and head_dim > 1:
+        if head_dim > 1 and x.stride(3) != 1:
             fail(_OP, f"{name}[{i}]", "a contiguous last dimension", f"stride {x.stride(3)}", "call .contiguous()")
-    if source.value.shape[0] != rows or (source.value_index is None and source.value.shape[1] != keys):
-        fail(_OP, f"value[{i}]", f"{rows} rows of {keys} keys as in key[{i}]", tuple(source.value.shape[:2]))
+    rows, keys = source.key.shape[:2]
+    value_rows, values = source.value.shape[:2]
+    if value_rows != rows or (source.value_index is None and values != keys):
+        fail(_OP, f"value[{i}]", f"{rows} rows of {keys} keys as in key[{i}]", (value_rows, values))
     if source.rows is None:
         if rows not in (1, batch):
             fail(_OP, f"rows[{i}]", f"a tensor, since key[{i}] has {rows} rows for a batch of {batch}", None)
@@ -225,17 +227,18 @@ def _check_source(i: int, source: Source, query: Tensor) -> None:
         if source.rows.device != query.device:
             fail(_OP, f"rows[{i}]", str(query.device), source.rows.device)
         if source.rows.device.type == "cpu" and batch > 0 and not torch.compiler.is_compiling():
-            low, high = torch.aminmax(source.rows)  # on a GPU, looking would synchronize: there a row beyond reads as -1
+            low, high = torch.aminmax(
+                source.rows
+            )  # on a GPU, looking would synchronize: there a row beyond reads as -1
             if low < -1 or high >= rows:
                 fail(_OP, f"rows[{i}]", f"-1 to {rows - 1}", f"{int(low)} to {int(high)}")
-    for name in ("key_mask", "key_groups", "key_bias"):
-        table = getattr(source, name)
+    tables = (("key_mask", source.key_mask), ("key_groups", source.key_groups), ("key_bias", source.key_bias))
+    for name, table in tables:
         if table is not None:
             _check_table(f"{name}[{i}]", table, query, rows, keys)
-    for name in ("logit_scale", "logit_bias"):
-        x = getattr(source, name)
-        if isinstance(x, Tensor) and tuple(x.shape) not in ((), (batch,), (batch, query.shape[2])):
-            fail(_OP, f"{name}[{i}]", f"a scalar, ({batch},) or ({batch}, {query.shape[2]})", tuple(x.shape))
+    for name, strength in (("logit_scale", source.logit_scale), ("logit_bias", source.logit_bias)):
+        if isinstance(strength, Tensor) and tuple(strength.shape) not in ((), (batch,), (batch, heads)):
+            fail(_OP, f"{name}[{i}]", f"a scalar, ({batch},) or ({batch}, {heads})", tuple(strength.shape))
 
 
 def _check_table(name: str, table: Tensor, query: Tensor, rows: int, columns: int) -> None:

@@ -2,7 +2,7 @@
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -46,7 +46,9 @@ def unavailable(backend: str, op: str, device_type: str | None = None) -> str | 
     return None
 
 
-def choose(op: str, backend: str, device: torch.device, dtype: torch.dtype, unsupported: dict[str, Sequence[str]]) -> str:
+def choose(
+    op: str, backend: str, device: torch.device, dtype: torch.dtype, unsupported: Mapping[str, Sequence[str]]
+) -> str:
     """Resolve `backend` for a call of `op`.
 
     Args:

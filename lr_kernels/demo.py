@@ -1,4 +1,4 @@
-"""Layout-and-Retouch on the embedded toy model: personalize, run every stage, write a comparison PNG and a JSON of metrics."""
+"""Layout-and-Retouch on the toy model: personalize, run every stage, write a comparison PNG and a JSON of metrics."""
 
 import json
 import time
@@ -146,4 +146,6 @@ def _print(report: dict, output: Path) -> None:
         table.add_row(name, *values, f"{metrics['seconds']:.1f}", style="bold" if name == "retouch" else None)
     console = Console(width=120)
     console.print(table)
-    console.print(f"personalization took {report['personalize_seconds']:.1f} s; pictures in {output / 'comparison.png'}")
+    console.print(
+        f"personalization took {report['personalize_seconds']:.1f} s; pictures in {output / 'comparison.png'}"
+    )

@@ -1,4 +1,4 @@
-"""What `python -m lr_kernels info` tells: versions, instruction set, and each backend with the reason where it cannot run."""
+"""What `python -m lr_kernels info` tells: versions, instruction set, each backend and why it cannot run."""
 
 import ctypes
 import importlib.metadata
@@ -26,7 +26,7 @@ def versions() -> dict[str, str]:
 
 
 def instruction_set() -> str | None:
-    """"avx512bf16", "avx512", "avx2" or "baseline": what the CPU kernels use here; None without the extension."""
+    """ "avx512bf16", "avx512", "avx2" or "baseline": what the CPU kernels use here; None without the extension."""
     if ops.extension_error is not None:
         return None
     library = ctypes.CDLL(str(Path(__file__).parent / "_C.so"))

@@ -24,7 +24,8 @@ SCHEMAS = {
     "Tensor query, Tensor key, Tensor value, Tensor token_indices, "  # (B, N, H, D), (B, M, H, D) x 2, int32 (B, T)
     "float scale, Tensor(a!) out, Tensor(b!) maps) -> ()",  # (B, N, H, D), fp32 (B, N, T)
     "subject_mask": "("
-    "Tensor maps, float? threshold, int smoothing, Tensor(a!) out) -> ()",  # fp32 (B, L, h, w), None: Otsu, bool (B, H, W)
+    "Tensor maps, float? threshold, int smoothing, "  # fp32 (B, L, h, w), None: Otsu
+    "Tensor(a!) out) -> ()",  # bool (B, H, W)
     "step_blend": "("
     "Tensor sample, Tensor[] predictions, "  # (B, C, h, w) each
     "Tensor coefficients, Tensor step, "  # fp32 (steps, B or 1, K + 4), int32 (1,)

@@ -45,7 +45,8 @@ def plan_attention(
         key_masks: one bool (R or 1, M) or None per source.
         key_groups: one uint8 (R or 1, M) or None per source; None: no source has groups.
         query_groups: uint8 (B or 1, N) or None.
-        query_classes: the bytes that occur in query_groups. Default: found by looking, which synchronizes with a GPU and
+        query_classes: the bytes that occur in query_groups. Default: found by looking, which synchronizes with a GPU
+        and
             cannot be traced by torch.compile; name them where that matters. A byte that is not named is an error,
             raised on the device.
 
@@ -74,7 +75,12 @@ def plan_attention(
     )
 
 
-def check_masks(op: str, key_masks, key_groups, query_groups: Tensor | None) -> None:
+def check_masks(
+    op: str,
+    key_masks: Sequence[Tensor | None],
+    key_groups: Sequence[Tensor | None],
+    query_groups: Tensor | None,
+) -> None:
     """The dtype and rank rules of masks and groups."""
     for i, (mask, groups) in enumerate(zip(key_masks, key_groups)):
         if mask is not None and mask.dtype != torch.bool:
@@ -98,17 +104,22 @@ def _order_queries(query_groups: Tensor, classes: Sequence[int]) -> tuple[Tensor
     values = torch.tensor(list(classes), dtype=torch.uint8, device=query_groups.device)
     member = query_groups[:, :, None] == values  # (B, N, C)
     if not torch.compiler.is_compiling():
-        torch._assert_async(member.any(-1).all(), "lr_kernels.plan_attention: query_classes: a byte of query_groups is missing")
+        torch._assert_async(
+            member.any(-1).all(), "lr_kernels.plan_attention: query_classes: a byte of query_groups is missing"
+        )
     order = member.int().argmax(-1).argsort(dim=1, stable=True)
     start = torch.nn.functional.pad(member.sum(1), (1, 0)).cumsum(1)
     return order.int(), start.int()
 
 
-def _visible_lists(mask: Tensor | None, groups: Tensor | None, classes: Sequence[int]) -> tuple[Tensor | None, Tensor | None]:
-    """key_index (C or 1, R or 1, M) and key_count (C or 1, R or 1) of one source; (None, None) where all keys are seen."""
+def _visible_lists(
+    mask: Tensor | None, groups: Tensor | None, classes: Sequence[int]
+) -> tuple[Tensor | None, Tensor | None]:
+    """key_index (C or 1, R or 1, M) and key_count (C or 1, R or 1) of one source; None where all keys are seen."""
     if mask is None and groups is None:
         return None, None
     if groups is None:
+        assert mask is not None
         visible = mask[None]
     else:
         bits = torch.tensor(list(classes), dtype=torch.uint8, device=groups.device)

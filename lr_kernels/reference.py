@@ -8,30 +8,34 @@ Sizes: B query rows, N queries, H heads, D head_dim; a source has R rows of M ke
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from .attention import Source
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _per_head(x, default: float, query: Tensor, dtype: torch.dtype) -> Tensor:
+def _per_head(x: float | Tensor | None, default: float, query: Tensor, dtype: torch.dtype) -> Tensor:
     """None, scalar, (B,) or (B, H) -> (B or 1, H or 1, 1, 1), to broadcast over scores (B, H, N, M)."""
     x = default if x is None else x
     x = torch.as_tensor(x, dtype=dtype, device=query.device)
     return x.reshape(tuple(x.shape) + (1,) * (4 - x.dim())) if x.dim() else x.reshape(1, 1, 1, 1)
 
 
-def _per_query(weight, query: Tensor, dtype: torch.dtype) -> Tensor:
+def _per_query(weight: float | Tensor, query: Tensor, dtype: torch.dtype) -> Tensor:
     """Scalar, (B,) or (B, N) -> broadcastable to out (B, N, H, D)."""
     w = torch.as_tensor(weight, dtype=dtype, device=query.device)
     return w.reshape(tuple(w.shape) + (1,) * (4 - w.dim())) if w.dim() else w
 
 
-def source_rows(source, batch: int) -> Tensor:
+def source_rows(source: "Source", batch: int) -> Tensor:
     """(B,) int64: the row of the source that each query row reads, -1 for none."""
     if source.rows is not None:
         return source.rows.long()
@@ -40,8 +44,8 @@ def source_rows(source, batch: int) -> Tensor:
     return torch.arange(batch, device=source.key.device)
 
 
-def visible_keys(query: Tensor, source, query_groups: Tensor | None) -> Tensor:
-    """(B, N, M) bool: key j is visible to query (b, i) iff rows[b] >= 0, key_mask[j] and query_groups & key_groups != 0."""
+def visible_keys(query: Tensor, source: "Source", query_groups: Tensor | None) -> Tensor:
+    """(B, N, M) bool: key j is visible to query (b, i) iff rows[b] >= 0, key_mask[j] and the groups share a bit."""
     batch, tokens, keys = query.shape[0], query.shape[1], source.key.shape[1]
     rows = source_rows(source, batch)
     visible = (rows >= 0)[:, None, None].expand(batch, tokens, keys)
@@ -59,7 +63,7 @@ def _row_of(table: Tensor, rows: Tensor) -> Tensor:
 
 def multi_source_attention(
     query: Tensor,
-    sources: Sequence,
+    sources: "Sequence[Source]",
     *,
     query_groups: Tensor | None = None,
     scale: float | None = None,
@@ -69,8 +73,8 @@ def multi_source_attention(
 
         P^g = softmax over the visible (s, j) of group g of  α_s·scale·⟨Q[b,i,h], K_s[r_s(b),j,h]⟩ + β_s + bias_s[j]
 
-    Shapes as in `lr_kernels.multi_source_attention`. An empty visible set gives out 0 and lse -inf. A NaN or Inf in a key
-    or value reaches only the queries that see it.
+    Shapes as in `lr_kernels.multi_source_attention`. An empty visible set gives out 0 and lse -inf. A NaN or Inf in a
+    key or value reaches only the queries that see it.
     """
     dtype = _compute_dtype(query.dtype)
     batch, tokens, heads, head_dim = query.shape
@@ -87,7 +91,9 @@ def multi_source_attention(
     return (out, lse_out) if return_lse else out
 
 
-def _joint_softmax(query: Tensor, sources: Sequence, query_groups: Tensor | None, scale: float, dtype: torch.dtype):
+def _joint_softmax(
+    query: Tensor, sources: "Sequence[Source]", query_groups: Tensor | None, scale: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """One softmax over all keys of `sources`: out (B, N, H, D) and lse (B, H, N)."""
     scores, values, visibles = [], [], []
     for source in sources:
@@ -160,10 +166,10 @@ def subject_mask(
 ) -> Tensor:
     """Foreground mask of a subject from its cross-attention maps.
 
-    maps (B, L, h, w): L layers or tokens. Layer mean -> min-max to [0, 1] -> bilinear resize to `size` (half-pixel centres)
-    -> mean over a square of side `smoothing` (odd, edges repeated) -> value > threshold. "otsu": the threshold that
-    maximizes the between-class variance of a 256-bin histogram of [0, 1]. Returns bool (B, *size). A constant map has no
-    foreground: all False.
+    maps (B, L, h, w): L layers or tokens. Layer mean -> min-max to [0, 1] -> bilinear resize to `size` (half-pixel
+    centres) -> mean over a square of side `smoothing` (odd, edges repeated) -> value > threshold. "otsu": the
+    threshold that maximizes the between-class variance of a 256-bin histogram of [0, 1]. Returns bool (B, *size). A
+    constant map has no foreground: all False.
     """
     dtype = _compute_dtype(maps.dtype)
     x = maps.to(dtype).mean(1)
@@ -174,15 +180,16 @@ def subject_mask(
     if smoothing > 1:
         half = smoothing // 2
         x = F.avg_pool2d(F.pad(x[:, None], (half,) * 4, mode="replicate"), smoothing, stride=1)[:, 0]
-    level = otsu_threshold(x) if threshold == "otsu" else x.new_full((len(x),), threshold)
+    level = otsu_threshold(x) if isinstance(threshold, str) else x.new_full((len(x),), threshold)
     return x > level[:, None, None]
 
 
 def otsu_threshold(x: Tensor) -> Tensor:
-    """(B, h, w) in [0, 1] -> (B,): upper edge of the histogram bin that maximizes between-class variance (the first one).
+    """(B, h, w) in [0, 1] -> (B,): upper edge of the histogram bin that maximizes between-class variance (the first
+    one).
 
-    Between-class variance of a split after bin k: (μ·n_k - s_k)² / (n_k · (n - n_k)) up to a constant, with n_k the count
-    and s_k the sum of bin indices of bins 0..k, μ = s/n. N. Otsu, IEEE Trans. SMC 9(1), 1979.
+    Between-class variance of a split after bin k: (μ·n_k - s_k)² / (n_k · (n - n_k)) up to a constant, with n_k the
+    count and s_k the sum of bin indices of bins 0..k, μ = s/n. N. Otsu, IEEE Trans. SMC 9(1), 1979.
     """
     bins = (x.flatten(1) * OTSU_BINS).long().clamp(0, OTSU_BINS - 1)
     counts = torch.zeros(len(x), OTSU_BINS, dtype=x.dtype, device=x.device)
@@ -210,9 +217,9 @@ def step_blend(
         next = a·sample + Σ_k w_k·prediction_k + σ·noise
         next = m·next + (1 - m)·(p·background + q·noise)          where a mask is given
 
-    sample, predictions (K <= 6), background, noise: (B, C, height, width). coefficients (steps, B or 1, K + 4) fp32: the
-    columns are w_0 … w_{K-1}, a, σ, p, q (see `lr_kernels.step_coefficients`). mask (B or 1, height, width) in [0, 1]. A
-    prediction with w_k = 0 is not read, so a NaN in it has no effect.
+    sample, predictions (K <= 6), background, noise: (B, C, height, width). coefficients (steps, B or 1, K + 4) fp32:
+    the columns are w_0 … w_{K-1}, a, σ, p, q (see `lr_kernels.step_coefficients`). mask (B or 1, height, width) in [0,
+    1]. A prediction with w_k = 0 is not read, so a NaN in it has no effect.
     """
     dtype = _compute_dtype(sample.dtype)
     c = coefficients[int(step)].to(dtype)[:, :, None, None, None]
@@ -222,6 +229,7 @@ def step_blend(
     for weight, x in terms if noise is None else [*terms, (c[:, count + 1], noise)]:
         result = result + torch.where(weight == 0, 0, weight * x.to(dtype))
     if mask is not None:
+        assert background is not None
         kept = c[:, count + 2] * background.to(dtype)
         if noise is not None:
             kept = kept + torch.where(c[:, count + 3] == 0, 0, c[:, count + 3] * noise.to(dtype))
@@ -231,19 +239,21 @@ def step_blend(
 
 
 def adain(x: Tensor, reference: Tensor, *, eps: float = 1e-5) -> Tensor:
-    """Give x (B, N, H, D) the token mean and standard deviation of reference (B or 1, M, H, D), per row, head and channel."""
+    """Give x (B, N, H, D) the token mean and deviation of reference (B or 1, M, H, D), per row, head and channel."""
     dtype = _compute_dtype(x.dtype)
     x_, r = x.to(dtype), reference.to(dtype)
     x_std, r_std = ((t.var(1, keepdim=True, unbiased=False) + eps).sqrt() for t in (x_, r))
     return ((x_ - x_.mean(1, keepdim=True)) / x_std * r_std + r.mean(1, keepdim=True)).to(x.dtype)
 
 
-def correspondence(target: Tensor, reference: Tensor, *, radius: float = 0.0, grid: tuple[int, int] | None = None):
+def correspondence(
+    target: Tensor, reference: Tensor, *, radius: float = 0.0, grid: tuple[int, int] | None = None
+) -> tuple[Tensor, Tensor]:
     """Two-way nearest neighbour in cosine distance.
 
-    target (B, N, C), reference (B or 1, M, C) -> index int64 (B, N): the reference token most like each target token, and
-    consistent bool (B, N): going back from it ends within `radius` grid cells of the start (grid: (rows, columns) of the
-    target; radius 0 asks for the very token).
+    target (B, N, C), reference (B or 1, M, C) -> index int64 (B, N): the reference token most like each target token,
+    and consistent bool (B, N): going back from it ends within `radius` grid cells of the start (grid: (rows, columns)
+    of the target; radius 0 asks for the very token).
     """
     dtype = _compute_dtype(target.dtype)
     similarity = F.normalize(target.to(dtype), dim=-1) @ F.normalize(reference.to(dtype), dim=-1).mT

@@ -1,5 +1,6 @@
-"""multi_source_attention on the reference and the CPU backend. The numbers in names are rows of the fault list in DESIGN.md."""
+"""multi_source_attention on the reference and the CPU backend. Numbers in names: the fault list of DESIGN.md."""
 
+import itertools
 import math
 import os
 import subprocess
@@ -26,7 +27,9 @@ def on(backend):
 
 
 def random_source(rows, keys, heads=2, head_dim=16, dtype=torch.float32):
-    return Source(torch.randn(rows, keys, heads, head_dim, dtype=dtype), torch.randn(rows, keys, heads, head_dim, dtype=dtype))
+    return Source(
+        torch.randn(rows, keys, heads, head_dim, dtype=dtype), torch.randn(rows, keys, heads, head_dim, dtype=dtype)
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -37,7 +40,7 @@ def test_01_matches_reference(case, dtype):
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512bf16"])
 def test_01_every_instruction_set(isa):
-    """LR_KERNELS_ISA is read once, so each runs in its own process; one this processor lacks falls to the best it has."""
+    """LR_KERNELS_ISA is read once, so each runs in its own process; one that is missing falls to the best there is."""
     code = (
         "import torch, lr_kernels as lr; from lr_kernels.testing import *\n"
         "run = lambda *a, **k: lr.multi_source_attention(*a, backend='cpu', **k)\n"
@@ -50,7 +53,9 @@ def test_01_every_instruction_set(isa):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_01_long_sequence_crosses_blocks_and_tiles(dtype):
-    case = AttentionCase("long", batch=1, queries=1100, heads=1, head_dim=40, keys=(1000, 700), rows=(None, 1), visible=0.6)
+    case = AttentionCase(
+        "long", batch=1, queries=1100, heads=1, head_dim=40, keys=(1000, 700), rows=(None, 1), visible=0.6
+    )
     check_attention(on("cpu"), attention_inputs(case, dtype))
 
 
@@ -74,7 +79,12 @@ def test_04_strides(data):
         if kind == "heads-first":
             return torch.randn(rows, heads, tokens, head_dim).to(dtype).transpose(1, 2)
         if kind == "fused":
-            return torch.randn(rows, tokens, 3 * heads * head_dim).to(dtype).chunk(3, -1)[1].unflatten(-1, (heads, head_dim))
+            return (
+                torch.randn(rows, tokens, 3 * heads * head_dim)
+                .to(dtype)
+                .chunk(3, -1)[1]
+                .unflatten(-1, (heads, head_dim))
+            )
         if kind == "sliced":
             return torch.randn(rows * 2, tokens * 3, heads + 1, head_dim + 2).to(dtype)[::2, 1::3, 1:, 1:-1]
         if kind == "expanded":
@@ -85,7 +95,9 @@ def test_04_strides(data):
     query, key, value = view(), view(), view()
     out = multi_source_attention(query, [Source(key, value)], backend="cpu")
     compact = multi_source_attention(
-        query.clone(memory_format=torch.contiguous_format), [Source(key.contiguous(), value.contiguous())], backend="cpu"
+        query.clone(memory_format=torch.contiguous_format),
+        [Source(key.contiguous(), value.contiguous())],
+        backend="cpu",
     )
     assert torch.equal(out, compact)
 
@@ -132,7 +144,9 @@ def test_10_query_that_sees_nothing(backend):
     out, lse = on(backend)(query, [only_1], query_groups=groups, return_lse=True)
     blind = groups[0] != 1
     assert (out[:, blind] == 0).all() and (lse[:, blind] == -math.inf).all()
-    assert_matches(out[:, ~blind], out[:, ~blind], reference.multi_source_attention(query, [source]).double()[:, ~blind])
+    assert_matches(
+        out[:, ~blind], out[:, ~blind], reference.multi_source_attention(query, [source]).double()[:, ~blind]
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -222,7 +236,7 @@ def test_32_splitting_and_merging_sources(cuts, seed, masked):
         Source(
             whole.key[:, a:b], whole.value[:, a:b], key_mask=None if whole.key_mask is None else whole.key_mask[:, a:b]
         )
-        for a, b in zip(edges, edges[1:])
+        for a, b in itertools.pairwise(edges)
     ]
     exact = inputs.to(torch.float64)
     truth = reference.multi_source_attention(exact.query, exact.sources)
@@ -244,11 +258,17 @@ def test_32_permuting_sources():
 
 
 def test_plan_is_reused_and_bound_to_its_masks():
-    inputs = attention_inputs(AttentionCase("planned", visible=0.5, groups=2, keys=(70, 45), rows=(None, 1)), torch.float32)
-    plan = plan_attention([s.key_mask for s in inputs.sources], [s.key_groups for s in inputs.sources], inputs.query_groups)
+    inputs = attention_inputs(
+        AttentionCase("planned", visible=0.5, groups=2, keys=(70, 45), rows=(None, 1)), torch.float32
+    )
+    plan = plan_attention(
+        [s.key_mask for s in inputs.sources], [s.key_groups for s in inputs.sources], inputs.query_groups
+    )
     expected = on("cpu")(inputs.query, inputs.sources, query_groups=inputs.query_groups)
     for _ in range(2):
-        assert torch.equal(on("cpu")(inputs.query, inputs.sources, query_groups=inputs.query_groups, plan=plan), expected)
+        assert torch.equal(
+            on("cpu")(inputs.query, inputs.sources, query_groups=inputs.query_groups, plan=plan), expected
+        )
     other = [s._replace(key_mask=s.key_mask.clone()) for s in inputs.sources]
     with pytest.raises(ValueError, match=r"plan: expected a plan built from key_mask\[0\]"):
         multi_source_attention(inputs.query, other, query_groups=inputs.query_groups, plan=plan)
@@ -286,7 +306,9 @@ def test_gradients_come_from_a_backend_that_has_them():
     source = Source(*(torch.randn(1, 7, 2, 16, dtype=torch.float64, requires_grad=True) for _ in range(2)))
     assert torch.autograd.gradcheck(lambda q, k, v: multi_source_attention(q, [Source(k, v)]), (query, *source[:2]))
     small = query.detach().float().requires_grad_()
-    with pytest.raises(NotImplementedError, match="gradients: not supported by backend 'cpu'; supported by 'reference'"):
+    with pytest.raises(
+        NotImplementedError, match="gradients: not supported by backend 'cpu'; supported by 'reference'"
+    ):
         multi_source_attention(small, [random_source(1, 7)], backend="cpu")
 
 

@@ -1,4 +1,4 @@
-"""Bad input gets an error that names the argument, what was expected and what came. Numbers are rows of the fault list."""
+"""Bad input gets an error that names the argument, what was expected and what came. Numbers: the fault list."""
 
 import pytest
 import torch
@@ -50,9 +50,17 @@ def test_07_message_form():
         (dict(rows=torch.tensor([0, 2])), ValueError, r"rows\[1\]: expected -1 to 1, got 0 to 2"),
         (dict(rows=torch.tensor([-2, 0])), ValueError, r"rows\[1\]: expected -1 to 1, got -2 to 0"),
         (dict(key_mask=torch.ones(2, 7)), TypeError, r"key_mask\[1\]: expected torch.bool, got torch.float32"),
-        (dict(key_mask=torch.ones(2, 8).bool()), ValueError, r"key_mask\[1\]: expected shape \(2 or 1, 7\), got \(2, 8\)"),
+        (
+            dict(key_mask=torch.ones(2, 8).bool()),
+            ValueError,
+            r"key_mask\[1\]: expected shape \(2 or 1, 7\), got \(2, 8\)",
+        ),
         (dict(key_mask=torch.ones(7).bool()), ValueError, r"key_mask\[1\]: expected shape"),
-        (dict(key_groups=torch.ones(1, 7).byte()), ValueError, r"query_groups: expected a tensor, since key_groups\[1\]"),
+        (
+            dict(key_groups=torch.ones(1, 7).byte()),
+            ValueError,
+            r"query_groups: expected a tensor, since key_groups\[1\]",
+        ),
         (dict(key_bias=torch.ones(3, 7)), ValueError, r"key_bias\[1\]: expected shape \(2 or 1, 7\), got \(3, 7\)"),
         (dict(logit_scale=torch.ones(3)), ValueError, r"logit_scale\[1\]: expected a scalar, \(2,\) or \(2, 2\), got"),
     ],
@@ -67,7 +75,9 @@ def test_07_tables_of_a_source(change, error, message):
 
 def test_07_query_and_groups():
     query, sources = good()
-    with pytest.raises(ValueError, match=OP + r"query: expected shape \(batch, tokens, heads, head_dim\), got \(5, 32\)"):
+    with pytest.raises(
+        ValueError, match=OP + r"query: expected shape \(batch, tokens, heads, head_dim\), got \(5, 32\)"
+    ):
         multi_source_attention(torch.randn(5, 32), sources)
     with pytest.raises(ValueError, match=OP + "sources: expected 1 to 16, got 0"):
         multi_source_attention(query, [])
@@ -78,7 +88,9 @@ def test_07_query_and_groups():
     with pytest.raises(ValueError, match=OP + r"query_groups: expected shape \(2 or 1, 5\), got \(2, 6\)"):
         multi_source_attention(query, sources, query_groups=torch.ones(2, 6, dtype=torch.uint8))
     wide = Source(torch.randn(3, 7, 2, 16), torch.randn(3, 7, 2, 16))
-    with pytest.raises(ValueError, match=OP + r"rows\[0\]: expected a tensor, since key\[0\] has 3 rows for a batch of 2"):
+    with pytest.raises(
+        ValueError, match=OP + r"rows\[0\]: expected a tensor, since key\[0\] has 3 rows for a batch of 2"
+    ):
         multi_source_attention(query, [wide])
 
 
@@ -102,7 +114,9 @@ def test_07_plan_and_merge():
 def test_16_unsupported_argument_names_itself_and_who_supports_it(backend, change, name):
     query, sources = good()
     sources[1] = sources[1]._replace(**change)
-    with pytest.raises(NotImplementedError, match=OP + f"{name}: not supported by backend '{backend}'; supported by 'reference'"):
+    with pytest.raises(
+        NotImplementedError, match=OP + f"{name}: not supported by backend '{backend}'; supported by 'reference'"
+    ):
         multi_source_attention(query, sources, backend=backend)
 
 

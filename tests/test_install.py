@@ -30,7 +30,9 @@ def run_python(code: str, cwd: Path | None = None) -> subprocess.CompletedProces
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=cwd)
 
 
-@pytest.mark.parametrize("blocked", [("triton",), ("diffusers", "transformers"), ("triton", "diffusers", "rich", "PIL")])
+@pytest.mark.parametrize(
+    "blocked", [("triton",), ("diffusers", "transformers"), ("triton", "diffusers", "rich", "PIL")]
+)
 def test_42_imports_and_computes_without(blocked):
     code = BLOCKED.format(blocked=blocked) + (
         "import torch, lr_kernels as lr\n"
@@ -67,7 +69,9 @@ USE = (
 
 def test_42_without_a_compiler_the_reference_serves_and_one_warning_tells(copied_package):
     printed = run_python(USE, copied_package).stdout
-    assert printed.startswith("1 lr_kernels: no compiled CPU kernels: the package was installed without its C++ extension")
+    assert printed.startswith(
+        "1 lr_kernels: no compiled CPU kernels: the package was installed without its C++ extension"
+    )
     assert "backend: 'cpu' cannot run: the package was installed without its C++ extension" in printed
 
 
@@ -76,7 +80,11 @@ def test_43_extension_built_for_another_torch_names_both_versions(copied_package
     (target / "_C.so").write_bytes(b"")
     (target / "_build.json").write_text(json.dumps({"torch": "99.1.0", "torch_minimum": "99.0"}))
     printed = run_python(USE, copied_package).stdout
-    assert printed.startswith("1 ") and "built with torch 99.1.0" in printed and f"running torch {torch.__version__}" in printed
+    assert (
+        printed.startswith("1 ")
+        and "built with torch 99.1.0" in printed
+        and f"running torch {torch.__version__}" in printed
+    )
 
 
 def test_43_broken_library_is_reported_with_its_cause(tmp_path):
