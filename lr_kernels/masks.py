@@ -34,7 +34,7 @@ def subject_mask(
         bool (B, H, W). A row whose mean is constant or not finite has no foreground: all False. Not differentiable.
 
     Raises:
-        ValueError: a shape, size, threshold or smoothing that does not fit. TypeError: maps that are not floating point.
+        ValueError: a shape, size, threshold or smoothing that does not fit. TypeError: a dtype that does not fit.
         RuntimeError: the named backend is not available.
     """
     height, width = _check(maps, size, threshold, smoothing)

@@ -121,8 +121,8 @@ def step_coefficients(
         eta: η in [0, 1]; above 0 the call of step_blend needs noise.
         blend_weights: (steps,) w in [0, 1], see `blend_schedule`. None: predictions are (uncond, cond). Given: (vanilla
             uncond, vanilla cond, personal uncond, personal cond); at w = 0 and 1 the other model is not read.
-        keep_background: what the background of step_blend holds. "latents": latents of the next step's noise level, copied
-            (p = 1, q = 0). "clean": clean latents, noised here to that level (p = √ᾱ', q = √(1 - ᾱ')).
+        keep_background: what the background of step_blend holds. "latents": latents of the next step's noise level,
+            copied (p = 1, q = 0). "clean": clean latents, noised here to that level (p = √ᾱ', q = √(1 - ᾱ')).
 
     Returns:
         fp32 (steps, 1, K + 4), K = 2 or 4, on the CPU, computed in float64.
@@ -158,8 +158,8 @@ def step_coefficients(
         if not ((w >= 0) & (w <= 1)).all():
             fail(op, "blend_weights", "numbers in [0, 1]", w.tolist())
         columns = [(1 - w) * x for x in columns] + [w * x for x in columns]
-    keep = (after.sqrt(), (1 - after).sqrt()) if keep_background == "clean" else (torch.ones_like(a), torch.zeros_like(a))
-    return torch.stack([*columns, a, sigma, *keep], dim=1)[:, None].float()
+    level = after if keep_background == "clean" else torch.ones_like(after)
+    return torch.stack([*columns, a, sigma, level.sqrt(), (1 - level).sqrt()], dim=1)[:, None].float()
 
 
 def blend_schedule(kind: str, steps: int, layout_steps: int, *, ramp_steps: int | None = None) -> Tensor:
@@ -173,7 +173,8 @@ def blend_schedule(kind: str, steps: int, layout_steps: int, *, ramp_steps: int 
     Args:
         kind: "hard", "linear" or "cosine".
         steps: number of denoising steps. layout_steps: 0 to steps; how many use the vanilla model alone.
-        ramp_steps: how many steps after those lie strictly between 0 and 1. Default: as many as layout_steps, within steps.
+        ramp_steps: how many steps after those lie strictly between 0 and 1. Default: as many as layout_steps, at most
+            the rest.
 
     Returns:
         fp32 (steps,) in [0, 1], for `step_coefficients(blend_weights=…)`.
@@ -200,7 +201,13 @@ def blend_schedule(kind: str, steps: int, layout_steps: int, *, ramp_steps: int 
     return (ramp if kind != "cosine" else (1 - (math.pi * ramp).cos()) / 2).float()
 
 
-def _noise_levels(op: str, alphas_cumprod, timesteps, final_alpha_cumprod, prediction_type: str) -> tuple[Tensor, Tensor]:
+def _noise_levels(
+    op: str,
+    alphas_cumprod: Tensor | Sequence[float],
+    timesteps: Tensor | Sequence[int],
+    final_alpha_cumprod: float | Tensor,
+    prediction_type: str,
+) -> tuple[Tensor, Tensor]:
     """float64 (steps,) each: ᾱ of every timestep and of the one after it."""
     alphas = torch.as_tensor(alphas_cumprod, dtype=torch.float64).cpu()
     if alphas.dim() != 1:
@@ -224,7 +231,7 @@ def _noise_levels(op: str, alphas_cumprod, timesteps, final_alpha_cumprod, predi
     return now, after
 
 
-def _per_step(op: str, name: str, x, steps: int) -> Tensor:
+def _per_step(op: str, name: str, x: float | Sequence[float] | Tensor, steps: int) -> Tensor:
     """A number or one per step -> float64 (steps,)."""
     x = torch.as_tensor(x, dtype=torch.float64).cpu()
     if tuple(x.shape) not in ((), (steps,)):
@@ -266,7 +273,15 @@ def _checked_step(step: int | Tensor, coefficients: Tensor) -> int | Tensor:
     return step
 
 
-def _check(sample, predictions, coefficients, mask, background, noise, out) -> None:
+def _check(
+    sample: Tensor,
+    predictions: Sequence[Tensor],
+    coefficients: Tensor,
+    mask: Tensor | None,
+    background: Tensor | None,
+    noise: Tensor | None,
+    out: Tensor | None,
+) -> None:
     """Shapes, dtypes and devices of every argument, in the order of the signature."""
     shape, dtype, device = sample.shape, sample.dtype, sample.device
     if len(shape) != 4:

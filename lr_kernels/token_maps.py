@@ -38,8 +38,8 @@ def attention_with_token_maps(
 
     Raises:
         ValueError: a shape, device, stride or token index that does not fit. TypeError: a dtype that does not fit.
-        RuntimeError: the named backend is not available. NotImplementedError: a named kernel backend where a gradient is
-        required. Token indices on a GPU are not checked; in a compiled graph the CPU kernel raises RuntimeError.
+        RuntimeError: the named backend is not available. NotImplementedError: a named kernel backend where a gradient
+        is required. Token indices on a GPU are not checked; in a compiled graph the CPU kernel raises RuntimeError.
 
     The maps are the input of `subject_mask`, which gives the foreground of adaptive mask blending in Layout-and-Retouch
     (arXiv 2407.09779); cross-attention maps as a place of words: A. Hertz et al., arXiv 2208.01626.

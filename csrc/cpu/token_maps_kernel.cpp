@@ -2,7 +2,6 @@
 // softmax over the few text tokens needs no sum across lanes.
 #include <algorithm>
 #include <cstdlib>
-#include <memory>
 #include <new>
 
 #include "cpu/simd_convert.h"
@@ -18,20 +17,27 @@ constexpr int kTile = kLanes == 16 ? 8 : 4;  // keys or channels whose sums stay
 constexpr float kLog2E = 1.44269504088896340736f;
 static_assert(kSlice % kQueries == 0);
 
-struct Scratch {
-  explicit Scratch(int64_t floats) : data(static_cast<float*>(std::aligned_alloc(64, (floats * 4 + 63) / 64 * 64))) {
-    if (!data) throw std::bad_alloc();
+// Parts of one allocation, each aligned to 64 bytes.
+class Scratch {
+ public:
+  static int64_t padded(int64_t floats) { return (floats + 15) / 16 * 16; }
+
+  explicit Scratch(int64_t padded_floats) : data_(static_cast<float*>(std::aligned_alloc(64, padded_floats * 4))) {
+    if (!data_) throw std::bad_alloc();
   }
-  float* take(int64_t floats) {  // a multiple of 16 floats, so that every part is aligned
-    float* part = data.get() + used;
-    used += (floats + 15) / 16 * 16;
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() { std::free(data_); }
+
+  float* take(int64_t floats) {
+    float* part = data_ + used_;
+    used_ += padded(floats);
     return part;
   }
-  struct Free {
-    void operator()(float* p) const { std::free(p); }
-  };
-  std::unique_ptr<float, Free> data;
-  int64_t used = 0;
+
+ private:
+  float* data_;
+  int64_t used_ = 0;
 };
 
 // Swaps rows and columns of a square of kLanes rows in registers.
@@ -116,9 +122,32 @@ Rows float_rows(const T* x, int64_t stride, int64_t m, int64_t d, float* copy) {
   return {copy, d};
 }
 
-// scores [kKeys, kQueries] = factor * K Q^T for kKeys keys; `most` is the running maximum.
+// 2^x for x <= 0 to 8e-8: the maps are fp32 results themselves, so exp2 of simd.h (2e-7) is not enough. NaN stays NaN.
+LR_INLINE Vec exp2_fp32(Vec x) {
+#if defined(__AVX512F__)
+  const Vec f = _mm512_reduce_ps(x, 0), n = x - f;  // x - round(x), which is 0 for -Inf
+#else
+  const VecInt underflow = x < set1(-126.0f);
+  x = max(set1(-126.0f), x);
+  const Vec rounded = x + 12582912.0f;  // 1.5 * 2^23: the integer part lands in the low bits
+  const Vec f = x - (rounded - 12582912.0f);
+#endif
+  Vec p = f * 0.0001534581242594868f + 0.0013399930903688073f;
+  p = p * f + 0.009618489071726799f;
+  p = p * f + 0.05550328642129898f;
+  p = p * f + 0.24022646248340607f;
+  p = p * f + 0.6931471824645996f;
+  p = p * f + 1.0f;
+#if defined(__AVX512F__)
+  return _mm512_scalef_ps(p, n);
+#else
+  return (Vec)(((VecInt)p + ((VecInt)rounded << 23)) & ~underflow);
+#endif
+}
+
+// scores [kKeys, kQueries] = sign * K Q^T for kKeys keys; `most` is the running maximum.
 template <int kKeys>
-LR_INLINE void score_tile(const float* key, int64_t stride, const float* query, int64_t d, float factor, float* scores,
+LR_INLINE void score_tile(const float* key, int64_t stride, const float* query, int64_t d, float sign, float* scores,
                           Vec (&most)[2]) {
   Vec sum[kKeys][2];
 #pragma GCC unroll 8
@@ -137,18 +166,18 @@ LR_INLINE void score_tile(const float* key, int64_t stride, const float* query, 
   for (int j = 0; j < kKeys; ++j)
 #pragma GCC unroll 2
     for (int v = 0; v < 2; ++v) {
-      const Vec s = sum[j][v] * factor;
+      const Vec s = sum[j][v] * sign;
       store(scores + j * kQueries + v * kLanes, s);
       most[v] = max(s, most[v]);
     }
 }
 
 template <int kKeys>
-LR_INLINE void score_keys(const Rows& key, int64_t m, const float* query, int64_t d, float factor, float* scores,
+LR_INLINE void score_keys(const Rows& key, int64_t m, const float* query, int64_t d, float sign, float* scores,
                           Vec (&most)[2], int64_t j = 0) {
   for (; j + kKeys <= m; j += kKeys)
-    score_tile<kKeys>(key.data + j * key.stride, key.stride, query, d, factor, scores + j * kQueries, most);
-  if constexpr (kKeys > 1) score_keys<kKeys / 2>(key, m, query, d, factor, scores, most, j);
+    score_tile<kKeys>(key.data + j * key.stride, key.stride, query, d, sign, scores + j * kQueries, most);
+  if constexpr (kKeys > 1) score_keys<kKeys / 2>(key, m, query, d, sign, scores, most, j);
 }
 
 // out [kChannels, kQueries] (+)= V^T P over the keys of one block.
@@ -184,8 +213,9 @@ LR_INLINE void value_channels(const float* value, int64_t stride, const float* p
   if constexpr (kChannels > 1) value_channels<kChannels / 2>(value, stride, p, keys, first, d, out, i);
 }
 
-// Scores [m, kQueries] (base 2) -> exponentials, in place; returns 1 / sum in `inverse`.
-void exponentials(float* scores, int64_t m, const Vec (&most)[2], Vec (&inverse)[2]) {
+// Scores [m, kQueries] -> 2^(factor * (score - most)), in place; returns 1 / sum in `inverse`. The difference comes
+// first: its rounding is relative to the difference, not to the score.
+void exponentials(float* scores, int64_t m, float factor, const Vec (&most)[2], Vec (&inverse)[2]) {
   Vec total[2] = {};
   for (int64_t start = 0; start < m; start += kKeyBlock) {
     Vec part[2] = {};
@@ -193,7 +223,7 @@ void exponentials(float* scores, int64_t m, const Vec (&most)[2], Vec (&inverse)
 #pragma GCC unroll 2
       for (int v = 0; v < 2; ++v) {
         float* s = scores + j * kQueries + v * kLanes;
-        const Vec e = exp2<5>(load(s) - most[v]);
+        const Vec e = exp2_fp32((load(s) - most[v]) * factor);
         store(s, e);
         part[v] += e;
       }
@@ -204,22 +234,28 @@ void exponentials(float* scores, int64_t m, const Vec (&most)[2], Vec (&inverse)
 
 struct Buffers {
   Scratch scratch;
-  float *key, *value, *query, *scores, *out, *maps;
+  float* key;     // [m, d], for 16-bit dtypes
+  float* value;   // [m, d], for 16-bit dtypes
+  float* query;   // [d, kQueries]
+  float* scores;  // [m, kQueries]
+  float* out;     // [d, kQueries]
+  float* maps;    // [block, t, kQueries]
 
-  Buffers(const TokenMapsParams& p, bool convert)
-      : scratch((convert ? 2 * p.m * p.d + 32 : 0) + kQueries * (p.m + 2 * p.d) + kSlice * p.t) {
-    key = convert ? scratch.take(p.m * p.d) : nullptr;    // [m, d]
-    value = convert ? scratch.take(p.m * p.d) : nullptr;  // [m, d]
-    query = scratch.take(kQueries * p.d);                 // [d, kQueries]
-    scores = scratch.take(kQueries * p.m);                // [m, kQueries]
-    out = scratch.take(kQueries * p.d);                   // [d, kQueries]
-    maps = scratch.take(kSlice * p.t);                    // [block, t, kQueries]
-  }
+  Buffers(const TokenMapsParams& p, int64_t converted)
+      : scratch(2 * Scratch::padded(converted) + 2 * Scratch::padded(kQueries * p.d) + Scratch::padded(kQueries * p.m) +
+                Scratch::padded(kSlice * p.t)),
+        key(scratch.take(converted)),
+        value(scratch.take(converted)),
+        query(scratch.take(kQueries * p.d)),
+        scores(scratch.take(kQueries * p.m)),
+        out(scratch.take(kQueries * p.d)),
+        maps(scratch.take(kSlice * p.t)) {}
 };
 
 template <class T>
 void attend(const TokenMapsParams& p, Buffers& buffer, int64_t b, int64_t first, int64_t count) {
-  const float factor = p.scale * kLog2E, share = 1.0f / static_cast<float>(p.h);
+  const float factor = std::fabs(p.scale) * kLog2E, sign = p.scale < 0 ? -1.0f : 1.0f;
+  const float share = 1.0f / static_cast<float>(p.h);
   const int32_t* chosen = p.token_indices + b * p.token_stride;
   std::fill(buffer.maps, buffer.maps + kSlice * p.t, 0.0f);
   for (int64_t h = 0; h < p.h; ++h) {
@@ -234,8 +270,8 @@ void attend(const TokenMapsParams& p, Buffers& buffer, int64_t b, int64_t first,
                      buffer.query);
 
       Vec most[2] = {set1(-INFINITY), set1(-INFINITY)}, inverse[2];
-      score_keys<kTile>(key, p.m, buffer.query, p.d, factor, buffer.scores, most);
-      exponentials(buffer.scores, p.m, most, inverse);
+      score_keys<kTile>(key, p.m, buffer.query, p.d, sign, buffer.scores, most);
+      exponentials(buffer.scores, p.m, factor, most, inverse);
 
       for (int64_t t = 0; t < p.t; ++t)
         for (int v = 0; v < 2; ++v) {
@@ -280,7 +316,7 @@ template <class T>
 void run_items(void* context, int64_t worker) {
   const auto& [p, slices, workers] = *static_cast<const Work*>(context);
   const int64_t items = p.b * slices;
-  Buffers buffer(p, sizeof(T) < sizeof(float));
+  Buffers buffer(p, sizeof(T) < sizeof(float) ? p.m * p.d : 0);
   for (int64_t item = items * worker / workers; item < items * (worker + 1) / workers; ++item) {
     const int64_t first = item % slices * kSlice;
     attend<T>(p, buffer, item / slices, first, std::min(kSlice, p.n - first));

@@ -1,0 +1,162 @@
+"""subject_mask: the kernel against the float64 reference, known masks, and the error rows."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lr_kernels import reference
+from lr_kernels.masks import subject_mask
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CASES = {
+    "plain": {"shape": (2, 5, 16, 16)},
+    "upsampled-smoothed": {"shape": (3, 4, 16, 16), "size": (64, 64), "smoothing": 3},
+    "downsampled": {"shape": (2, 2, 33, 20), "size": (7, 12)},
+    "fixed-threshold": {"shape": (2, 3, 20, 30), "threshold": 0.3, "smoothing": 5},
+    "threshold-0": {"shape": (1, 1, 9, 9), "threshold": 0},
+    "threshold-1": {"shape": (1, 1, 9, 9), "threshold": 1.0},
+    "filter-wider-than-the-map": {"shape": (1, 2, 3, 5), "smoothing": 9},
+    "one-row": {"shape": (2, 1, 1, 40), "size": (1, 64)},
+    "one-pixel": {"shape": (2, 2, 1, 1)},
+    "one-pixel-resized": {"shape": (1, 2, 1, 1), "size": (4, 4)},
+    "to-one-pixel": {"shape": (1, 2, 6, 6), "size": (1, 1), "threshold": 0.4},
+}
+
+
+def blobs(shape, seed=0):
+    """Noise with a bright square, in a slice of a wider tensor."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.rand(shape[0], shape[1], 2, *shape[2:], generator=g)[:, :, 1]
+    x[..., shape[2] // 4 : shape[2] // 2, shape[3] // 4 : shape[3] // 2] += 1.5
+    return x
+
+
+def check(maps, **keywords):
+    """In double, the kernel has the oracle's very pixels."""
+    out = subject_mask(maps, **keywords, backend="cpu")
+    assert out.dtype == torch.bool
+    assert torch.equal(out, reference.subject_mask(maps.double(), **keywords))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_matches_reference(case, dtype):
+    keywords = dict(CASES[case])
+    check(blobs(keywords.pop("shape")).to(dtype), **keywords)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    shape=st.tuples(st.integers(0, 3), st.integers(1, 4), st.integers(1, 24), st.integers(1, 24)),
+    size=st.none() | st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    threshold=st.just("otsu") | st.floats(0, 1),
+    smoothing=st.sampled_from([1, 3, 5]),
+    seed=st.integers(0, 2**31),
+)
+def test_any_shape(shape, size, threshold, smoothing, seed):
+    check(blobs(shape, seed), size=size, threshold=threshold, smoothing=smoothing)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_bright_square_is_found(backend):
+    maps = torch.zeros(1, 3, 16, 16)
+    maps[:, :, 4:12, 6:10] = torch.tensor([1.0, 0.5, 2.0]).view(1, 3, 1, 1)
+    mask = subject_mask(maps, backend=backend)
+    assert torch.equal(mask[0], maps[0, 0] > 0)
+    large = subject_mask(maps, size=(32, 32), threshold=0.5, backend=backend)
+    assert torch.equal(large[0], (maps[0, 0] > 0).repeat_interleave(2, 0).repeat_interleave(2, 1))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_lone_pixel_is_smoothed_away(backend):
+    maps = torch.zeros(1, 1, 9, 9)
+    maps[0, 0, 4, 4] = 1
+    assert subject_mask(maps, threshold=0.5, backend=backend).sum() == 1
+    assert subject_mask(maps, threshold=0.5, smoothing=3, backend=backend).sum() == 0
+
+
+@pytest.mark.parametrize("threshold", ["otsu", 0.0, 0.5])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("value", [0.0, 1.0, -3.0])
+def test_a_constant_map_has_no_foreground(value, backend, threshold):
+    maps = torch.full((2, 3, 8, 8), value)
+    assert not subject_mask(maps, size=(16, 16), threshold=threshold, smoothing=3, backend=backend).any()
+
+
+@pytest.mark.parametrize("threshold", ["otsu", 0.0, 0.5])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_row12_a_row_that_is_not_finite_has_no_foreground(value, backend, threshold):
+    maps = blobs((3, 2, 12, 12))
+    expected = subject_mask(maps, threshold=threshold, backend=backend)
+    maps[1, 0, 5, 5] = value
+    mask = subject_mask(maps, threshold=threshold, backend=backend)
+    assert not mask[1].any() and torch.equal(mask[0], expected[0]) and torch.equal(mask[2], expected[2])
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_row9_empty_batch(backend):
+    assert subject_mask(torch.zeros(0, 2, 8, 8), size=(4, 4), backend=backend).shape == (0, 4, 4)
+
+
+def test_row31_permuting_the_batch_permutes_the_masks():
+    maps, order = blobs((4, 3, 16, 16)), torch.tensor([2, 3, 1, 0])
+    keywords = {"size": (24, 24), "smoothing": 3, "backend": "cpu"}
+    assert torch.equal(subject_mask(maps[order], **keywords), subject_mask(maps, **keywords)[order])
+
+
+def test_gradients_stop_at_the_mask():
+    maps = blobs((1, 2, 8, 8)).requires_grad_()
+    assert not subject_mask(maps).requires_grad and not subject_mask(maps, backend="reference").requires_grad
+
+
+@pytest.mark.parametrize("threshold", [None, 0.4])
+def test_row26_opcheck(threshold):
+    out = torch.ones(2, 12, 12, dtype=torch.bool)
+    maps = blobs((2, 3, 8, 8)).contiguous()
+    torch.library.opcheck(torch.ops.lr_kernels.subject_mask_cpu.default, (maps, threshold, 3, out))
+
+
+def test_the_op_writes_every_element():
+    maps = blobs((2, 3, 8, 8)).contiguous()
+    results = []
+    for poison in (False, True):
+        results.append(torch.full((2, 12, 12), poison))
+        torch.ops.lr_kernels.subject_mask_cpu(maps, None, 3, results[-1])
+    assert torch.equal(*results)
+
+
+def test_row29_compiles_without_breaks_or_recompiles():
+    compiled = torch.compile(subject_mask, fullgraph=True, backend="aot_eager")
+    keywords = {"size": (24, 24), "smoothing": 3}
+    compiled(blobs((2, 3, 16, 16)), **keywords)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        maps = blobs((2, 3, 16, 16), seed=1)
+        assert torch.equal(compiled(maps, **keywords), subject_mask(maps, **keywords))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"maps": torch.zeros(2, 8, 8)}, ValueError, "maps: expected shape"),
+        ({"maps": torch.zeros(2, 0, 8, 8)}, ValueError, "maps: expected shape .* at least one map"),
+        ({"maps": torch.zeros(2, 1, 8, 0)}, ValueError, "maps: expected shape"),
+        ({"maps": torch.zeros(2, 1, 8, 8, dtype=torch.int64)}, TypeError, "maps: expected a floating dtype"),
+        ({"size": (0, 8)}, ValueError, "size: expected"),
+        ({"size": (8,)}, ValueError, "size: expected"),
+        ({"threshold": "mean"}, ValueError, "threshold: expected 'otsu' or a number in"),
+        ({"threshold": 1.5}, ValueError, "threshold: expected 'otsu' or a number in"),
+        ({"threshold": math.nan}, ValueError, "threshold: expected 'otsu' or a number in"),
+        ({"smoothing": 2}, ValueError, "smoothing: expected an odd number"),
+        ({"smoothing": -1}, ValueError, "smoothing: expected an odd number"),
+        ({"backend": "cv2"}, ValueError, "backend: expected one of auto"),
+        ({"backend": "cuda"}, RuntimeError, "backend: 'cuda' cannot run"),
+        ({"maps": torch.zeros(1, 1, 8, 8).double(), "backend": "cpu"}, TypeError, "one of float32"),
+    ],
+)
+def test_rows7_17_errors(changes, error, message):
+    with pytest.raises(error, match=rf"^lr_kernels\.subject_mask: .*{message}"):
+        subject_mask(**({"maps": torch.zeros(1, 2, 8, 8)} | changes))
