@@ -86,7 +86,7 @@ def multi_source_attention(
     if torch.is_autocast_enabled(query.device.type):
         query, sources = _autocast(query, sources)
     _check(query, sources, query_groups, plan)
-    name = backends.choose(_OP, backend, query.device, query.dtype, _unsupported(query, sources))
+    name = backends.choose(_OP, backend, query.device, query.dtype, _lacking(query, sources))
     if return_lse and len({s.softmax_group for s in sources}) > 1:
         fail(_OP, "return_lse", "one softmax group", "several", "each group has its own lse")
     if name == "reference":
@@ -161,16 +161,21 @@ def _per_head(x: float | Tensor | None, query: Tensor) -> Tensor | None:
     return (x[:, None] if x.dim() == 1 else x).expand(query.shape[0], query.shape[2])
 
 
-def _unsupported(query: Tensor, sources: Sequence[Source]) -> dict[str, list[str]]:
+def _lacking(query: Tensor, sources: Sequence[Source]) -> list[str]:
     """The arguments of this call that the kernels do not implement; the reference implements all."""
-    lacking = [f"value_index[{i}]" for i, s in enumerate(sources) if s.value_index is not None]
-    lacking += [f"weight[{i}]" for i, s in enumerate(sources) if s.weight is not None]
-    lacking += [f"softmax_group[{i}]" for i, s in enumerate(sources) if s.softmax_group != sources[0].softmax_group]
+    lacking = []
+    for i, source in enumerate(sources):
+        if source.value_index is not None:
+            lacking.append(f"value_index[{i}]")
+        if source.weight is not None:
+            lacking.append(f"weight[{i}]")
+        if source.softmax_group != sources[0].softmax_group:
+            lacking.append(f"softmax_group[{i}]")
     if torch.is_grad_enabled() and (
         query.requires_grad or any(s.key.requires_grad or s.value.requires_grad for s in sources)
     ):
         lacking.append("gradients")
-    return {"cpu": lacking, "triton": lacking, "cuda": lacking} if lacking else {}
+    return lacking
 
 
 def _check(query: Tensor, sources: Sequence[Source], query_groups: Tensor | None, plan: AttentionPlan | None) -> None:

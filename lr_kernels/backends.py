@@ -2,7 +2,7 @@
 
 import importlib.util
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -10,8 +10,8 @@ from . import ops
 from .checks import fail
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
-_AUTO = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
-"""In the order that "auto" tries them, by device type. The Triton interpreter serves cpu tensors only when named."""
+_AUTO = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+"""In the order that "auto" tries them, by device type; the reference serves the rest. The Triton interpreter serves cpu tensors only when named."""
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -47,23 +47,24 @@ def unavailable(backend: str, op: str, device_type: str | None = None) -> str | 
 
 
 def choose(
-    op: str, backend: str, device: torch.device, dtype: torch.dtype, unsupported: Mapping[str, Sequence[str]]
+    op: str, backend: str, device: torch.device, dtype: torch.dtype, lacking: Sequence[str] = (), argument: str = "query"
 ) -> str:
     """Resolve `backend` for a call of `op`.
 
     Args:
-        unsupported: per backend, the arguments of this call that it does not implement.
+        lacking: the arguments of this call that only the reference implements.
+        argument: the one whose dtype counts, for the message.
 
     Raises:
         ValueError: an unknown name. RuntimeError: the named backend is not available, with the cause.
         TypeError: the named backend does not support the dtype. NotImplementedError: it lacks an argument of the call.
     """
     if backend == "auto":
-        for name in _AUTO.get(device.type, ("reference",)):
-            if name == "reference" or (
-                dtype in KERNEL_DTYPES and not unsupported.get(name) and unavailable(name, op, device.type) is None
-            ):
-                return name
+        if dtype in KERNEL_DTYPES and not lacking:
+            for name in _AUTO.get(device.type, ()):
+                if unavailable(name, op, device.type) is None:
+                    return name
+        return "reference"
     if backend not in BACKENDS:
         fail(op, "backend", "one of auto, " + ", ".join(BACKENDS), repr(backend))
     reason = unavailable(backend, op, device.type)
@@ -72,11 +73,9 @@ def choose(
     if backend == "reference":
         return backend
     if dtype not in KERNEL_DTYPES:
-        fail(op, "query", "one of float32, float16, bfloat16", dtype, f"backend {backend!r}", TypeError)
-    if unsupported.get(backend):
-        able = [name for name in BACKENDS if not unsupported.get(name) and unavailable(name, op, device.type) is None]
+        fail(op, argument, "one of float32, float16, bfloat16", dtype, f"backend {backend!r}", TypeError)
+    if lacking:
         raise NotImplementedError(
-            f"lr_kernels.{op}: {', '.join(unsupported[backend])}: not supported by backend {backend!r}; "
-            f"supported by {', '.join(map(repr, able))}"
+            f"lr_kernels.{op}: {', '.join(lacking)}: not supported by backend {backend!r}; supported by 'reference'"
         )
     return backend

@@ -38,7 +38,7 @@ def subject_mask(
         RuntimeError: the named backend is not available.
     """
     height, width = _check(maps, size, threshold, smoothing)
-    name = backends.choose(_OP, backend, maps.device, maps.dtype, {})
+    name = backends.choose(_OP, backend, maps.device, maps.dtype, argument="maps")
     if name == "reference":
         return reference.subject_mask(maps.detach(), size=(height, width), threshold=threshold, smoothing=smoothing)
     out = torch.empty(maps.shape[0], height, width, dtype=torch.bool, device=maps.device)

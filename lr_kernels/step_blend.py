@@ -63,8 +63,7 @@ def step_blend(
     if out is not None:
         _check_out(out, inputs if mask is None else [*inputs, mask])
     lacking = ["gradients"] if torch.is_grad_enabled() and any(x.requires_grad for x in inputs) else []
-    unsupported = {"cpu": lacking, "triton": lacking} if lacking else {}
-    name = backends.choose(_OP, backend, sample.device, sample.dtype, unsupported)
+    name = backends.choose(_OP, backend, sample.device, sample.dtype, lacking, "sample")
     if name == "reference":
         result = reference.step_blend(
             sample, predictions, coefficients, step, mask=mask, background=background, noise=noise

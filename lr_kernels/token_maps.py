@@ -49,8 +49,8 @@ def attention_with_token_maps(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     _check(query, key, value, token_indices)
     needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    unsupported = {"cpu": ["gradients"], "triton": ["gradients"]} if needs_grad else {}
-    name = backends.choose(_OP, backend, query.device, query.dtype, unsupported)
+    lacking = ["gradients"] if needs_grad else []
+    name = backends.choose(_OP, backend, query.device, query.dtype, lacking)
     if name == "reference":
         return reference.attention_with_token_maps(query, key, value, token_indices, scale=scale)
     batch, tokens, _, head_dim = query.shape

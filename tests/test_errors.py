@@ -111,7 +111,8 @@ def test_07_plan_and_merge():
     ],
     ids=["value_index", "weight", "softmax_group"],
 )
-def test_16_unsupported_argument_names_itself_and_who_supports_it(backend, change, name):
+def test_16_unsupported_argument_names_itself_and_who_supports_it(backend, change, name, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     query, sources = good()
     sources[1] = sources[1]._replace(**change)
     with pytest.raises(
@@ -121,7 +122,8 @@ def test_16_unsupported_argument_names_itself_and_who_supports_it(backend, chang
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
-def test_17_dtypes(backend):
+def test_17_dtypes(backend, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     query, sources = good()
     sources[0] = sources[0]._replace(value=sources[0].value.half())
     with pytest.raises(TypeError, match=OP + r"value\[0\]: expected torch.float32, got torch.float16"):
