@@ -1,0 +1,20 @@
+"""The Triton implementations of the ops: importing this registers them for CUDA, and for CPU when interpreted."""
+
+import torch
+
+from ..backends import interpreted
+from .attention import multi_source_attention_triton
+from .step_blend import step_blend_triton
+from .subject_mask import subject_mask_triton
+from .token_maps import attention_with_token_maps_triton
+
+_library = torch.library.Library("lr_kernels", "IMPL")
+
+for _launcher in (
+    multi_source_attention_triton,
+    attention_with_token_maps_triton,
+    subject_mask_triton,
+    step_blend_triton,
+):
+    for _key in ("CUDA", "CPU") if interpreted() else ("CUDA",):
+        _library.impl(_launcher.__name__, _launcher, _key)

@@ -1,0 +1,170 @@
+"""Compile the kernels for GPUs that are not here and read registers, spills and shared memory out of the machine code.
+
+`python -m lr_kernels.triton.report [--json]` prints the table. Needs the compiler, so TRITON_INTERPRET must not be set.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from . import attention, step_blend, subject_mask, token_maps
+
+ARCHITECTURES = (80, 90, 100)
+HEAD_DIMS = (40, 64, 80, 128, 160)
+PROCESSES = 2
+
+_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.bool: "i1"}
+
+
+class Row(NamedTuple):
+    """One compiled kernel."""
+
+    kernel: str
+    arch: int
+    tile: str
+    """BM x BN, warps, stages"""
+    shared: int
+    registers: int
+    stack: int
+    """bytes of stack and local memory"""
+    spills: int
+    """instructions that touch local memory (STL, LDL)"""
+    async_copies: int
+    """LDGSTS"""
+    wgmma: int
+    """HGMMA"""
+    instructions: int
+
+
+def rows() -> list[Row]:
+    """Every kernel on every architecture, compiled by PROCESSES processes."""
+    bf16 = torch.bfloat16
+    jobs: list[tuple] = []
+    for arch in ARCHITECTURES:
+        jobs += [(attention_row, arch, D, bf16, gather) for D in HEAD_DIMS for gather in (False, True)]
+        jobs += [(attention_row, arch, 64, dtype, True) for dtype in (torch.float16, torch.float32)]
+        jobs += [(attention_row, arch, 64, bf16, True, True)]
+        jobs += [(small_rows, arch)]
+    with ProcessPoolExecutor(PROCESSES) as pool:
+        futures = [pool.submit(*job) for job in jobs]
+        found = [future.result() for future in futures]
+    return [row for x in found for row in (x if isinstance(x, list) else [x])]
+
+
+def attention_row(arch: int, head_dim: int, dtype: torch.dtype, gather: bool, biased: bool = False) -> Row:
+    """The attention kernel with 3 sources that have row tables and logit biases, dense or all gathered."""
+    B, N, H, S = 2, 4096, 8, 3
+    like = torch.empty(B, N, H, head_dim, dtype=dtype, device="meta")
+    lists = torch.empty(2, 2, N, dtype=torch.int32, device="meta")
+    per_head = torch.empty(B, H, device="meta")
+    bias = torch.empty(B, N, device="meta")
+    none = [None] * S
+    arguments, constants, _ = attention.launch_arguments(
+        like, [like] * S, [like] * S, [lists[0, 0, :B]] * S,
+        [lists] * S if gather else none, [lists[:, :, 0]] * S if gather else none,
+        [bias] * S if biased else none, [per_head] * S if biased else none, [per_head] * S,
+        lists[0] if gather else None, lists[0] if gather else None, head_dim**-0.5, like, like[..., 0].float(), arch,
+    )  # fmt: skip
+    name = f"attention D{head_dim} {_TYPES[dtype]} {'gathered' if gather else 'dense'}{' biased' if biased else ''}"
+    return measure(name, arch, attention.multi_source_attention_forward_kernel, arguments, constants)
+
+
+def small_rows(arch: int) -> list[Row]:
+    """The kernels of the other ops."""
+    found = []
+    for head_dim in (40, 160):
+        like = torch.empty(2, 4096, 8, head_dim, dtype=torch.bfloat16, device="meta")
+        text = like[:, :77]
+        tokens = torch.empty(2, 4, dtype=torch.int32, device="meta")
+        maps = torch.empty(2, 4096, 4, device="meta")
+        arguments, constants, _ = token_maps.launch_arguments(like, text, text, tokens, 0.1, like, maps, arch)
+        kernel = token_maps.attention_with_token_maps_forward_kernel
+        found.append(measure(f"token maps D{head_dim} bf16", arch, kernel, arguments, constants))
+    layers = torch.empty(2, 20, 32, 32, device="meta")
+    mask = torch.empty(2, 64, 64, dtype=torch.bool, device="meta")
+    for kernel, arguments, constants, _ in subject_mask.launch_arguments(layers, None, 3, mask):
+        found.append(measure(kernel.fn.__name__.removesuffix("_kernel"), arch, kernel, arguments, constants))
+    x = torch.empty(2, 4, 64, 64, dtype=torch.bfloat16, device="meta")
+    table = torch.empty(50, 2, 8, device="meta")
+    step = torch.empty(1, dtype=torch.int32, device="meta")
+    arguments, constants, _ = step_blend.launch_arguments(x, [x] * 4, table, step, layers[:, 0], x, x, x)
+    found.append(measure("step_blend K4 bf16", arch, step_blend.step_blend_kernel, arguments, constants))
+    return found
+
+
+def measure(name: str, arch: int, kernel, arguments: tuple, constants: dict) -> Row:
+    """Compile for an architecture (tensors stand for 16-byte aligned pointers) and read the cubin."""
+    names = kernel.arg_names
+    given = dict(zip(names, arguments))
+    signature: dict = {}
+    constexprs: dict = {}
+    attributes: dict = {}
+    for place, argument in enumerate(names):
+        if argument in constants:
+            signature[argument], constexprs[(place,)] = "constexpr", constants[argument]
+        else:
+            aligned = argument not in kernel.do_not_specialize
+            signature[argument] = _signature(given[argument], (place,), aligned, constexprs, attributes)
+    options = {k: v for k, v in constants.items() if k not in names}
+    source = ASTSource(kernel, signature, constexprs, attributes)
+    compiled = triton.compile(source, GPUTarget("cuda", arch, 32), options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _run("cuobjdump", "-res-usage", file.name)
+        sass = _run("nvdisasm", "-c", file.name)
+    numbers = {key: int(n) for key, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    count = {op: len(re.findall(rf"\b{op}\b", sass)) for op in ("STL", "LDL", "LDGSTS", "HGMMA")}
+    tile = " x ".join(str(constants[x]) for x in ("BM", "BN", "BLOCK") if x in constants)
+    return Row(
+        kernel=name,
+        arch=arch,
+        tile=f"{tile}, {options['num_warps']} warps, {options.get('num_stages', 1)}",
+        shared=compiled.metadata.shared,
+        registers=numbers["REG"],
+        stack=numbers["STACK"] + numbers["LOCAL"],
+        spills=count["STL"] + count["LDL"],
+        async_copies=count["LDGSTS"],
+        wgmma=count["HGMMA"],
+        instructions=len(re.findall(r"/\*[0-9a-f]{4,5}\*/", sass)),
+    )
+
+
+def _signature(x, path: tuple[int, ...], aligned: bool, constexprs: dict, attributes: dict):
+    """Type of an argument, with what Triton would specialize it on."""
+    if isinstance(x, tuple):
+        return tuple(_signature(y, (*path, i), True, constexprs, attributes) for i, y in enumerate(x))
+    if x is None:
+        constexprs[path] = None
+        return "constexpr"
+    if isinstance(x, float):
+        return "fp32"
+    if isinstance(x, Tensor) or (aligned and x % 16 == 0):
+        attributes[path] = [["tt.divisibility", 16]]
+    return "*" + _TYPES[x.dtype] if isinstance(x, Tensor) else "i32" if abs(x) < 2**31 else "i64"
+
+
+def _run(tool: str, *arguments: str) -> str:
+    return subprocess.run([str(_TOOLS / tool), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def markdown(table: list[Row]) -> str:
+    lines = ["| " + " | ".join(Row._fields) + " |", "|---" * len(Row._fields) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in table])
+
+
+if __name__ == "__main__":
+    measured = rows()
+    print(json.dumps([row._asdict() for row in measured]) if "--json" in sys.argv else markdown(measured))

@@ -1,0 +1,152 @@
+"""subject_mask: foreground of a subject from its cross-attention maps, in three launches and without a host
+synchronization: layer mean and range; resize, smoothing and histogram; threshold.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import check_grid, on_device
+
+_BLOCK = 512  # at 1024 the smoothing kernel spills (2 instructions at sm_90)
+_BINS = 256
+_INF = tl.constexpr(float("inf"))
+
+
+@triton.jit(do_not_specialize=["L", "P"])
+def subject_mask_mean_kernel(
+    maps,  # (B, L, P), P = h * w
+    mean, limits, counts,  # fp32 (B, P), fp32 (B, 2), int32 (B, BINS)
+    L, P, BLOCK: tl.constexpr, BINS: tl.constexpr,
+):  # fmt: skip
+    """Mean over layers, its smallest and largest value, and an empty histogram. A NaN makes both limits NaN."""
+    b = tl.program_id(0).to(tl.int64)
+    low = tl.full([BLOCK], _INF, tl.float32)
+    high = tl.full([BLOCK], -_INF, tl.float32)
+    nans = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, P, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        ok = i < P
+        x = tl.zeros([BLOCK], tl.float32)
+        for layer in range(L):
+            x += tl.load(maps + (b * L + layer) * P + i, mask=ok, other=0.0).to(tl.float32)
+        x = x / L
+        tl.store(mean + b * P + i, x, mask=ok)
+        low = tl.minimum(low, tl.where(ok, x, _INF))
+        high = tl.maximum(high, tl.where(ok, x, -_INF))
+        nans += tl.where(x != x, 1, 0)
+    broken = tl.sum(nans, 0) > 0
+    tl.store(limits + b * 2, tl.where(broken, float("nan"), tl.min(low, 0)))
+    tl.store(limits + b * 2 + 1, tl.where(broken, float("nan"), tl.max(high, 0)))
+    tl.store(counts + b * BINS + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
+
+
+@triton.jit
+def _neighbours(place, ratio, size):
+    """Bilinear taps of output places, half-pixel centres: (first index, second index, weight of the second)."""
+    source = tl.maximum((place.to(tl.float32) + 0.5) * ratio - 0.5, 0.0)
+    first = tl.minimum(source.to(tl.int32), size - 1)
+    return first, tl.minimum(first + 1, size - 1), source - first.to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["h", "w", "H", "W", "blocks", "smoothing", "out_b", "out_y", "out_x"])
+def subject_mask_smooth_kernel(
+    mean, limits,  # fp32 (B, h, w), fp32 (B, 2)
+    smooth, counts, out,  # fp32 (B, H, W), int32 (B, BINS), bool (B, H, W)
+    h, w, H, W, blocks, smoothing, ratio_y, ratio_x, threshold, out_b, out_y, out_x,
+    OTSU: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr,
+):  # fmt: skip
+    """Resize to (H, W) and mean over a square, edges repeated; then the histogram, or with OTSU False the mask."""
+    pid = tl.program_id(0)
+    b = (pid // blocks).to(tl.int64)
+    i = pid % blocks * BLOCK + tl.arange(0, BLOCK)
+    ok = i < H * W
+    y = i // W
+    x = i % W
+    low = tl.load(limits + b * 2)
+    high = tl.load(limits + b * 2 + 1)
+    base = mean + b * h * w
+    total = tl.zeros([BLOCK], tl.float32)
+    for dy in range(smoothing):
+        y0, y1, fy = _neighbours(tl.minimum(tl.maximum(y + dy - smoothing // 2, 0), H - 1), ratio_y, h)
+        for dx in range(smoothing):
+            x0, x1, fx = _neighbours(tl.minimum(tl.maximum(x + dx - smoothing // 2, 0), W - 1), ratio_x, w)
+            v00 = tl.load(base + y0 * w + x0, mask=ok, other=0.0) - low
+            v01 = tl.load(base + y0 * w + x1, mask=ok, other=0.0) - low
+            v10 = tl.load(base + y1 * w + x0, mask=ok, other=0.0) - low
+            v11 = tl.load(base + y1 * w + x1, mask=ok, other=0.0) - low
+            total += (1.0 - fy) * ((1.0 - fx) * v00 + fx * v01) + fy * ((1.0 - fx) * v10 + fx * v11)
+    total = total / (smoothing * smoothing)
+    value = tl.where(high > low, total / (high - low), 0.0)
+    if OTSU:
+        tl.store(smooth + b * H * W + i, value, mask=ok)
+        bins = tl.minimum(tl.maximum((value * BINS).to(tl.int32), 0), BINS - 1)
+        found = tl.histogram(bins, BINS, mask=ok)
+        tl.atomic_add(counts + b * BINS + tl.arange(0, BINS), found, mask=found > 0)
+    else:
+        tl.store(out + b * out_b + y.to(tl.int64) * out_y + x.to(tl.int64) * out_x, value > threshold, mask=ok)
+
+
+@triton.jit(do_not_specialize=["H", "W", "blocks", "out_b", "out_y", "out_x"])
+def subject_mask_otsu_kernel(
+    smooth, counts,  # fp32 (B, H, W), int32 (B, BINS)
+    out,  # bool (B, H, W)
+    H, W, blocks, out_b, out_y, out_x, BLOCK: tl.constexpr, BINS: tl.constexpr,
+):  # fmt: skip
+    """Threshold at the histogram split with the largest between-class variance, computed from exact integers."""
+    pid = tl.program_id(0)
+    b = (pid // blocks).to(tl.int64)
+    bins = tl.arange(0, BINS)
+    count = tl.load(counts + b * BINS + bins).to(tl.int64)
+    n_below = tl.cumsum(count, 0)
+    s_below = tl.cumsum(count * bins, 0)
+    n = tl.sum(count, 0)
+    s = tl.sum(count * bins, 0)
+    split = n_below * (n - n_below)
+    distance = (s * n_below - s_below * n).to(tl.float64)
+    variance = tl.where(split > 0, distance * distance / tl.maximum(split, 1).to(tl.float64), -1.0)
+    level = (tl.argmax(variance, 0) + 1).to(tl.float32) / BINS
+    i = pid % blocks * BLOCK + tl.arange(0, BLOCK)
+    ok = i < H * W
+    value = tl.load(smooth + b * H * W + i, mask=ok, other=0.0)
+    at = out + b * out_b + (i // W).to(tl.int64) * out_y + (i % W).to(tl.int64) * out_x
+    tl.store(at, value > level, mask=ok)
+
+
+def subject_mask_triton(maps: Tensor, threshold: float | None, smoothing: int, out: Tensor) -> None:
+    """Shapes as in the schema `subject_mask` of lr_kernels/ops.py."""
+    # Early return for trivial cases
+    if out.numel() == 0:
+        return
+    launches = launch_arguments(maps, threshold, smoothing, out)
+    with on_device(maps.device):
+        for kernel, arguments, constants, programs in launches:
+            kernel[check_grid("subject_mask", programs)](*arguments, **constants)
+
+
+def launch_arguments(maps: Tensor, threshold: float | None, smoothing: int, out: Tensor) -> list[tuple]:
+    """(kernel, positional arguments, constants and options, number of programs) of each launch."""
+    B, L, h, w = maps.shape
+    H, W = out.shape[1:]
+    otsu = threshold is None
+    blocks = triton.cdiv(H * W, _BLOCK)
+    mean = maps.new_empty((B, h * w), dtype=torch.float32)
+    limits = maps.new_empty((B, 2), dtype=torch.float32)
+    counts = maps.new_empty((B, _BINS), dtype=torch.int32)
+    smooth = maps.new_empty((B, H * W), dtype=torch.float32) if otsu else None
+    shape = {"BLOCK": _BLOCK, "BINS": _BINS, "num_warps": 4, "enable_fp_fusion": True}
+    level = 0.0 if otsu else float(threshold)
+    launches = [
+        (subject_mask_mean_kernel, (maps.contiguous(), mean, limits, counts, L, h * w), shape, B),
+        (
+            subject_mask_smooth_kernel,
+            (mean, limits, smooth, counts, out, h, w, H, W, blocks, smoothing, h / H, w / W, level, *out.stride()),
+            {**shape, "OTSU": otsu},
+            B * blocks,
+        ),
+    ]
+    if otsu:
+        arguments = (smooth, counts, out, H, W, blocks, *out.stride())
+        launches.append((subject_mask_otsu_kernel, arguments, shape, B * blocks))
+    return launches

@@ -1,0 +1,341 @@
+"""The Triton kernels against the float64 reference: interpreted on CPU tensors, or on the GPU where there is one."""
+
+import math
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from lr_kernels import Source, multi_source_attention, plan_attention, reference
+from lr_kernels.testing import CASES, AttentionCase, assert_matches, attention_inputs, check_attention, strided_randn
+from lr_kernels.triton import launch, tiles
+
+OPS = torch.ops.lr_kernels
+LOW_PRECISION = ("shared-reference", "d80", "d160", "d37", "groups-3-masked", "negative-logit-scale", "everything")
+MINIMUM = torch.finfo(torch.float32).min
+
+pytestmark = pytest.mark.usefixtures("device", "poisoned")
+
+
+def by_triton(*args, **kwargs):
+    return multi_source_attention(*args, **kwargs, backend="triton")
+
+
+def check(case: AttentionCase, dtype: torch.dtype, device: str) -> None:
+    check_attention(by_triton, attention_inputs(case, dtype, device=device))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
+def test_matches_the_reference_in_float32(case, device):
+    check(case, torch.float32, device)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", [c for c in CASES if c.id in LOW_PRECISION], ids=lambda c: c.id)
+def test_matches_the_reference_in_low_precision(case, dtype, device):
+    check(case, dtype, device)
+
+
+def test_classes_of_several_tiles(device):
+    check(AttentionCase("", batch=1, queries=200, heads=1, keys=(70,), rows=(None,), groups=2), torch.float32, device)
+
+
+@pytest.mark.parametrize("head_dim", [2, 17, 33, 65, 96, 130, 200])
+def test_23_odd_head_dims(head_dim, device):
+    case = AttentionCase("", batch=1, queries=20, heads=1, head_dim=head_dim, keys=(35,), rows=(None,))
+    check(case, torch.float32, device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_04_05_layouts_and_views_at_element_offset_1(dtype, device):
+    g = torch.Generator().manual_seed(3)
+
+    def shifted(*shape):
+        flat = torch.randn(math.prod(shape) + 1, generator=g).to(dtype).to(device)
+        return flat[1:].view(shape)
+
+    query = shifted(2, 2, 21, 40).transpose(1, 2)  # heads outside tokens
+    shared = shifted(1, 33, 2, 40).expand(2, 33, 2, 40)  # stride 0
+    every_other = shifted(2, 80, 2, 40)[:, ::2]
+    bias = torch.randn(2, 80, generator=g).to(device)[:, ::2]
+    sources = [Source(shared, shared), Source(every_other, every_other, key_bias=bias)]
+    check_attention(by_triton, type(attention_inputs(CASES[0], dtype))(query, sources))
+
+
+def test_04_strided_row_table_and_per_head_tables(device):
+    case = AttentionCase("", batch=3, keys=(30, 20), rows=((2, 0, 1), None))
+    inputs = attention_inputs(case, torch.float32, device=device)
+    rows = torch.tensor([[1, 9], [-1, 9], [0, 9]], dtype=torch.int32, device=device)[:, 0]
+    scale = torch.rand(2, 3, device=device).t() + 0.5
+    shift = torch.randn(3, device=device)
+    inputs.sources[0] = inputs.sources[0]._replace(rows=rows, logit_scale=scale, logit_bias=shift)
+    check_attention(by_triton, inputs)
+
+
+def test_02_token_offsets_beyond_int32(tmp_path, device):
+    token, count = 2**31 + 64, 2
+    memory = torch.from_file(str(tmp_path / "sparse"), shared=True, size=token * (count - 1) + 16, dtype=torch.float16)
+    key = memory.as_strided((1, count, 1, 16), (0, token, 16, 1)).to(device)
+    key.copy_(torch.randn(count, 16)[None, :, None])
+    query = torch.randn(1, 5, 1, 16, device=device).half()
+    far = by_triton(query, [Source(key, key)])
+    assert torch.equal(far, by_triton(query, [Source(key.clone(), key.clone())]))
+
+
+def masked_inputs(device: str, dtype=torch.float32):
+    return attention_inputs(AttentionCase("", visible=0.6, keys=(40, 35)), dtype, device=device)
+
+
+def with_plan(inputs, sources):
+    plan = plan_attention([s.key_mask for s in sources])
+    return by_triton(inputs.query, sources, plan=plan, return_lse=True)
+
+
+def test_11_nan_in_hidden_keys_and_values_changes_no_bit(device):
+    inputs = masked_inputs(device)
+    clean = with_plan(inputs, inputs.sources)
+    dirty = []
+    for s in inputs.sources:
+        hidden = ~s.key_mask[:, :, None, None]
+        dirty.append(s._replace(key=s.key.masked_fill(hidden, math.nan), value=s.value.masked_fill(hidden, math.inf)))
+    for a, b in zip(clean, with_plan(inputs, dirty)):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["query", "key", "value", "bias"])
+def test_12_live_nan_and_inf_reach_only_the_rows_that_see_them(where, bad, device):
+    case = AttentionCase("", visible=0.7, groups=2, keys=(40, 33), rows=(None, None), key_bias=where == "bias")
+    inputs = attention_inputs(case, torch.float32, device=device)
+    source = inputs.sources[0]
+    if where == "query":
+        inputs.query = inputs.query.clone()
+        inputs.query[0, 3, 1, 5] = bad
+    else:
+        name = {"bias": "key_bias"}.get(where, where)
+        table = getattr(source, name).clone()
+        j = source.key_mask[0].nonzero()[4].item()
+        table[(0, j, 1, 5) if table.dim() == 4 else (0, j)] = bad
+        inputs.sources[0] = source._replace(**{name: table})
+    exact = inputs.to(torch.float64)
+    ref64 = reference.multi_source_attention(exact.query, exact.sources, query_groups=inputs.query_groups)
+    out = by_triton(inputs.query, inputs.sources, query_groups=inputs.query_groups)
+    assert ref64.isfinite().any() and (bad == -math.inf or not ref64.isfinite().all())
+    low = reference.multi_source_attention(inputs.query, inputs.sources, query_groups=inputs.query_groups)
+    assert_matches(out, low, ref64)
+
+
+@pytest.mark.parametrize("head_dim", [40, 80])
+def test_13_nan_past_the_tail_changes_no_bit(head_dim, device):
+    case = AttentionCase("", heads=1, head_dim=head_dim, queries=35, keys=(37, 45), rows=(None, 1))
+    inputs = attention_inputs(case, torch.float32, device=device)
+
+    def surrounded(x, fill):
+        """The same values inside a buffer of `fill`: more tokens, more columns."""
+        big = torch.full((x.shape[0], x.shape[1] + 40, x.shape[2], x.shape[3] + 24), fill, device=device)
+        view = big[:, : x.shape[1], :, : x.shape[3]]
+        view.copy_(x)
+        return view
+
+    def run(fill):
+        sources = [s._replace(key=surrounded(s.key, fill), value=surrounded(s.value, fill)) for s in inputs.sources]
+        return by_triton(surrounded(inputs.query, fill), sources, return_lse=True)
+
+    for a, b in zip(run(0.0), run(math.nan)):
+        assert torch.equal(a, b)
+
+
+def test_14_large_fp16_scores_stay_finite(device):
+    q = torch.full((1, 8, 1, 64), 300.0, dtype=torch.float16, device=device)
+    out = by_triton(q, [Source(q, q)])
+    assert torch.equal(out, q)
+
+
+@pytest.mark.parametrize("low", [MINIMUM, -math.inf, -1e38])
+@pytest.mark.parametrize("share", [0.5, 1.0], ids=["some keys", "all keys"])
+def test_15_bias_at_the_end_of_the_range(low, share, device):
+    case = AttentionCase("", keys=(40,), rows=(None,), heads=1, queries=20)
+    inputs = attention_inputs(case, torch.float32, device=device)
+    g = torch.Generator().manual_seed(5)
+    bias = torch.where(torch.rand(2, 40, generator=g) < share, low, 0.0).to(device)
+    inputs.sources[0] = inputs.sources[0]._replace(key_bias=bias)
+    check_attention(by_triton, inputs)
+
+
+@pytest.mark.parametrize("low", [MINIMUM, -math.inf])
+def test_15_logit_bias_at_the_end_of_the_range(low, device):
+    case = AttentionCase("", keys=(40, 33), rows=(None, 1), queries=20)
+    inputs = attention_inputs(case, torch.float32, device=device)
+    inputs.sources[0] = inputs.sources[0]._replace(logit_bias=torch.tensor([low, 0.5], device=device))
+    check_attention(by_triton, inputs)
+    alone = attention_inputs(AttentionCase("", keys=(40,), rows=(None,), queries=20), torch.float32, device=device)
+    alone.sources[0] = alone.sources[0]._replace(logit_bias=torch.tensor([low, 0.5], device=device))
+    check_attention(by_triton, alone)
+
+
+@pytest.mark.parametrize("scale", [-0.7, 0.0])
+def test_scale_that_is_not_positive(scale, device):
+    inputs = attention_inputs(CASES[2], torch.float32, device=device)
+    check_attention(by_triton, inputs, scale=scale)
+
+
+def test_10_a_source_of_hidden_and_of_no_keys(device):
+    inputs = masked_inputs(device)
+    nothing = [s._replace(key_mask=torch.zeros_like(s.key_mask)) for s in inputs.sources]
+    out, lse = with_plan(inputs, nothing)
+    assert (out == 0).all() and (lse == -math.inf).all()
+    empty = Source(inputs.sources[0].key[:, :0], inputs.sources[0].value[:, :0])
+    expected = by_triton(inputs.query, inputs.sources[:1])
+    assert torch.equal(by_triton(inputs.query, [empty, inputs.sources[0]]), expected)
+
+
+@pytest.mark.parametrize("batch, queries, keys", [(0, 5, 5), (2, 0, 5), (2, 5, 0)])
+def test_09_zero_sizes(batch, queries, keys, device):
+    q = torch.randn(batch, queries, 2, 16, device=device)
+    k = torch.randn(batch, keys, 2, 16, device=device)
+    out, lse = by_triton(q, [Source(k, k)], return_lse=True)
+    assert out.shape == q.shape and (out == 0).all() and (lse == -math.inf).all()
+
+
+def test_rows_beyond_the_source_read_nothing(device):
+    inputs = attention_inputs(AttentionCase("", batch=3, keys=(30,), rows=((0, 0, 0),)), torch.float32, device=device)
+    source, nothing = inputs.sources[0], [None]
+
+    def run(*rows):
+        out = torch.full_like(inputs.query, math.nan, memory_format=torch.contiguous_format)
+        table = [torch.tensor(rows, dtype=torch.int32, device=device)]
+        OPS.multi_source_attention_triton(
+            inputs.query, [source.key], [source.value], table, nothing, nothing, nothing, nothing, nothing, None, None,
+            0.2, out, None,
+        )  # fmt: skip
+        return out
+
+    assert torch.equal(run(0, 7, -9), run(0, -1, -1))
+
+
+def test_31_permuting_the_batch_permutes_the_output(device):
+    inputs = attention_inputs(AttentionCase("", batch=3, keys=(40, 33), rows=(None, 1)), torch.float32, device=device)
+    order = torch.tensor([2, 0, 1], device=device)
+    own, shared = inputs.sources
+    moved = [own._replace(key=own.key[order], value=own.value[order]), shared]
+    assert torch.equal(by_triton(inputs.query[order], moved), by_triton(inputs.query, inputs.sources)[order])
+
+
+def test_03_grid_limit():
+    assert launch.check_grid("multi_source_attention", 2**31 - 1) == (2**31 - 1,)
+    with pytest.raises(ValueError, match="at most 2147483647 tiles"):
+        launch.check_grid("multi_source_attention", 2**31)
+
+
+def test_tiles_cover_every_head_dim():
+    for head_dim in range(1, 257):
+        D0, D1 = tiles.split_head_dim(head_dim)
+        assert D0 + D1 >= head_dim and D0 >= 16 and (D1 == 0 or (16 <= D1 < D0 and D0 < head_dim))
+
+
+@triton.jit
+def overread_kernel(x, y, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(y + i, tl.load(x + i + 1))
+
+
+def test_access_checks_catch_an_overread():
+    from conftest import check_accesses
+    from triton.runtime.interpreter import InterpretedFunction
+
+    kernel = overread_kernel
+    if not isinstance(kernel, InterpretedFunction):
+        kernel = InterpretedFunction(kernel.fn)
+    x, y = torch.zeros(17), torch.zeros(16)
+    with pytest.MonkeyPatch.context() as patch:
+        check_accesses(patch)
+        kernel[(1,)](x, y, 16)
+        with pytest.raises(Exception, match="1 of 16 accesses outside"):
+            kernel[(1,)](x[:16], y, 16)
+
+
+@pytest.mark.parametrize(
+    "head_dim, tokens, dtype",
+    [(40, 3, torch.float32), (80, 20, torch.bfloat16), (160, 1, torch.float16), (64, 40, torch.float32)],
+)
+def test_token_maps_match_the_reference(head_dim, tokens, dtype, device):
+    g = torch.Generator().manual_seed(1)
+    query, key, value = (strided_randn((2, n, 2, head_dim), g, dtype).to(device) for n in (37, 45, 45))
+    indices = torch.randint(45, (2, tokens), generator=g).int().to(device)
+    out = torch.full(query.shape, math.nan, dtype=dtype, device=device)
+    maps = torch.full((2, 37, tokens), math.nan, device=device)
+    OPS.attention_with_token_maps_triton(query, key, value, indices, 0.2, out, maps)
+    arguments = (query, key, value)
+    exact = reference.attention_with_token_maps(*(x.double() for x in arguments), indices, scale=0.2)
+    low = reference.attention_with_token_maps(*arguments, indices, scale=0.2)
+    assert_matches(out, low[0], exact[0], "out")
+    assert_matches(maps, low[1], exact[1], "maps")
+
+
+def test_token_maps_shared_indices_and_live_nan(device):
+    g = torch.Generator().manual_seed(2)
+    query, key, value = (torch.randn(2, n, 2, 24, generator=g).to(device) for n in (18, 33, 33))
+    query[0, 5, 1, 3] = math.nan
+    key[1, 7, 0, 2] = math.inf
+    indices = torch.tensor([[7, 0]], dtype=torch.int32, device=device).expand(2, 2)
+    out, maps = torch.full_like(query, 3.0), torch.full((2, 18, 2), 3.0, device=device)
+    OPS.attention_with_token_maps_triton(query, key, value, indices, 0.2, out, maps)
+    exact = reference.attention_with_token_maps(query.double(), key.double(), value.double(), indices, scale=0.2)
+    low = reference.attention_with_token_maps(query, key, value, indices, scale=0.2)
+    assert_matches(out, low[0], exact[0], "out")
+    assert_matches(maps, low[1], exact[1], "maps")
+
+
+@pytest.mark.parametrize("threshold", [None, 0.4], ids=["otsu", "fixed"])
+@pytest.mark.parametrize(
+    "size, smoothing, layers", [((16, 12), 1, 3), ((40, 36), 3, 2), ((7, 5), 3, 1), ((24, 24), 5, 2)]
+)
+def test_subject_mask_matches_the_reference(size, smoothing, layers, threshold, device):
+    g = torch.Generator().manual_seed(4)
+    maps = torch.rand(2, layers, 16, 12, generator=g).to(device)
+    out = torch.ones((2, *size), dtype=torch.bool, device=device)
+    OPS.subject_mask_triton(maps, threshold, smoothing, out)
+    level = "otsu" if threshold is None else threshold
+    assert torch.equal(out, reference.subject_mask(maps.double(), size=size, threshold=level, smoothing=smoothing))
+
+
+@pytest.mark.parametrize("value", [0.3, math.nan], ids=["constant", "nan"])
+def test_subject_mask_without_a_range_is_empty(value, device):
+    maps = torch.full((1, 2, 8, 8), 0.3, device=device)
+    maps[0, 0, 2, 2] = value
+    out = torch.ones((1, 8, 8), dtype=torch.bool, device=device)
+    OPS.subject_mask_triton(maps, None, 1, out)
+    assert not out.any()
+
+
+@pytest.mark.parametrize("predictions", [1, 2, 6])
+@pytest.mark.parametrize("noisy", [False, True], ids=["", "noise"])
+@pytest.mark.parametrize("masked", [False, True], ids=["", "mask"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_step_blend_matches_the_reference(predictions, noisy, masked, dtype, device):
+    g = torch.Generator().manual_seed(6)
+
+    def latents():
+        return torch.randn(3, 4, 6, 7, generator=g).to(dtype).to(device)
+
+    sample, terms = latents(), [latents() for _ in range(predictions)]
+    coefficients = torch.randn(5, 3, predictions + 4, generator=g).to(device)
+    coefficients[3, 0, 0] = 0
+    terms[0][0] = math.nan  # weight 0: not read
+    noise = latents() if noisy else None
+    background = latents() if masked else None
+    mask = torch.rand(1, 6, 7, generator=g).mul(1.5).clamp(0, 1).to(device) if masked else None
+    step = torch.tensor([3], dtype=torch.int32, device=device)
+    out = torch.full_like(sample, math.nan)
+    OPS.step_blend_triton(sample, terms, coefficients, step, mask, background, noise, out)
+
+    def by_reference(to):
+        kept = {"mask": mask, "background": background, "noise": noise}
+        kept = {k: None if x is None else to(x) for k, x in kept.items()}
+        return reference.step_blend(to(sample), [to(x) for x in terms], coefficients.double(), 3, **kept)
+
+    assert_matches(out, by_reference(lambda x: x), by_reference(torch.Tensor.double))
+    OPS.step_blend_triton(sample, terms, coefficients, step + 2, mask, background, noise, out)
+    if not masked:
+        assert out.isnan().all()  # step 5 of 5

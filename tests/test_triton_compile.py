@@ -1,0 +1,63 @@
+"""The Triton kernels compiled for GPUs that need not be here: resources fit, nothing spills, the right instructions.
+
+The compiler cannot run beside the interpreter of the other tests, so one subprocess measures everything.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lr_kernels.triton.report import ARCHITECTURES, HEAD_DIMS, Row
+from lr_kernels.triton.tiles import SHARED_MEMORY
+
+
+@pytest.fixture(scope="module")
+def table() -> list[Row]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    root = Path(__file__).parent.parent
+    environment["PYTHONPATH"] = os.pathsep.join([str(root), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, "-W", "ignore", "-m", "lr_kernels.triton.report", "--json"]
+    run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return [Row(**row) for row in json.loads(run.stdout.splitlines()[-1])]
+
+
+def attention(table: list[Row], arch: int) -> list[Row]:
+    return [row for row in table if row.kernel.startswith("attention") and row.arch == arch]
+
+
+def test_24_every_kernel_was_compiled_for_every_architecture(table):
+    for arch in ARCHITECTURES:
+        names = {row.kernel for row in table if row.arch == arch}
+        expected = {f"attention D{D} bf16 {kind}" for D in HEAD_DIMS for kind in ("dense", "gathered")}
+        expected |= {"attention D64 fp16 gathered", "attention D64 fp32 gathered", "attention D64 bf16 gathered biased"}
+        expected |= {"token maps D40 bf16", "token maps D160 bf16", "step_blend K4 bf16"}
+        expected |= {f"subject_mask_{part}" for part in ("mean", "smooth", "otsu")}
+        assert names == expected
+
+
+def test_24_shared_memory_fits(table):
+    assert [row for row in table if row.shared > SHARED_MEMORY[row.arch]] == []
+
+
+def test_24_the_mma_tiles_also_fit_the_small_cards(table):
+    assert [row for row in attention(table, 80) if row.shared > SHARED_MEMORY[89]] == []
+
+
+def test_24_nothing_spills(table):
+    assert [row for row in table if row.spills or row.stack or row.registers > 255] == []
+
+
+def test_hopper_uses_warpgroup_products(table):
+    rows = [row for row in attention(table, 90) if "fp32" not in row.kernel]
+    assert rows and all(row.wgmma > 0 for row in rows)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_keys_and_values_arrive_by_asynchronous_copies(table, arch):
+    rows = attention(table, arch)
+    assert rows and all(row.async_copies > 0 for row in rows)
