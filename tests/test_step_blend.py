@@ -120,7 +120,7 @@ def test_expanded_background_is_read_in_place():
     assert torch.equal(step_blend(*arguments, 0, mask=keywords["mask"], background=shared, backend="cpu"), expected)
 
 
-def test_row11_prediction_of_weight_zero_is_not_read():
+def test_11_prediction_of_weight_zero_is_not_read():
     (sample, predictions, coefficients), keywords = make(count=3, noise=True)
     coefficients[:, :, [1, 3, 4]] = 0  # the second prediction, a and σ
     expected = step_blend(sample, predictions, coefficients, 0, **keywords, backend="cpu")
@@ -130,7 +130,7 @@ def test_row11_prediction_of_weight_zero_is_not_read():
     assert expected.isfinite().all()
 
 
-def test_row11_nan_on_the_side_the_mask_does_not_take():
+def test_11_nan_on_the_side_the_mask_does_not_take():
     (sample, predictions, coefficients), keywords = make(mask="bool")
     inside = keywords["mask"][:, None].expand(sample.shape)
     keywords["background"][inside] = math.nan
@@ -138,7 +138,7 @@ def test_row11_nan_on_the_side_the_mask_does_not_take():
     assert step_blend(sample, predictions, coefficients, 0, **keywords, backend="cpu").isfinite().all()
 
 
-def test_row12_live_nan_stays_at_its_element():
+def test_12_live_nan_stays_at_its_element():
     arguments, keywords = make(mask="float", noise=True)
     arguments[1][0][1, 2, 3, 4] = math.nan
     keywords["mask"].clamp_(0.25, 0.75)
@@ -147,7 +147,7 @@ def test_row12_live_nan_stays_at_its_element():
     assert out.isnan().sum() == 1
 
 
-def test_row13_garbage_past_the_tail():
+def test_13_garbage_past_the_tail():
     arguments, _ = make(shape=(1, 1, 3, 7))
     padded = torch.full((1, 40), math.nan)
     padded[:, :21] = arguments[0].reshape(1, 21)
@@ -155,7 +155,7 @@ def test_row13_garbage_past_the_tail():
     assert torch.equal(step_blend(view, *arguments[1:], 0, backend="cpu"), step_blend(*arguments, 0, backend="cpu"))
 
 
-def test_row30_threads_do_not_change_a_bit():
+def test_30_threads_do_not_change_a_bit():
     arguments, keywords = make(shape=(4, 4, 96, 96), mask="float", noise=True)
     threads, results = torch.get_num_threads(), []
     try:
@@ -167,7 +167,7 @@ def test_row30_threads_do_not_change_a_bit():
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
-def test_row31_permuting_the_batch_permutes_the_result():
+def test_31_permuting_the_batch_permutes_the_result():
     arguments, keywords = make(shape=(4, 3, 9, 9), rows=4, mask="float", mask_rows=4, noise=True)
     sample, predictions, coefficients = arguments
     order = torch.tensor([2, 0, 3, 1])
@@ -259,7 +259,7 @@ def test_background_latents_are_copied_bitwise():
 
 @pytest.mark.parametrize("w", [0.0, 1.0])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_row34_endpoints_are_the_single_model_bitwise(w, backend):
+def test_34_endpoints_are_the_single_model_bitwise(w, backend):
     s = scheduler("v_prediction", 6)
     keywords = {"guidance_scale": 7.5, "eta": 1.0, "prediction_type": "v_prediction"}
     single, blended = table(s, **keywords), table(s, **keywords, blend_weights=[w] * 6)
@@ -304,7 +304,7 @@ def test_blend_schedules():
 # ---- gradients, torch.library and torch.compile ----
 
 
-def test_row28_gradients_use_the_reference():
+def test_28_gradients_use_the_reference():
     (sample, predictions, coefficients), keywords = make(mask="float")
     sample = sample.clone().requires_grad_()
     step_blend(sample, predictions, coefficients, 1, **keywords).sum().backward()
@@ -324,7 +324,7 @@ def op_arguments(**case):
 
 
 @pytest.mark.parametrize("case", ["one-prediction", "shared-float-mask", "mask-noise"])
-def test_row26_opcheck(case):
+def test_26_opcheck(case):
     torch.library.opcheck(torch.ops.lr_kernels.step_blend_cpu.default, op_arguments(**CASES[case]))
 
 
@@ -336,7 +336,7 @@ def test_the_op_refuses_a_step_outside_the_schedule():
             torch.ops.lr_kernels.step_blend_cpu(*arguments)
 
 
-def test_row29_compiles_without_breaks_or_recompiles():
+def test_29_compiles_without_breaks_or_recompiles():
     arguments, keywords = make(mask="float", noise=True)
     sample, predictions, coefficients = arguments
     compiled = torch.compile(step_blend, fullgraph=True, backend="aot_eager")
@@ -349,7 +349,7 @@ def test_row29_compiles_without_breaks_or_recompiles():
             assert torch.equal(compiled(*blended, torch.tensor(step), **other), expected)
 
 
-def test_row29_int_steps_recompile_once():
+def test_29_int_steps_recompile_once():
     arguments, _ = make(steps=6)
     compiled = torch.compile(step_blend, fullgraph=True, backend="aot_eager")
     compiled(*arguments, 2)
@@ -410,7 +410,7 @@ def test_rows7_17_18_34_errors(changes, error, message):
 
 
 @pytest.mark.parametrize("which", ["sample", "predictions", "background", "noise", "mask", "shifted"])
-def test_row6_out_overlaps_an_input(which):
+def test_06_out_overlaps_an_input(which):
     arguments, keywords = make(mask="float", noise=True, shape=(2, 4, 9, 11))
     memory = torch.zeros(2 * 4 * 9 * 11 + 1)
     out = memory[:-1].view(2, 4, 9, 11)
@@ -453,7 +453,7 @@ def test_row6_out_overlaps_an_input(which):
         ({"final_alpha_cumprod": 1.1}, ValueError, "alphas_cumprod: expected numbers in"),
     ],
 )
-def test_row34_table_errors(changes, error, message):
+def test_34_table_errors(changes, error, message):
     call = {"alphas_cumprod": [0.9, 0.5], "timesteps": [1, 0], "final_alpha_cumprod": 1.0, "guidance_scale": 2.0}
     with pytest.raises(error, match=rf"^lr_kernels\.step_coefficients: {message}"):
         step_coefficients(**(call | changes))

@@ -89,7 +89,7 @@ def test_a_constant_map_has_no_foreground(value, backend, threshold):
 @pytest.mark.parametrize("threshold", ["otsu", 0.0, 0.5])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_row12_a_row_that_is_not_finite_has_no_foreground(value, backend, threshold):
+def test_12_a_row_that_is_not_finite_has_no_foreground(value, backend, threshold):
     maps = blobs((3, 2, 12, 12))
     expected = subject_mask(maps, threshold=threshold, backend=backend)
     maps[1, 0, 5, 5] = value
@@ -98,11 +98,11 @@ def test_row12_a_row_that_is_not_finite_has_no_foreground(value, backend, thresh
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_row9_empty_batch(backend):
+def test_09_empty_batch(backend):
     assert subject_mask(torch.zeros(0, 2, 8, 8), size=(4, 4), backend=backend).shape == (0, 4, 4)
 
 
-def test_row31_permuting_the_batch_permutes_the_masks():
+def test_31_permuting_the_batch_permutes_the_masks():
     maps, order = blobs((4, 3, 16, 16)), torch.tensor([2, 3, 1, 0])
     keywords = {"size": (24, 24), "smoothing": 3, "backend": "cpu"}
     assert torch.equal(subject_mask(maps[order], **keywords), subject_mask(maps, **keywords)[order])
@@ -114,7 +114,7 @@ def test_gradients_stop_at_the_mask():
 
 
 @pytest.mark.parametrize("threshold", [None, 0.4])
-def test_row26_opcheck(threshold):
+def test_26_opcheck(threshold):
     out = torch.ones(2, 12, 12, dtype=torch.bool)
     maps = blobs((2, 3, 8, 8)).contiguous()
     torch.library.opcheck(torch.ops.lr_kernels.subject_mask_cpu.default, (maps, threshold, 3, out))
@@ -129,7 +129,7 @@ def test_the_op_writes_every_element():
     assert torch.equal(*results)
 
 
-def test_row29_compiles_without_breaks_or_recompiles():
+def test_29_compiles_without_breaks_or_recompiles():
     compiled = torch.compile(subject_mask, fullgraph=True, backend="aot_eager")
     keywords = {"size": (24, 24), "smoothing": 3}
     compiled(blobs((2, 3, 16, 16)), **keywords)
