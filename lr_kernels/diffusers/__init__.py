@@ -1,0 +1,36 @@
+"""Layout-and-Retouch for diffusers: attention processors, parts of the stages, pipeline. Importing changes nothing."""
+
+from .components import PersonalizedStableDiffusionPipeline
+from .install import Installation, attention_layers, install_processors, select_layers
+from .inversion import invert, renoise
+from .output import LayoutRetouchOutput
+from .pipeline import StableDiffusionLayoutRetouchPipeline
+from .processors import AttentionState, MultiSourceAttnProcessor, TokenMapAttnProcessor
+from .routing import BACKGROUND, FOREGROUND, OWN, RetouchBatch, Routing, route
+from .schedule import blend_weights, ddim_table
+from .subject import SubjectMaps, find_subject
+
+__all__ = [
+    "BACKGROUND",
+    "FOREGROUND",
+    "OWN",
+    "AttentionState",
+    "Installation",
+    "LayoutRetouchOutput",
+    "MultiSourceAttnProcessor",
+    "PersonalizedStableDiffusionPipeline",
+    "RetouchBatch",
+    "Routing",
+    "StableDiffusionLayoutRetouchPipeline",
+    "SubjectMaps",
+    "TokenMapAttnProcessor",
+    "attention_layers",
+    "blend_weights",
+    "ddim_table",
+    "find_subject",
+    "install_processors",
+    "invert",
+    "renoise",
+    "route",
+    "select_layers",
+]

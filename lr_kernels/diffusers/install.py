@@ -1,0 +1,135 @@
+"""Finding a UNet's attention layers, and putting processors into them and back."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from torch import nn
+
+from ..checks import fail
+from .processors import is_own
+
+
+def attention_layers(unet: nn.Module, kind: str) -> dict[str, Attention]:
+    """The "self" or "cross" attention layers of a UNet's transformer blocks by name, without other attention."""
+    unet = getattr(unet, "_orig_mod", unet)  # torch.compile wraps the module and renames its children
+    return {
+        name: module
+        for name, module in unet.named_modules()
+        if isinstance(module, Attention)
+        and name.rpartition(".")[2] in ("attn1", "attn2")
+        and module.is_cross_attention == (kind == "cross")
+    }
+
+
+def layer_scale(unet: nn.Module, name: str) -> int:
+    """Side of a layer's token in latent pixels: 1, 2, 4 or 8 in the UNets of Stable Diffusion."""
+    deepest = len(unet.config.block_out_channels) - 1
+    block, index = name.split(".")[:2]
+    match block:
+        case "down_blocks":
+            return 2 ** int(index)
+        case "up_blocks":
+            return 2 ** (deepest - int(index))
+    return 2**deepest
+
+
+def layer_grid(scale: int, height: int, width: int) -> tuple[int, int]:
+    """(rows, columns) of tokens at a scale, for latents of that height and width."""
+    return -(-height // scale), -(-width // scale)
+
+
+def select_layers(unet: nn.Module, kind: str, choice: Sequence[int | str] | None = None) -> dict[str, Attention]:
+    """The attention layers of `kind` that match any entry of `choice`.
+
+    Args:
+        choice: scales (see `layer_scale`) and beginnings of layer names such as "up_blocks.1". None: all layers.
+
+    Raises:
+        ValueError: an entry that matches no layer.
+    """
+    layers = attention_layers(unet, kind)
+    if choice is None:
+        return layers
+    choice = (choice,) if isinstance(choice, int | str) else tuple(choice)
+    chosen = {}
+    for entry in choice:
+        if isinstance(entry, int):
+            matches = [name for name in layers if layer_scale(unet, name) == entry]
+        else:
+            matches = [name for name in layers if f"{name}.".startswith(entry.rstrip(".") + ".")]
+        if not matches:
+            scales = sorted({layer_scale(unet, name) for name in layers})
+            expected = f"one of the scales {scales} or the beginning of a layer's name"
+            fail("select_layers", "choice", expected, repr(entry))
+        chosen.update((name, layers[name]) for name in matches)
+    return chosen
+
+
+class Installation:
+    """Processors in place of others: made by `install_processors`, undone by `remove` or the end of a `with` block."""
+
+    def __init__(self, layers: Mapping[str, Attention], processors: Mapping[str, object]):
+        self.layers = dict(layers)
+        self.processors = dict(processors)
+        self.previous = {name: layer.processor for name, layer in layers.items()}
+        self._warned = False
+
+    def replaced(self) -> list[str]:
+        """The layers whose processor is no longer the installed one."""
+        return [name for name, layer in self.layers.items() if layer.processor is not self.processors[name]]
+
+    def verify(self) -> None:
+        """Warn, the first time only, where something replaced an installed processor."""
+        replaced = self.replaced()
+        if replaced and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"lr_kernels: {len(replaced)} of {len(self.layers)} attention processors were replaced after their "
+                f"installation ({replaced[0]} is now {type(self.layers[replaced[0]].processor).__name__}); "
+                "these layers take no part in the method",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+    def remove(self) -> None:
+        """Put the previous processors back, except where something else has taken the place since."""
+        for name, layer in self.layers.items():
+            if layer.processor is self.processors[name] or is_own(layer.processor):
+                layer.set_processor(self.previous[name])
+
+    def __enter__(self) -> "Installation":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+
+def install_processors(layers: Mapping[str, Attention], processors: Mapping[str, object]) -> Installation:
+    """Set each layer's processor; a context manager that restores the previous ones.
+
+    Args:
+        layers: name -> layer, from `select_layers`. processors: name -> the processor for it.
+
+    Raises:
+        NotImplementedError: a layer has a processor that is not stock (IP-Adapter, attention slicing, fused
+            projections): without it the model is another. Whatever is raised, all previous processors are back.
+    """
+    for name, layer in layers.items():
+        if type(layer.processor) not in (AttnProcessor, AttnProcessor2_0):
+            fail(
+                "install_processors",
+                name,
+                "a stock attention processor",
+                type(layer.processor).__name__,
+                "leave the layer out, or call unet.set_default_attn_processor() first",
+                NotImplementedError,
+            )
+    installation = Installation(layers, processors)
+    try:
+        for name, layer in layers.items():
+            layer.set_processor(processors[name])
+    except BaseException:
+        installation.remove()
+        raise
+    return installation

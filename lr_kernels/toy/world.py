@@ -1,0 +1,258 @@
+"""The toy world: 64x64 numpy renders of simple shapes on textured backgrounds, with captions, masks and one subject.
+
+Coordinates and radii are fractions of the image side, so nothing here but `SIDE` depends on the resolution.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+SIDE = 64
+SUPERSAMPLING = 3
+
+SHAPES = ("ball", "box", "star", "cross", "ring")
+TEXTURES = ("solid", "striped", "spotted")
+BACKGROUNDS = ("sky", "grass", "bricks", "sand", "night", "checker")
+PLAIN = "plain"  # studio backdrop of the references; captions never name it
+COLORS = {
+    "red": (220, 40, 40),
+    "yellow": (245, 215, 50),
+    "green": (40, 170, 70),
+    "blue": (50, 80, 225),
+    "purple": (150, 60, 180),
+    "white": (245, 245, 245),
+}
+COLOR_NAMES = tuple(COLORS)
+PLAIN_COLOR = (205, 185, 200)
+
+SUBJECT_TOKEN = "sks"
+CLASS_WORD = "ball"
+SUBJECT_PROMPT = f"a {SUBJECT_TOKEN} {CLASS_WORD}"
+CLASS_PROMPT = f"a {CLASS_WORD}"
+WORDS = ("a", "on", *COLOR_NAMES, *TEXTURES, *SHAPES, *BACKGROUNDS, SUBJECT_TOKEN)
+
+
+@dataclass(frozen=True)
+class Dot:
+    """A disk painted on a shape, in the shape's own frame (the shape's radius is 1)."""
+
+    x: float
+    y: float
+    radius: float
+    color: str
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One object on one background; x, y and radius are fractions of the image side, angle is in radians."""
+
+    shape: str
+    texture: str
+    color: str
+    second_color: str
+    background: str
+    x: float
+    y: float
+    radius: float
+    angle: float
+    dot: Dot | None = None
+
+
+SUBJECT = Scene("ball", "striped", "red", "yellow", PLAIN, 0.5, 0.5, 0.28, 0.0, Dot(0.12, -0.2, 0.42, "blue"))
+
+
+def pixel_grid():
+    """Centres of the supersampled pixels: x and y, each [S, S] float32 in (0, 1), S = SIDE * SUPERSAMPLING."""
+    line = (np.arange(SIDE * SUPERSAMPLING, dtype=np.float32) + 0.5) / (SIDE * SUPERSAMPLING)
+    return np.meshgrid(line, line)
+
+
+GRID_X, GRID_Y = pixel_grid()
+
+
+def two_tone(mask, on, off):
+    """Colour image [S, S, 3] float32: `on` where mask [S, S] holds, `off` elsewhere."""
+    return np.where(mask[..., None], np.float32(on), np.float32(off))
+
+
+def draw_sky(x, y, rng):
+    top, bottom = np.float32((70, 140, 235)), np.float32((190, 225, 255))
+    image = top + y[..., None] * (bottom - top)
+    for _ in range(2):
+        cloud_x, cloud_y = rng.uniform(0.06, 0.94), rng.uniform(0.06, 0.44)
+        image[((x - cloud_x) / 0.156) ** 2 + ((y - cloud_y) / 0.0625) ** 2 < 1] = (250, 250, 255)
+    return image
+
+
+def draw_grass(x, y, rng):
+    blades = np.sin(67.0 * x + rng.uniform(0, 2 * np.pi) + 1.2 * np.sin(29.0 * y))
+    return np.stack([60 + 25 * blades, 150 - 50 * y + 25 * blades, np.full_like(x, 45)], axis=-1)
+
+
+def draw_bricks(x, y, rng):
+    height, width, mortar = 0.1875, 0.3125, 0.0375
+    y = y + rng.uniform(0, height)
+    x = x + rng.uniform(0, width) + width / 2 * (np.floor(y / height) % 2)
+    return two_tone((y % height < mortar) | (x % width < mortar), (205, 195, 185), (165, 75, 55))
+
+
+def draw_sand(x, y, rng):
+    phase = rng.uniform(0, 2 * np.pi)
+    ripples = np.sin(35.0 * y + phase + 0.8 * np.sin(11.0 * x + phase))
+    return np.float32((225, 195, 135)) + 18 * ripples[..., None]
+
+
+def draw_night(x, y, rng):
+    stars = np.zeros(x.shape, bool)
+    for _ in range(9):
+        star_x, star_y = rng.uniform(0, 1, 2)
+        stars |= (abs(x - star_x) < 0.027) & (abs(y - star_y) < 0.027)
+    return two_tone(stars, (250, 250, 200), (18, 18, 55))
+
+
+def draw_checker(x, y, rng):
+    cell = 0.125
+    shift_x, shift_y = rng.uniform(0, 2 * cell, 2)
+    parity = (np.floor((x + shift_x) / cell) + np.floor((y + shift_y) / cell)) % 2
+    return two_tone(parity == 0, (175, 175, 175), (60, 60, 60))
+
+
+def draw_plain(x, y, rng):
+    return np.broadcast_to(np.float32(PLAIN_COLOR), (*x.shape, 3)).copy()
+
+
+PAINTERS = {
+    "sky": draw_sky,
+    "grass": draw_grass,
+    "bricks": draw_bricks,
+    "sand": draw_sand,
+    "night": draw_night,
+    "checker": draw_checker,
+    PLAIN: draw_plain,
+}
+
+
+def inside_star(u, v):
+    """A five-pointed star with outer radius 1.2 and inner radius .52: [S, S] bool."""
+    outer, inner, half = 1.2, 0.52, np.pi / 5
+    from_tip = half - abs(np.arctan2(u, -v) % (2 * half) - half)
+    edge = np.cos(from_tip) * inner * np.sin(half) + np.sin(from_tip) * (outer - inner * np.cos(half))
+    return np.hypot(u, v) * edge < outer * inner * np.sin(half)
+
+
+def inside_shape(shape, u, v):
+    """Where the shape's own frame coordinates u, v [S, S] lie inside the shape: [S, S] bool."""
+    match shape:
+        case "ball":
+            return np.hypot(u, v) < 1
+        case "box":
+            return np.maximum(abs(u), abs(v)) < 0.85
+        case "ring":
+            return abs(np.hypot(u, v) - 0.775) < 0.275
+        case "cross":
+            return (np.minimum(abs(u), abs(v)) < 0.36) & (np.maximum(abs(u), abs(v)) < 1.05)
+        case "star":
+            return inside_star(u, v)
+    raise ValueError(f"unknown shape {shape!r}, expected one of {SHAPES}")
+
+
+def second_color_area(texture, u, v):
+    """Where a texture shows the second colour: [S, S] bool."""
+    if texture == "striped":
+        return np.floor((u + 1) * 2) % 2 == 1
+    area = np.zeros(u.shape, bool)
+    if texture == "spotted":
+        for angle in np.arange(3) * 2 * np.pi / 3:
+            area |= np.hypot(u - 0.55 * np.cos(angle), v - 0.55 * np.sin(angle)) < 0.3
+    return area
+
+
+def downsample(image):
+    """Average supersampled pixels: [S, S, ...] -> [SIDE, SIDE, ...]."""
+    return image.reshape(SIDE, SUPERSAMPLING, SIDE, SUPERSAMPLING, *image.shape[2:]).mean(axis=(1, 3))
+
+
+def render(scene, rng):
+    """Draw a scene; rng places the background's details.
+
+    Returns the image [SIDE, SIDE, 3] uint8 and the object's coverage mask [SIDE, SIDE] float32 in [0, 1].
+    """
+    image = PAINTERS[scene.background](GRID_X, GRID_Y, rng)
+    dx, dy = (GRID_X - scene.x) / scene.radius, (GRID_Y - scene.y) / scene.radius
+    cos, sin = np.float32(np.cos(scene.angle)), np.float32(np.sin(scene.angle))
+    u, v = dx * cos + dy * sin, dy * cos - dx * sin
+    inside = inside_shape(scene.shape, u, v)
+
+    paint = two_tone(second_color_area(scene.texture, u, v), COLORS[scene.second_color], COLORS[scene.color])
+    if scene.dot is not None:
+        dot = scene.dot
+        paint[np.hypot(u - dot.x, v - dot.y) < dot.radius] = COLORS[dot.color]
+    shade = np.clip(0.975 - 0.125 * (dx + dy), 0.7, 1.1)[..., None]
+
+    image = np.where(inside[..., None], np.clip(paint * shade, 0, 255), image)
+    mask = downsample(inside.astype(np.float32))
+    return np.clip(np.rint(downsample(image)), 0, 255).astype(np.uint8), mask
+
+
+def random_scene(rng, backgrounds=BACKGROUNDS):
+    """A scene of the base model's training distribution."""
+    color, second_color = rng.choice(COLOR_NAMES, 2, replace=False)
+    return Scene(
+        shape=str(rng.choice(SHAPES)),
+        texture=str(rng.choice(TEXTURES, p=(0.4, 0.35, 0.25))),
+        color=str(color),
+        second_color=str(second_color),
+        background=str(rng.choice(backgrounds)),
+        x=rng.uniform(0.24, 0.76),
+        y=rng.uniform(0.24, 0.76),
+        radius=rng.uniform(0.17, 0.31),
+        angle=rng.uniform(0, 2 * np.pi),
+    )
+
+
+def caption(scene, rng):
+    """Describe a scene, leaving out the look in two of five captions; a plain backdrop is never named."""
+    words = ["a"]
+    if rng.random() >= 0.4:
+        words += [scene.color] if scene.texture == "solid" else [scene.texture, scene.color]
+    words.append(scene.shape)
+    if scene.background != PLAIN:
+        words += ["on", scene.background]
+    return " ".join(words)
+
+
+def subject_scene(rng, background=PLAIN, x=None, y=None, radius=None, angle=None):
+    """The subject, a red and yellow striped ball with a blue dot; posed as in its references unless told otherwise."""
+    return replace(
+        SUBJECT,
+        background=background,
+        x=0.5 + rng.uniform(-0.03, 0.03) if x is None else x,
+        y=0.5 + rng.uniform(-0.03, 0.03) if y is None else y,
+        radius=rng.uniform(0.265, 0.297) if radius is None else radius,
+        angle=rng.uniform(-0.25, 0.25) if angle is None else angle,
+    )
+
+
+def to_tensor(images):
+    """Images, a sequence of [H, W, 3] uint8, as one tensor [N, 3, H, W] float32 in [-1, 1]."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def references(count=5, seed=123):
+    """The subject's references: images [count, 3, SIDE, SIDE] in [-1, 1], true masks [count, SIDE, SIDE] in [0, 1]."""
+    rng = np.random.default_rng(seed)
+    images, masks = zip(*(render(subject_scene(rng), rng) for _ in range(count)), strict=True)
+    return to_tensor(images), torch.from_numpy(np.stack(masks))
+
+
+def true_renders(seed=5, per_background=6):
+    """The subject in free poses, the ceiling of every metric: images [N, 3, SIDE, SIDE] and N background names."""
+    rng = np.random.default_rng(seed)
+    names = [name for name in BACKGROUNDS for _ in range(per_background)]
+    images = []
+    for name in names:
+        x, y = rng.uniform(0.24, 0.76, 2)
+        scene = subject_scene(rng, name, x, y, rng.uniform(0.18, 0.3), rng.uniform(0, 2 * np.pi))
+        images.append(render(scene, rng)[0])
+    return to_tensor(images), names
