@@ -36,7 +36,7 @@ def personalize(
     prompt: str = world.SUBJECT_PROMPT,
     token: str = world.SUBJECT_TOKEN,
     steps: int = 160,
-    learning_rate: float = 4e-4,
+    learning_rate: float = 5e-4,
     batch: int = 8,
     prompt_dropout: float = 0.1,
     seed: int = 0,

@@ -330,6 +330,7 @@ def train_unet(run, batch=12):
     scenes = rendered_scenes("base", 24000, seed=run.seed + 3)
     share = slice(run.rank, None, run.ranks)
     vae = AutoencoderKL.from_pretrained(BASE / "vae").eval().requires_grad_(False)
+    vae.register_to_config(_name_or_path="")  # a loading path has no place in a saved config
     tokenizer = models.build_tokenizer()
     text_encoder, unet = models.build_text_encoder(tokenizer), models.build_unet()
     unet.set_attn_processor(AttnProcessor())  # plain batched products: faster to train here than fused attention

@@ -51,6 +51,7 @@ _MMA = (  # sm_80, 86, 89, 120: queries live in registers; two parts of D spill 
 _HOPPER = (  # 4 warps of 128 x 64 leave room for 2 programs per SM up to D 64; above, 8 warps hide the latency
     Tiles((16, 0), (128, 64, 4, 3), (128, 64, 4, 3), (128, 64, 4, 3)),
     Tiles((32, 0), (128, 64, 4, 3), (128, 64, 4, 3), (128, 64, 4, 3)),
+    Tiles((32, 16), (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3)),  # 4 warps: 22 spills, in one part of 64: 16
     Tiles((64, 0), (128, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 3)),  # biased, dense, 4 warps: 20 spills
     Tiles((64, 16), (128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 3)),  # gathered at 128 x 128, 3 stages: 10 spills
     Tiles((64, 32), (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
