@@ -97,8 +97,8 @@ class StableDiffusionLayoutRetouchPipeline(PersonalizedStableDiffusionPipeline):
             retouch_end: step from which the images no longer share attention. Default: the number of steps.
             retouch_layers: self-attention layers that share, by scale (1: tokens as fine as the latents, 2: half as
                 fine) or by the beginning of their name, as "up_blocks.2". Default: all.
-            sources: latents of layout and reference at each step: by "inversion" (DDIM, keeps the layout best) or
-                "renoise".
+            sources: latents of layout and reference at each step: by "inversion" (DDIM; keeps the layout better) or
+                "renoise" (one noise for all steps; faster, and brings more of the subject back).
             mask_blending: adaptive mask blending. False: the layout's mask throughout. True: it moves to the target's
                 own mask, and outside of both masks the latents are the layout's.
             mask_threshold: of `subject_mask`.

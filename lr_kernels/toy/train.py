@@ -20,11 +20,12 @@ import torch
 import torch.distributed
 import torch.nn.functional as F
 import transformers
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
+from transformers import CLIPTextModel
 
 from lr_kernels.toy import BASE, load_pipeline, models, world
 from lr_kernels.toy.data import rendered_scenes
@@ -332,15 +333,20 @@ def train_unet(run, batch=12):
     vae = AutoencoderKL.from_pretrained(BASE / "vae").eval().requires_grad_(False)
     vae.register_to_config(_name_or_path="")  # a loading path has no place in a saved config
     tokenizer = models.build_tokenizer()
-    text_encoder, unet = models.build_text_encoder(tokenizer), models.build_unet()
+    if run.resume:
+        text_encoder = CLIPTextModel.from_pretrained(BASE / "text_encoder", dtype=torch.float32)
+        unet = UNet2DConditionModel.from_pretrained(BASE / "unet", torch_dtype=torch.float32)
+    else:
+        text_encoder, unet = models.build_text_encoder(tokenizer), models.build_unet()
     unet.set_attn_processor(AttnProcessor())  # plain batched products: faster to train here than fused attention
     ids = models.token_ids(tokenizer, scenes.captions[share].tolist())
     with torch.autocast("cpu", torch.bfloat16):
         latents = encode(vae, scenes.images[share]).float()
     no_prompt = models.token_ids(tokenizer, [""])
     alphas_cumprod = models.build_scheduler().alphas_cumprod
-    trainer = Trainer(run, [unet.train(), text_encoder.train()], learning_rate=1e-3, ema_decay=0.999)
-    torch.manual_seed(run.seed + 3000 + run.rank)
+    rate = 5e-4 if run.resume else 1e-3
+    trainer = Trainer(run, [unet.train(), text_encoder.train()], learning_rate=rate, ema_decay=0.999)
+    torch.manual_seed(run.seed + 3000 + 500 * run.resume + run.rank)
     saved = 0.0
     while trainer.running:
         picks = draw_batch(len(latents), batch)
@@ -354,7 +360,7 @@ def train_unet(run, batch=12):
         if run.leads and (trainer.seconds - saved > CHECKPOINT_SECONDS or not trainer.running):
             saved = trainer.seconds
             save_pipeline(vae, *trainer.averaged, tokenizer)
-            update_manifest("unet", **trainer.facts(batch), latents=len(scenes.images))
+            update_manifest("unet_resumed" if run.resume else "unet", **trainer.facts(batch), latents=len(scenes.images))
             if run.samples:
                 pipeline = models.build_pipeline(vae, *trainer.averaged, tokenizer)
                 save_grid(sample(pipeline, PREVIEW_PROMPTS), run.samples / f"unet_{int(saved / 60):03d}.png")
@@ -392,7 +398,7 @@ def main():
     parser.add_argument("--minutes", type=float, help=f"per stage; default {DEFAULT_MINUTES}")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ranks", type=int, default=2, help="training processes, one core each")
-    parser.add_argument("--resume", action="store_true", help="start from the saved weights (vae, judge)")
+    parser.add_argument("--resume", action="store_true", help="start from the saved weights (vae, judge, unet)")
     parser.add_argument("--samples", type=Path, help="folder for sample pictures")
     args = parser.parse_args()
     for stage in STAGES if args.stage == "all" else (args.stage,):
