@@ -18,7 +18,9 @@ from .toy.judge import evaluate
 from .toy.personalize import personalize
 
 STEPS, GUIDANCE = 20, 3.0
-LAYOUT_STEPS = RETOUCH_START = 6
+LAYOUT_STEPS = 9
+RETOUCH = {"retouch_start": 2, "retouch_layers": [2], "sources": "renoise", "guidance_scale": 2.0}
+"""The 8x8 layers carry the subject, less guidance leaves the reference more say, an early start lets it take hold."""
 SEED = 1000
 
 COLUMNS = {
@@ -53,14 +55,16 @@ def run(output: Path, *, seeds: int = 3, backend: str = "auto") -> dict:
     pipe = StableDiffusionLayoutRetouchPipeline.from_pipe(
         base, personalized_unet=personal.unet, personalized_text_encoder=personal.text_encoder
     )
-    common = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "output_type": "pt", "backend": backend}
+    common = {"num_inference_steps": STEPS, "output_type": "pt", "backend": backend}
 
     def noise() -> torch.Generator:
         return torch.Generator().manual_seed(SEED)  # every stage starts from the same latents
 
     def layout(name: str, layout_steps: int) -> LayoutRetouchOutput:
         pipe.set_progress_bar_config(desc=name)
-        return pipe.layout(prompts, class_prompts, layout_steps=layout_steps, generator=noise(), **common)
+        return pipe.layout(
+            prompts, class_prompts, layout_steps=layout_steps, guidance_scale=GUIDANCE, generator=noise(), **common
+        )
 
     def retouch(name: str, context: Tensor | None) -> LayoutRetouchOutput:
         pipe.set_progress_bar_config(desc=name)
@@ -71,8 +75,8 @@ def run(output: Path, *, seeds: int = 3, backend: str = "auto") -> dict:
             toy.SUBJECT_PROMPT.split()[1:],
             context_latents=context,
             reference_mask=reference_masks[0],
-            retouch_start=RETOUCH_START,
             generator=noise(),
+            **RETOUCH,
             **common,
         )
 
@@ -97,7 +101,7 @@ def run(output: Path, *, seeds: int = 3, backend: str = "auto") -> dict:
             "steps": STEPS,
             "guidance": GUIDANCE,
             "layout_steps": LAYOUT_STEPS,
-            "retouch_start": RETOUCH_START,
+            "retouch": RETOUCH,
             "backend": backend,
         },
         "stages": stages,
