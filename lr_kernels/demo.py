@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from . import toy
+from . import blend_schedule, toy
 from .diffusers import StableDiffusionLayoutRetouchPipeline
 from .diffusers.output import LayoutRetouchOutput
 from .info import versions
@@ -18,8 +18,10 @@ from .toy.judge import evaluate
 from .toy.personalize import personalize
 
 STEPS, GUIDANCE = 20, 3.0
-LAYOUT_STEPS = 9
-RETOUCH = {"retouch_start": 2, "retouch_layers": [2], "sources": "renoise", "guidance_scale": 2.0}
+LAYOUT_STEPS = 6
+LAYOUT_BLEND = blend_schedule("linear", STEPS, LAYOUT_STEPS, ramp_steps=1)
+"""Six steps of the vanilla model, one half and half, then the personalized one."""
+RETOUCH = {"retouch_start": 3, "retouch_layers": [2], "sources": "renoise", "guidance_scale": 2.0}
 """The 8x8 layers carry the subject, less guidance leaves the reference more say, an early start lets it take hold."""
 SEED = 1000
 
@@ -60,10 +62,16 @@ def run(output: Path, *, seeds: int = 3, backend: str = "auto") -> dict:
     def noise() -> torch.Generator:
         return torch.Generator().manual_seed(SEED)  # every stage starts from the same latents
 
-    def layout(name: str, layout_steps: int) -> LayoutRetouchOutput:
+    def layout(name: str, blend: str | Tensor, layout_steps: int) -> LayoutRetouchOutput:
         pipe.set_progress_bar_config(desc=name)
         return pipe.layout(
-            prompts, class_prompts, layout_steps=layout_steps, guidance_scale=GUIDANCE, generator=noise(), **common
+            prompts,
+            class_prompts,
+            layout_blend=blend,
+            layout_steps=layout_steps,
+            guidance_scale=GUIDANCE,
+            generator=noise(),
+            **common,
         )
 
     def retouch(name: str, context: Tensor | None) -> LayoutRetouchOutput:
@@ -81,10 +89,10 @@ def run(output: Path, *, seeds: int = 3, backend: str = "auto") -> dict:
         )
 
     results = {
-        "vanilla": layout("vanilla", STEPS),
-        "personalized": layout("personalized", 0),
+        "vanilla": layout("vanilla", "hard", STEPS),
+        "personalized": layout("personalized", "hard", 0),
         "reference-only": retouch("reference-only", None),
-        "layout": layout("layout", LAYOUT_STEPS),
+        "layout": layout("layout", LAYOUT_BLEND, LAYOUT_STEPS),
     }
     results["retouch"] = retouch("retouch", results["layout"].latents)
     stages = {}
@@ -101,6 +109,7 @@ def run(output: Path, *, seeds: int = 3, backend: str = "auto") -> dict:
             "steps": STEPS,
             "guidance": GUIDANCE,
             "layout_steps": LAYOUT_STEPS,
+            "layout_blend": LAYOUT_BLEND.tolist(),
             "retouch": RETOUCH,
             "backend": backend,
         },
