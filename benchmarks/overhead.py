@@ -28,9 +28,8 @@ def main() -> None:
     out = torch.empty_like(x)
     op = torch.ops.lr_kernels.multi_source_attention_cpu.default
     latents = torch.randn(1, 4, 8, 8)
-    table = step_coefficients(
-        torch.linspace(0.99, 0.01, 1000), [900, 800], final_alpha_cumprod=1.0, prediction_type="epsilon", guidance_scale=7.5
-    )
+    levels = torch.linspace(0.99, 0.01, 1000)
+    table = step_coefficients(levels, [900, 800], final_alpha_cumprod=1.0, guidance_scale=7.5)
 
     def attention_op(count: int) -> Callable[[], object]:
         arguments = (x, [x] * count, [x] * count, *([None] * count,) * 6, None, None, 1.0, out, None)

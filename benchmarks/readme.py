@@ -53,8 +53,8 @@ def main() -> None:
     path = ROOT / "README.md"
     text = path.read_text()
     for name, table in (("attention", attention_table()), ("demo", demo_table())):
-        marked = rf"(<!-- table: {name} -->\n).*?(\n<!-- end -->)"
-        text, count = re.subn(marked, lambda m, table=table: m[1] + table + m[2], text, flags=re.DOTALL)
+        marked = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
+        text, count = re.subn(marked, lambda m, table=table: f"{m[1]}{table}\n{m[2]}", text, flags=re.DOTALL)
         if count != 1:
             raise SystemExit(f"README.md: expected one place marked 'table: {name}', found {count}")
     path.write_text(text)

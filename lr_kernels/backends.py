@@ -11,7 +11,7 @@ from .checks import fail
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 _AUTO = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
-"""In the order that "auto" tries them, by device type; the reference serves the rest. The Triton interpreter serves cpu tensors only when named."""
+"""In the order that "auto" tries them, by device type; the reference serves the rest, the interpreter only by name."""
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -47,7 +47,12 @@ def unavailable(backend: str, op: str, device_type: str | None = None) -> str | 
 
 
 def choose(
-    op: str, backend: str, device: torch.device, dtype: torch.dtype, lacking: Sequence[str] = (), argument: str = "query"
+    op: str,
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    lacking: Sequence[str] = (),
+    argument: str = "query",
 ) -> str:
     """Resolve `backend` for a call of `op`.
 

@@ -57,9 +57,9 @@ def _check(maps: Tensor, size: tuple[int, int] | None, threshold: float | str, s
         fail(_OP, "maps", "shape (batch, layers, height, width) with at least one map", tuple(maps.shape))
     if not maps.is_floating_point():
         fail(_OP, "maps", "a floating dtype", maps.dtype, error=TypeError)
-    size = tuple(maps.shape[2:]) if size is None else tuple(size)
-    if len(size) != 2 or min(size) < 1:
-        fail(_OP, "size", "(height, width), each at least 1", size)
+    height_width = tuple(maps.shape[2:] if size is None else size)
+    if len(height_width) != 2 or min(height_width) < 1:
+        fail(_OP, "size", "(height, width), each at least 1", height_width)
     if isinstance(threshold, str):
         if threshold != "otsu":
             fail(_OP, "threshold", "'otsu' or a number in [0, 1]", repr(threshold))
@@ -67,4 +67,4 @@ def _check(maps: Tensor, size: tuple[int, int] | None, threshold: float | str, s
         fail(_OP, "threshold", "'otsu' or a number in [0, 1]", threshold)
     if smoothing < 1 or smoothing % 2 == 0:
         fail(_OP, "smoothing", "an odd number, at least 1", smoothing)
-    return size
+    return height_width[0], height_width[1]

@@ -311,9 +311,9 @@ def _check(
             fail(_OP, "mask", "bool or a floating dtype", mask.dtype, error=TypeError)
         if mask.device != device:
             fail(_OP, "mask", str(device), mask.device)
-    for name, x in (("background", background), ("noise", noise), ("out", out)):
-        if x is not None and (x.shape != shape or x.dtype != dtype or x.device != device):
-            _fail_like(name, x, sample)
+    for name, optional in (("background", background), ("noise", noise), ("out", out)):
+        if optional is not None and (optional.shape != shape or optional.dtype != dtype or optional.device != device):
+            _fail_like(name, optional, sample)
 
 
 def _fail_like(name: str, x: Tensor, sample: Tensor) -> NoReturn:

@@ -28,8 +28,9 @@ from lr_kernels.diffusers import (
     ddim_table,
     find_subject,
     invert,
+    processors,
+    routing,
 )
-from lr_kernels.diffusers import processors, routing
 from lr_kernels.step_blend import step_blend
 
 STEPS = 4

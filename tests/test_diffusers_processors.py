@@ -205,7 +205,7 @@ def test_16_active_processor_refuses_an_attention_mask(processor):
 def test_missing_routing_is_named():
     attn = Attention(query_dim=16, heads=2, dim_head=8)
     attn.set_processor(MultiSourceAttnProcessor(AttentionState(sharing=True)))
-    with pytest.raises(ValueError, match="state.routings: expected a routing for 9 tokens"):
+    with pytest.raises(ValueError, match=r"state\.routings: expected a routing for 9 tokens"):
         attn(torch.randn(2, 9, 16))
 
 

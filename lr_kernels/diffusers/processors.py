@@ -5,7 +5,6 @@ Both are diffusers' AttnProcessor2_0, bit for bit, until their shared state asks
 
 from dataclasses import dataclass, field
 
-import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 from torch.nn import functional as F

@@ -360,7 +360,8 @@ def train_unet(run, batch=12):
         if run.leads and (trainer.seconds - saved > CHECKPOINT_SECONDS or not trainer.running):
             saved = trainer.seconds
             save_pipeline(vae, *trainer.averaged, tokenizer)
-            update_manifest("unet_resumed" if run.resume else "unet", **trainer.facts(batch), latents=len(scenes.images))
+            stage = "unet_resumed" if run.resume else "unet"
+            update_manifest(stage, **trainer.facts(batch), latents=len(scenes.images))
             if run.samples:
                 pipeline = models.build_pipeline(vae, *trainer.averaged, tokenizer)
                 save_grid(sample(pipeline, PREVIEW_PROMPTS), run.samples / f"unet_{int(saved / 60):03d}.png")
