@@ -11,6 +11,7 @@ from .checks import fail
 from .plan import AttentionPlan, check_masks, plan_attention
 
 _OP = "multi_source_attention"
+_INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 MAX_SOURCES = 16
 MAX_HEAD_DIM = 256
 
@@ -171,11 +172,13 @@ def _lacking(query: Tensor, sources: Sequence[Source]) -> list[str]:
             lacking.append(f"weight[{i}]")
         if source.softmax_group != sources[0].softmax_group:
             lacking.append(f"softmax_group[{i}]")
-    if torch.is_grad_enabled() and (
-        query.requires_grad or any(s.key.requires_grad or s.value.requires_grad for s in sources)
-    ):
+    if torch.is_grad_enabled() and (query.requires_grad or any(_requires_grad(s) for s in sources)):
         lacking.append("gradients")
     return lacking
+
+
+def _requires_grad(source: Source) -> bool:
+    return any(isinstance(x, Tensor) and x.requires_grad for x in source)
 
 
 def _check(query: Tensor, sources: Sequence[Source], query_groups: Tensor | None, plan: AttentionPlan | None) -> None:
@@ -227,7 +230,7 @@ def _check_source(i: int, source: Source, query: Tensor) -> None:
     else:
         if source.rows.shape != (batch,):
             fail(_OP, f"rows[{i}]", f"shape ({batch},)", tuple(source.rows.shape))
-        if source.rows.is_floating_point() or source.rows.dtype == torch.bool:
+        if source.rows.dtype not in _INDEX_DTYPES:
             fail(_OP, f"rows[{i}]", "an integer dtype", source.rows.dtype, error=TypeError)
         if source.rows.device != query.device:
             fail(_OP, f"rows[{i}]", str(query.device), source.rows.device)
@@ -235,8 +238,15 @@ def _check_source(i: int, source: Source, query: Tensor) -> None:
             low, high = torch.aminmax(
                 source.rows
             )  # on a GPU, looking would synchronize: there a row beyond reads as -1
-            if low < -1 or high >= rows:
+            if int(low) < -1 or int(high) >= rows:
                 fail(_OP, f"rows[{i}]", f"-1 to {rows - 1}", f"{int(low)} to {int(high)}")
+    if source.value_index is not None:
+        if source.value_index.dtype not in _INDEX_DTYPES:
+            fail(_OP, f"value_index[{i}]", "an integer dtype", source.value_index.dtype, error=TypeError)
+        if source.value_index.dim() != 2 or source.value_index.shape[1] != keys:
+            fail(_OP, f"value_index[{i}]", f"shape ({rows} or {batch}, {keys})", tuple(source.value_index.shape))
+    if isinstance(source.weight, Tensor) and tuple(source.weight.shape) not in ((), (batch,), (batch, query.shape[1])):
+        fail(_OP, f"weight[{i}]", f"a scalar, ({batch},) or ({batch}, {query.shape[1]})", tuple(source.weight.shape))
     tables = (("key_mask", source.key_mask), ("key_groups", source.key_groups), ("key_bias", source.key_bias))
     for name, table in tables:
         if table is not None:

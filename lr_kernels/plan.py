@@ -61,7 +61,11 @@ def plan_attention(
     query_order = class_start = None
     classes: Sequence[int] = ()
     if query_groups is not None:
-        classes = query_groups.unique().tolist() if query_classes is None else query_classes
+        classes = query_groups.unique().tolist() if query_classes is None else sorted(set(query_classes))
+        for c in classes:
+            if not isinstance(c, int) or not 0 <= c <= 255:
+                fail("plan_attention", "query_classes", "integers from 0 to 255", c)
+        classes = classes or [0]  # no queries at all
         query_order, class_start = _order_queries(query_groups, classes)
     lists = [_visible_lists(mask, groups, classes) for mask, groups in zip(key_masks, key_groups)]
     return AttentionPlan(

@@ -97,6 +97,8 @@ def _joint_softmax(
     """One softmax over all keys of `sources`: out (B, N, H, D) and lse (B, H, N)."""
     scores, values, visibles = [], [], []
     for source in sources:
+        if source.key.shape[0] == 0:  # rows can only be -1
+            continue
         rows = source_rows(source, query.shape[0])
         visible = visible_keys(query, source, query_groups)
         seen = visible.any(1)[:, :, None, None]  # a key that no query sees must not leak through 0 · NaN
@@ -113,6 +115,8 @@ def _joint_softmax(
         scores.append(s.masked_fill(~visible[:, None], -math.inf))
         values.append(torch.where(seen, value, 0))
         visibles.append(visible)
+    if not scores:
+        return torch.zeros_like(query), query.new_full((*query.transpose(1, 2).shape[:3],), -math.inf)
     s, value, visible = torch.cat(scores, -1), torch.cat(values, 1), torch.cat(visibles, -1)
     if s.shape[-1] == 0:
         return torch.zeros_like(query), s.new_full(s.shape[:-1], -math.inf)

@@ -59,9 +59,9 @@ def step_blend(
     """
     _check(sample, predictions, coefficients, mask, background, noise, out)
     step = _checked_step(step, coefficients)
-    inputs = [sample, *predictions, *(x for x in (background, noise) if x is not None)]
+    inputs = [sample, *predictions, coefficients, *(x for x in (background, noise, mask) if x is not None)]
     if out is not None:
-        _check_out(out, inputs if mask is None else [*inputs, mask])
+        _check_out(out, inputs)
     lacking = ["gradients"] if torch.is_grad_enabled() and any(x.requires_grad for x in inputs) else []
     name = backends.choose(_OP, backend, sample.device, sample.dtype, lacking, "sample")
     if name == "reference":

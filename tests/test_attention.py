@@ -66,6 +66,18 @@ def test_01_growing_logits_redo_the_block():
     check_attention(on("cpu"), AttentionInputs(inputs.query, [inputs.sources[0]._replace(key=key)]))
 
 
+@pytest.mark.parametrize("scale", [1e9, 1e12, 1e16, -1e12])
+def test_01_huge_finite_logits_pick_the_largest(scale):
+    query, source = torch.randn(2, 40, 2, 16), random_source(2, 300)
+    out, lse = on("cpu")(query, [source], scale=scale, return_lse=True)
+    scores = torch.einsum("bnhd,bmhd->bhnm", query.double(), source.key.double()) * scale
+    picked = source.value.gather(1, scores.argmax(-1).transpose(1, 2)[..., None].expand(-1, -1, -1, 16))
+    clear = scores.topk(2).values.diff(dim=-1)[..., 0].abs() > 1e-5 * scores.abs().amax(-1)
+    clear = clear.transpose(1, 2)
+    assert clear.float().mean() > 0.9 and lse.isfinite().all()
+    assert_matches(out[clear], picked[clear], picked[clear].double())
+
+
 @settings(**sizes)
 @given(data=st.data())
 def test_04_strides(data):
@@ -134,6 +146,15 @@ def test_09_empty_dimensions(backend):
     assert (out == 0).all() and (lse == -math.inf).all()
     some = random_source(2, 9)
     assert torch.equal(run(query, [some, random_source(1, 0)]), run(query, [some]))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_09_empty_groups_and_a_source_without_rows(backend):
+    groups = torch.zeros(2, 0, dtype=torch.uint8)
+    out = on(backend)(torch.randn(2, 0, 2, 16), [random_source(2, 7)], query_groups=groups)
+    assert out.shape == (2, 0, 2, 16)
+    nobody = random_source(0, 7)._replace(rows=torch.tensor([-1, -1]))
+    assert (on(backend)(torch.randn(2, 5, 2, 16), [nobody]) == 0).all()
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -285,6 +306,15 @@ def test_plan_with_named_classes_refuses_a_missing_byte():
         plan_attention([None], [keys], groups, query_classes=(1, 2))
 
 
+def test_plan_with_named_classes_checks_and_merges_them():
+    groups = torch.randint(0, 4, (2, 64), dtype=torch.uint8)
+    plan = plan_attention([None], None, groups, query_classes=[0, 1, 2, 3, 3, 3])
+    assert (plan.class_start[:, -1] == 64).all()
+    for wrong in (-1, 256, 3.5):
+        with pytest.raises(ValueError, match="query_classes: expected integers from 0 to 255"):
+            plan_attention([None], None, groups, query_classes=[0, wrong])
+
+
 def test_softmax_groups_and_value_index_run_on_the_reference():
     """IP-Adapter's decoupled sum, and V read through a correspondence."""
     query, text, image = torch.randn(2, 5, 2, 16), random_source(2, 7), random_source(1, 4)
@@ -310,6 +340,8 @@ def test_gradients_come_from_a_backend_that_has_them():
         NotImplementedError, match="gradients: not supported by backend 'cpu'; supported by 'reference'"
     ):
         multi_source_attention(small, [random_source(1, 7)], backend="cpu")
+    biased = random_source(1, 7)._replace(key_bias=torch.zeros(1, 7, requires_grad=True))
+    assert multi_source_attention(small.detach(), [biased]).requires_grad
 
 
 def test_autocast_brings_all_tensors_to_one_dtype():

@@ -127,11 +127,12 @@ struct Block {
   const char* keys;                // keys x units, row after key_bytes
   const char* tail;                // kKeyTile x units: the last, partial key tile, padded with zeros
   const typename C::Unit* values;  // [keys / kPack, d], row after value_stride units
-  const float* bias;               // [keys], padded with -inf to whole key tiles, log2 units; or null: none
+  const float* bias;               // [keys] key_bias + shift, padded with -inf to whole key tiles, log2 units
   int64_t key_bytes, tail_bytes, value_stride;
   int keys_count;
-  float scale;  // logit factor in log2 units; > 0 where bias is null
-  float shift;  // added to the logits, log2 units; part of bias where that is given
+  bool biased;  // whether the logits need bias; else scale > 0 and shift are enough
+  float scale;  // logit factor in log2 units
+  float shift;  // added to the logits, log2 units
 };
 
 template <class C>
@@ -185,6 +186,15 @@ void attend_block(const Slice<C>& s, const Block<C>& block, int units, int d, ty
     m1 = max(floor, top1 * scale + shift);
   }
   for (;;) {
+    if constexpr (!kBiased) {
+      // Beyond 2^28 the fma's unrounded product and the rounded maximum are too far apart for the exponent: round both.
+      const Vec limit = set1(0x1p28f);
+      if (__builtin_expect(any_greater(max(m0, -m0), limit) || any_greater(max(m1, -m1), limit), 0)) {
+        store(s.max, m0);
+        store(s.max + kLanes, m1);
+        return attend_block<C, true>(s, block, units, d, p, first);
+      }
+    }
     Vec sum0 = Vec{}, sum1 = Vec{}, top0 = set1(-INFINITY), top1 = top0;
     const Vec z0 = shift - m0, z1 = shift - m1;
     for (int t = 0; t < tiles; ++t) {

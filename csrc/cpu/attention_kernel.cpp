@@ -143,7 +143,7 @@ class Attention {
         const Block<C> block =
             load_block(source, tile.b, h, row, index, k, int(std::min<int64_t>(kBlock, count - k)), scratch);
         for (int s = 0; s < slices; ++s) {
-          if (block.bias)
+          if (block.biased)
             attend_block<C, true>(scratch.slices[s], block, scratch.units, d, scratch.p, first);
           else
             attend_block<C, false>(scratch.slices[s], block, scratch.units, d, scratch.p, first);
@@ -237,14 +237,14 @@ class Attention {
     };
     block.scale = p.scale * per_head(source.logit_scale, source.logit_scale_stride, 1.0f) * kLog2E;
     block.shift = per_head(source.logit_bias, source.logit_bias_stride, 0.0f) * kLog2E;
-    if (source.key_bias || !(block.scale > 0)) {  // the lazy form needs a positive factor: max and factor commute
-      const float* bias = source.key_bias ? source.key_bias + row * source.bias_stride : nullptr;
-      for (int i = 0; i < kBlock + kKeyTile; ++i) {
-        const float x = i >= count ? -INFINITY : bias ? bias[token(i)] : 0.0f;
-        // finfo.min, times log2(e), would become -inf and hide a key that only has a low weight
-        scratch.bias[i] = x > -INFINITY ? std::max(x * kLog2E + block.shift, -FLT_MAX) : x;
-      }
-      block.bias = scratch.bias;
+    block.biased =
+        source.key_bias || !(block.scale > 0);  // the lazy form needs a positive factor: max and factor commute
+    block.bias = scratch.bias;
+    const float* bias = source.key_bias ? source.key_bias + row * source.bias_stride : nullptr;
+    for (int i = 0; i < kBlock + kKeyTile; ++i) {
+      const float x = i >= count ? -INFINITY : bias ? bias[token(i)] : 0.0f;
+      // finfo.min, times log2(e), would become -inf and hide a key that only has a low weight
+      scratch.bias[i] = x > -INFINITY ? std::max(x * kLog2E + block.shift, -FLT_MAX) : x;
     }
     return block;
   }
