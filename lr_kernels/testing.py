@@ -1,7 +1,7 @@
 """What tests and benchmarks share: the attention cases, their inputs, and the tolerance rule."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -72,12 +72,11 @@ class AttentionInputs:
     query: Tensor
     sources: list[Source]
     query_groups: Tensor | None = None
-    kwargs: dict = field(default_factory=dict)
 
     def to(self, dtype: torch.dtype) -> "AttentionInputs":
         """The same inputs with query, keys and values in another dtype."""
         sources = [s._replace(key=s.key.to(dtype), value=s.value.to(dtype)) for s in self.sources]
-        return AttentionInputs(self.query.to(dtype), sources, self.query_groups, self.kwargs)
+        return AttentionInputs(self.query.to(dtype), sources, self.query_groups)
 
 
 def strided_randn(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype, gain: float = 1.0) -> Tensor:
@@ -147,7 +146,7 @@ def check_attention(run: Callable[..., tuple[Tensor, Tensor]], inputs: Attention
     """Compare run(query, sources, query_groups=…, return_lse=True) with the reference: out and lse."""
     from . import reference
 
-    kwargs = {**inputs.kwargs, **kwargs, "query_groups": inputs.query_groups, "return_lse": True}
+    kwargs = {**kwargs, "query_groups": inputs.query_groups, "return_lse": True}
     exact, low = inputs.to(torch.float64), inputs
     out64, lse64 = reference.multi_source_attention(exact.query, exact.sources, **kwargs)
     out_low, lse_low = reference.multi_source_attention(low.query, low.sources, **kwargs)
