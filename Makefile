@@ -3,10 +3,10 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
-PUBLIC := $(addprefix lr_kernels/,$(addsuffix .py,__init__ attention backends checks info masks ops plan reference step_blend token_maps))
+PUBLIC := $(addprefix lr_kernels/,$(addsuffix .py,__init__ adain attention attention_checks attention_grad backends checks coefficients correspondence info masks merge ops plan reference source step_blend token_maps))
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*.h csrc/cpu/* bindings/*)
 
-.PHONY: demo test lint bench readme clean
+.PHONY: demo test lint bench readme sanitize properties clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m lr_kernels demo
@@ -15,8 +15,14 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest tests
 
+properties: $(VENV)/.installed
+	$(BIN)/python -m pytest tests/test_properties.py --hypothesis-profile thorough --hypothesis-show-statistics
+
 bench: $(VENV)/.installed
-	$(BIN)/python -m benchmarks --csv benchmarks/results/cpu.csv
+	$(BIN)/python -m benchmarks --cases attention backward step_blend --flex --scaling \
+		--csv benchmarks/results/cpu.csv
+	$(BIN)/python -m benchmarks --cases sweep --csv benchmarks/results/scaling.csv
+	$(BIN)/python -m benchmarks.plots
 
 readme: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.readme
@@ -26,6 +32,17 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy --follow-imports=silent $(PUBLIC)
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'bindings/*')
+
+# Tests of the C++ kernels on a build of its own, with addresses and undefined behaviour checked; g++ only. The preloaded
+# C++ library lets the sanitizer see torch's exceptions; Python's own memory counts as leaks, so those are off. A report
+# ends the process and must not be in pytest's capture file then.
+SANITIZED := attention errors ops properties step_blend subject_mask token_maps
+RUNTIMES = $(foreach name,asan ubsan stdc++,$(shell g++ -print-file-name=lib$(name).so))
+sanitize: $(VENV)/.installed
+	CMAKE_ARGS="-DLR_SANITIZE=ON -DCMAKE_CXX_COMPILER=g++" $(BIN)/python setup.py -q build \
+		--build-temp build/sanitize/objects --build-lib build/sanitize/lib
+	cd build/sanitize/lib && LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		$(abspath $(BIN))/python -m pytest -p no:cacheprovider --capture=sys -k "not 29_" $(SANITIZED:%=$(CURDIR)/tests/test_%.py)
 
 # The build runs in the environment that has torch, so that the extension is built against the torch it will meet.
 $(VENV)/.installed: $(SOURCES)

@@ -1,7 +1,9 @@
 """Builds the C++ extension with CMake; without a C++ compiler the pure-Python package is installed and says so once."""
 
 import json
+import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -29,6 +31,7 @@ class CMakeBuild(build_ext):
             f"-DTORCH_INCLUDE_DIRS={';'.join(include_paths())}",
             f"-DTORCH_LIBRARY_DIRS={';'.join(library_paths())}",
             f"-DCMAKE_INSTALL_PREFIX={target}",
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
         subprocess.run(["cmake", "-S", str(ROOT), "-B", str(build), *configure], check=True)
         subprocess.run(["cmake", "--build", str(build), "--target", "install", "--parallel"], check=True)

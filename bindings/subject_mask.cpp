@@ -7,7 +7,8 @@ namespace {
 
 using lr::Tensor;
 
-void subject_mask(Tensor maps, std::optional<double> threshold, int64_t smoothing, Tensor out) {
+void subject_mask(Tensor maps, std::optional<double> threshold, std::optional<double> quantile, int64_t smoothing,
+                  Tensor out) {
   lr::SubjectMaskParams p{};
   p.maps = static_cast<const float*>(maps.data_ptr());
   p.out = static_cast<uint8_t*>(out.data_ptr());
@@ -18,8 +19,9 @@ void subject_mask(Tensor maps, std::optional<double> threshold, int64_t smoothin
   p.out_h = out.size(1);
   p.out_w = out.size(2);
   p.smoothing = smoothing;
-  p.otsu = !threshold;
-  p.threshold = threshold.value_or(0.0);
+  using Level = lr::SubjectMaskParams::Level;
+  p.level = quantile ? Level::kQuantile : threshold ? Level::kThreshold : Level::kOtsu;
+  p.value = quantile.value_or(threshold.value_or(0.0));
   lr::subject_mask_cpu(p, lr::torch_parallel());
 }
 

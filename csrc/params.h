@@ -16,27 +16,30 @@ struct Parallel {
 constexpr int kMaxSources = 16;
 
 struct AttentionSource {
-  const void* key;           // [r, m, h, d]
-  const void* value;         // [r, m, h, d]
-  const int32_t* rows;       // [b] or null: row b, or row 0 where r == 1; -1: this query row does not read the source
-  const int32_t* key_index;  // [c or 1, r or 1, m] visible keys of a query class, or null: all
-  const int32_t* key_count;  // [c or 1, r or 1]
-  const float* key_bias;     // [r or 1, m] or null
-  const float* logit_scale;  // [b, h] or null: 1
-  const float* logit_bias;   // [b, h] or null: 0
-  int64_t r, m;
+  const void* key;             // [r, m, h, d]
+  const void* value;           // [r, v, h, d], v == m without value_index
+  const int32_t* rows;         // [b] or null: row b, or row 0 where r == 1; -1: this query row does not read the source
+  const int32_t* key_index;    // [c or 1, r or 1, m] visible keys of a query class, or null: all
+  const int32_t* key_count;    // [c or 1, r or 1]
+  const int32_t* value_index;  // [r or b or 1, m] value token of each key, or null: the key's own
+  const float* key_bias;       // [r or 1, m] or null
+  const float* logit_scale;    // [b, h] or null: 1
+  const float* logit_bias;     // [b, h] or null: 0
+  int64_t r, m, v;
   int64_t key_stride[3];                                // row, key, head; the last dimension is contiguous
   int64_t value_stride[3];                              // row, key, head
   int64_t index_stride[2];                              // class, row (0 where shared); keys are contiguous
   int64_t count_stride[2];                              // class, row (0 where shared)
+  int64_t value_index_stride[2];                        // row, b: one of them is 0; keys are contiguous
   int64_t bias_stride;                                  // row (0 where shared); keys are contiguous
   int64_t logit_scale_stride[2], logit_bias_stride[2];  // b, h
+  int32_t softmax_group;                                // from 0 on, ascending over the sources
 };
 
 struct AttentionParams {
   const void* query;           // [b, n, h, d]
   void* out;                   // [b, n, h, d]
-  float* lse;                  // [b, n, h] natural log, or null
+  void* lse;                   // [b, n, h] natural log, float or double, or null
   const int32_t* query_order;  // [b or 1, n] queries class by class, or null: one class, in order
   const int32_t* class_start;  // [b or 1, c + 1] where each class starts in query_order
   int64_t b, n, h, d, c;
@@ -47,8 +50,25 @@ struct AttentionParams {
   int64_t class_stride;     // b (0 where shared)
   AttentionSource source[kMaxSources];
   int32_t sources;
+  const float* weight[kMaxSources];       // softmax group x [b, n] or null: 1
+  int64_t weight_stride[kMaxSources][2];  // b, n
+  int32_t softmax_groups;
+  bool lse_is_double;  // what a backward pass needs: P = exp(logit - lse) shows the rounding of a float
   DType dtype;
   float scale;
+};
+
+// Gradients of one softmax group without a weight; out, lse and the sources as in the forward pass.
+struct AttentionBackwardParams {
+  AttentionParams forward;            // out and lse are read
+  const void* grad_out;               // [b, n, h, d]
+  const float* grad_lse;              // [b, n, h] or null: 0
+  void* grad_query;                   // [b, n, h, d] contiguous
+  float* grad_key[kMaxSources];       // [r, m, h, d] contiguous, added to
+  float* grad_value[kMaxSources];     // [r, v, h, d] contiguous, added to
+  float* grad_key_bias[kMaxSources];  // [h, r or 1, m] contiguous, added to; or null
+  int64_t grad_out_stride[3];         // b, n, h
+  int64_t grad_lse_stride[3];         // b, n, h
 };
 
 struct TokenMapsParams {
@@ -70,8 +90,8 @@ struct SubjectMaskParams {
   uint8_t* out;       // [b, out_h, out_w] contiguous, 0 or 1
   int64_t b, l, h, w, out_h, out_w;
   int64_t smoothing;  // side of the mean filter, odd; 1: none
-  bool otsu;
-  double threshold;  // used where otsu is false
+  enum class Level : int32_t { kOtsu, kThreshold, kQuantile } level;
+  double value;  // of the threshold or of the quantile
 };
 
 constexpr int kMaxPredictions = 6;
@@ -79,15 +99,61 @@ constexpr int kMaxPredictions = 6;
 struct StepBlendParams {
   const void* sample;                       // [b, c, plane], as all of its kind: each row contiguous
   const void* prediction[kMaxPredictions];  // k x [b, c, plane]
-  const float* coefficients;                // [b or 1, k + 4] of this step: w_0 .. w_{k-1}, a, sigma, p, q
-  const float* mask;                        // [b or 1, plane] or null
-  const void* background;                   // [b, c, plane], with mask
-  const void* noise;                        // [b, c, plane] or null
-  void* out;                                // [b, c, plane]
-  int64_t b, c, plane;                      // plane = height * width
-  int64_t sample_stride, prediction_stride[kMaxPredictions], background_stride, noise_stride, out_stride;  // b
+  const float* coefficients;    // [b or 1, k + 9] of this step: g_0 .. g_{k-1}, a, e, sigma, h, p, q, c, d, s
+  const float* mask;            // [b or 1, plane] or null
+  const void* background;       // [b, c, plane] or null
+  const void* noise;            // [b, c, plane] or null
+  const void* history;          // [b, c, plane] or null
+  const uint8_t* keep_rows;     // [b] or null: rows that take the background whole
+  void* out;                    // [b, c, plane] contiguous, as the other outputs
+  void* model_input;            // [copies, b, c, plane] or null
+  void* history_out;            // [b, c, plane] or null
+  int64_t b, c, plane, copies;  // plane = height * width
+  int64_t sample_stride, prediction_stride[kMaxPredictions], background_stride, noise_stride, history_stride;  // b
   int64_t coefficient_stride, mask_stride;  // b (0 where shared)
   int32_t predictions;                      // k
+  DType dtype;
+};
+
+constexpr int kMaxParts = 16;
+
+struct MergeParams {
+  const void* part[kMaxParts];       // k x [b, n, h, d]
+  const float* part_lse[kMaxParts];  // k x [b, n, h] natural log
+  void* out;                         // [b, n, h, d] contiguous
+  float* lse;                        // [b, n, h] contiguous
+  int64_t b, n, h, d;
+  int64_t part_stride[kMaxParts][3];      // b, n, h; the last dimension is contiguous
+  int64_t part_lse_stride[kMaxParts][3];  // b, n, h
+  int32_t parts;                          // k
+  DType dtype;
+};
+
+struct AdainTokens {
+  const void* data;     // [b or 1, tokens, h, d]
+  const uint8_t* mask;  // [b or 1, tokens] 0 or 1, or null: all
+  int64_t tokens;
+  int64_t stride[3];    // b (0 where shared), token, head; the last dimension is contiguous
+  int64_t mask_stride;  // b (0 where shared)
+};
+
+struct AdainParams {
+  AdainTokens x, reference;
+  void* out;  // as x
+  int64_t b, h, d;
+  int64_t out_stride[3];  // b, token, head
+  double eps;
+  DType dtype;
+};
+
+struct CorrespondenceParams {
+  const void* target;     // [b, n, c]
+  const void* reference;  // [b or 1, m, c]
+  int64_t* index;         // [b, n] contiguous
+  uint8_t* consistent;    // [b, n] contiguous, 0 or 1
+  int64_t b, n, m, c;
+  int64_t target_stride[2], reference_stride[2];  // b (0 where shared), token; the last dimension is contiguous
+  int64_t columns, radius_squared;                // of the grid of targets, in its cells
   DType dtype;
 };
 

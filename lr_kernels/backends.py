@@ -2,7 +2,7 @@
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -17,6 +17,7 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _OPERATORS_WITH_CUDA: frozenset[str] = frozenset()
+_OPERATORS_WITHOUT_TRITON = frozenset({"multi_source_attention_backward"})
 
 
 def interpreted() -> bool:
@@ -32,6 +33,8 @@ def unavailable(backend: str, op: str, device_type: str | None = None) -> str | 
                 return ops.extension_error
             return "runs on cpu tensors only" if device_type not in (None, "cpu") else None
         case "triton":
+            if op in _OPERATORS_WITHOUT_TRITON:
+                return f"{op} has no Triton kernel"
             if not _HAS_TRITON:
                 return "the package triton is not installed"
             if device_type == "cuda" or (interpreted() and device_type in (None, "cpu")):
@@ -46,41 +49,52 @@ def unavailable(backend: str, op: str, device_type: str | None = None) -> str | 
     return None
 
 
+def forward_only(*tensors: torch.Tensor | None) -> dict[str, list[str]]:
+    """What the kernel backends lack of a call of an operator without gradients: see `choose`."""
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        return {name: ["gradients"] for name in BACKENDS if name != "reference"}
+    return {}
+
+
 def choose(
     op: str,
     backend: str,
     device: torch.device,
     dtype: torch.dtype,
-    lacking: Sequence[str] = (),
+    lacking: Mapping[str, Sequence[str]] | None = None,
     argument: str = "query",
 ) -> str:
     """Resolve `backend` for a call of `op`.
 
     Args:
-        lacking: the arguments of this call that only the reference implements.
+        lacking: per backend, what it does not implement of this call; the reference implements all.
         argument: the one whose dtype counts, for the message.
 
     Raises:
         ValueError: an unknown name. RuntimeError: the named backend is not available, with the cause.
         TypeError: the named backend does not support the dtype. NotImplementedError: it lacks an argument of the call.
     """
+    device_type = device.type  # 0.2 us a look
+    lacking = lacking or {}
     if backend == "auto":
-        if dtype in KERNEL_DTYPES and not lacking:
-            for name in _AUTO.get(device.type, ()):
-                if unavailable(name, op, device.type) is None:
+        if dtype in KERNEL_DTYPES:
+            for name in _AUTO.get(device_type, ()):
+                if not lacking.get(name) and unavailable(name, op, device_type) is None:
                     return name
         return "reference"
     if backend not in BACKENDS:
         fail(op, "backend", "one of auto, " + ", ".join(BACKENDS), repr(backend))
-    reason = unavailable(backend, op, device.type)
+    reason = unavailable(backend, op, device_type)
     if reason is not None:
         raise RuntimeError(f"lr_kernels.{op}: backend: {backend!r} cannot run: {reason}")
     if backend == "reference":
         return backend
     if dtype not in KERNEL_DTYPES:
         fail(op, argument, "one of float32, float16, bfloat16", dtype, f"backend {backend!r}", TypeError)
-    if lacking:
+    if lacking.get(backend):
+        able = [name for name in ("cpu", "triton") if name in lacking and not lacking[name]]
         raise NotImplementedError(
-            f"lr_kernels.{op}: {', '.join(lacking)}: not supported by backend {backend!r}; supported by 'reference'"
+            f"lr_kernels.{op}: {', '.join(lacking[backend])}: not supported by backend {backend!r}; "
+            f"supported by {', '.join(map(repr, [*able, 'reference']))}"
         )
     return backend

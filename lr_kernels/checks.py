@@ -1,6 +1,12 @@
 """Error messages of one form: ``lr_kernels.<op>: <argument>: expected …, got …; <hint>``."""
 
+import os
+from pathlib import Path
 from typing import NoReturn
+
+import torch
+
+_GIB = 2**30
 
 
 def fail(
@@ -8,3 +14,33 @@ def fail(
 ) -> NoReturn:
     """Raise `error` with the library's one message form."""
     raise error(f"lr_kernels.{op}: {argument}: expected {expected}, got {got}" + (f"; {hint}" if hint else ""))
+
+
+def check_memory(op: str, argument: str, needed: int, device: torch.device) -> None:
+    """Refuse a request of more bytes than the device can ever hold, before anything is allocated."""
+    if needed < _GIB or torch.compiler.is_compiling():
+        return
+    limit = memory_limit(device)
+    if limit is not None and needed > limit:
+        fail(
+            op, argument, "a call that fits the memory",
+            f"one that needs {needed / _GIB:.1f} GiB, limit {limit / _GIB:.1f}", "split the batch",
+        )  # fmt: skip
+
+
+def memory_limit(device: torch.device) -> int | None:
+    """Bytes of the device; on the CPU also the limits of the control group and of the process. None: not known."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type != "cpu":
+        return None
+    import resource  # not on Windows
+
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    group = Path("/sys/fs/cgroup/memory.max")
+    if group.exists() and (text := group.read_text().strip()).isdigit():
+        limits.append(int(text))
+    address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if address_space != resource.RLIM_INFINITY:
+        limits.append(address_space)
+    return min(limits)

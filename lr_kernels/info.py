@@ -4,6 +4,7 @@ import ctypes
 import importlib.metadata
 import json
 import platform
+import time
 from pathlib import Path
 
 import torch
@@ -26,12 +27,34 @@ def versions() -> dict[str, str]:
 
 
 def instruction_set() -> str | None:
-    """ "avx512bf16", "avx512", "avx2" or "baseline": what the CPU kernels use here; None without the extension."""
+    """What the CPU kernels use here, as `LR_KERNELS_ISA` names it; None without the extension."""
     if ops.extension_error is not None:
         return None
-    library = ctypes.CDLL(str(Path(__file__).parent / "_C.so"))
+    library = _library()
     library.lr_kernels_isa.restype = ctypes.c_char_p
     return library.lr_kernels_isa().decode()
+
+
+def arithmetic_peak(bf16: bool = False) -> float | None:
+    """GFLOP/s of multiply-adds in registers on torch's threads, with the instruction set that the CPU kernels use.
+
+    fp32, or with `bf16` products of bf16 pairs summed in fp32. The best of 10 runs of a few milliseconds. None without
+    the extension, or where the instruction set has no such products.
+    """
+    if ops.extension_error is not None:
+        return None
+    peak = _library().lr_kernels_peak
+    peak.restype, peak.argtypes = ctypes.c_double, (ctypes.c_bool, ctypes.c_int64)
+    best = 0.0
+    for _ in range(10):
+        start = time.perf_counter()
+        operations = peak(bf16, 1_000_000)
+        best = max(best, operations / (time.perf_counter() - start))
+    return best * 1e-9 or None
+
+
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL(str(Path(__file__).parent / "_C.so"))
 
 
 def report() -> str:

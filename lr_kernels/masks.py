@@ -14,20 +14,24 @@ def subject_mask(
     *,
     size: tuple[int, int] | None = None,
     threshold: float | str = "otsu",
+    quantile: float | None = None,
     smoothing: int = 1,
     backend: str = "auto",
 ) -> Tensor:
     """Foreground mask of a subject: layer mean -> min-max -> resize -> smoothing -> threshold.
 
     The mean over L is scaled to [0, 1] per row, resized bilinearly (half-pixel centres), averaged over a square of side
-    `smoothing` (edges repeated), and compared: value > threshold. "otsu" takes the threshold that maximizes the
-    between-class variance of a 256-bin histogram (N. Otsu, IEEE Trans. SMC 9(1), 1979).
+    `smoothing` (edges repeated), and compared: value > level. The level is the threshold; with "otsu" the one that
+    maximizes the between-class variance of a 256-bin histogram (N. Otsu, IEEE Trans. SMC 9(1), 1979); with a quantile
+    the value of rank floor(quantile · (P - 1)), from 0, among the row's P pixels in ascending order. (The linear
+    interpolation of `torch.quantile` gives the same mask: no pixel lies between two ranks.)
 
     Args:
         maps: (B, L, h, w), any floating dtype: L layers, heads or tokens, as from `attention_with_token_maps`.
         size: (H, W) of the mask. Default: (h, w).
         threshold: "otsu" or a number in [0, 1].
-        smoothing: odd side of the mean filter; 1: none.
+        quantile: share of the pixels below the level, in [0, 1]; stands in for threshold.
+        smoothing: odd side of the mean filter, at most the longer side of the mask; 1: none.
         backend: "auto", "cpu", "triton" or "reference". A name never falls back.
 
     Returns:
@@ -37,21 +41,26 @@ def subject_mask(
         ValueError: a shape, size, threshold or smoothing that does not fit. TypeError: a dtype that does not fit.
         RuntimeError: the named backend is not available.
     """
-    height, width = _check(maps, size, threshold, smoothing)
+    height, width = _check(maps, size, threshold, quantile, smoothing)
     name = backends.choose(_OP, backend, maps.device, maps.dtype, argument="maps")
     if name == "reference":
-        return reference.subject_mask(maps.detach(), size=(height, width), threshold=threshold, smoothing=smoothing)
+        return reference.subject_mask(
+            maps.detach(), size=(height, width), threshold=threshold, quantile=quantile, smoothing=smoothing
+        )
     out = torch.empty(maps.shape[0], height, width, dtype=torch.bool, device=maps.device)
     op = torch.ops.lr_kernels.subject_mask_cpu
     if name == "triton":
         from . import triton  # noqa: F401  (registers the Triton implementations)
 
         op = torch.ops.lr_kernels.subject_mask_triton
-    op(maps.detach().float().contiguous(), None if threshold == "otsu" else float(threshold), smoothing, out)
+    level = None if threshold == "otsu" else float(threshold)
+    op(maps.detach().float().contiguous(), level, None if quantile is None else float(quantile), smoothing, out)
     return out
 
 
-def _check(maps: Tensor, size: tuple[int, int] | None, threshold: float | str, smoothing: int) -> tuple[int, int]:
+def _check(
+    maps: Tensor, size: tuple[int, int] | None, threshold: float | str, quantile: float | None, smoothing: int
+) -> tuple[int, int]:
     """The arguments, in the order of the signature; returns the size of the mask."""
     if maps.dim() != 4 or 0 in maps.shape[1:]:
         fail(_OP, "maps", "shape (batch, layers, height, width) with at least one map", tuple(maps.shape))
@@ -65,6 +74,11 @@ def _check(maps: Tensor, size: tuple[int, int] | None, threshold: float | str, s
             fail(_OP, "threshold", "'otsu' or a number in [0, 1]", repr(threshold))
     elif not 0 <= threshold <= 1:
         fail(_OP, "threshold", "'otsu' or a number in [0, 1]", threshold)
-    if smoothing < 1 or smoothing % 2 == 0:
-        fail(_OP, "smoothing", "an odd number, at least 1", smoothing)
+    if quantile is not None:
+        if threshold != "otsu":
+            fail(_OP, "quantile", "None beside a threshold", quantile, f"threshold is {threshold}: pass one of the two")
+        if not 0 <= quantile <= 1:
+            fail(_OP, "quantile", "a number in [0, 1]", quantile)
+    if smoothing % 2 == 0 or not 1 <= smoothing <= max(height_width):
+        fail(_OP, "smoothing", f"an odd number from 1 to {max(height_width)}, the mask's longer side", smoothing)
     return height_width[0], height_width[1]

@@ -8,14 +8,16 @@ Sizes: B query rows, N queries, H heads, D head_dim; a source has R rows of M ke
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .checks import fail
+
 if TYPE_CHECKING:
-    from .attention import Source
+    from .source import Source
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -91,44 +93,121 @@ def multi_source_attention(
     return (out, lse_out) if return_lse else out
 
 
+class _Gathered(NamedTuple):
+    """One source as each query row reads it."""
+
+    key: Tensor  # (B, M, H, D), 0 where no query sees the key
+    value: Tensor  # (B, M, H, D), likewise
+    visible: Tensor  # (B, N, M)
+    alpha: Tensor  # (B or 1, H or 1, 1, 1)
+    scores: Tensor  # (B, H, N, M), -inf where hidden
+
+
+def _gather(
+    query: Tensor, source: "Source", query_groups: Tensor | None, scale: float, dtype: torch.dtype
+) -> _Gathered:
+    rows = source_rows(source, query.shape[0])
+    visible = visible_keys(query, source, query_groups)
+    seen = visible.any(1)[:, :, None, None]  # a key that no query sees must not leak through 0 · NaN
+    key = torch.where(seen, source.key[rows.clamp(min=0)].to(dtype), 0)
+    value = source.value[rows.clamp(min=0)].to(dtype)
+    if source.value_index is not None:
+        value = value.gather(1, _value_tokens(source, rows)[:, :, None, None].expand(-1, -1, *value.shape[2:]))
+    alpha = scale * _per_head(source.logit_scale, 1.0, query, dtype)
+    scores = torch.einsum("bnhd,bmhd->bhnm", query, key) * alpha
+    scores = scores + _per_head(source.logit_bias, 0.0, query, dtype)
+    if source.key_bias is not None:
+        scores = scores + _row_of(source.key_bias.to(dtype), rows)[:, None, None, :]
+    scores = scores.masked_fill(~visible[:, None], -math.inf)
+    return _Gathered(key, torch.where(seen, value, 0), visible, alpha, scores)
+
+
+def _value_tokens(source: "Source", rows: Tensor) -> Tensor:
+    """(B, M): the value token that each key of a query row's source row reads."""
+    assert source.value_index is not None
+    index = source.value_index.long()
+    return _row_of(index, rows) if index.shape[0] in (1, source.key.shape[0]) else index
+
+
 def _joint_softmax(
     query: Tensor, sources: "Sequence[Source]", query_groups: Tensor | None, scale: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """One softmax over all keys of `sources`: out (B, N, H, D) and lse (B, H, N)."""
-    scores, values, visibles = [], [], []
-    for source in sources:
-        if source.key.shape[0] == 0:  # rows can only be -1
-            continue
-        rows = source_rows(source, query.shape[0])
-        visible = visible_keys(query, source, query_groups)
-        seen = visible.any(1)[:, :, None, None]  # a key that no query sees must not leak through 0 · NaN
-        key = torch.where(seen, source.key[rows.clamp(min=0)].to(dtype), 0)
-        value = source.value[rows.clamp(min=0)].to(dtype)
-        if source.value_index is not None:
-            by_row = source.value_index.shape[0] in (1, source.key.shape[0])
-            index = _row_of(source.value_index.long(), rows) if by_row else source.value_index.long()
-            value = value.gather(1, index[:, :, None, None].expand(-1, -1, *value.shape[2:]))
-        s = torch.einsum("bnhd,bmhd->bhnm", query, key) * (scale * _per_head(source.logit_scale, 1.0, query, dtype))
-        s = s + _per_head(source.logit_bias, 0.0, query, dtype)
-        if source.key_bias is not None:
-            s = s + _row_of(source.key_bias.to(dtype), rows)[:, None, None, :]
-        scores.append(s.masked_fill(~visible[:, None], -math.inf))
-        values.append(torch.where(seen, value, 0))
-        visibles.append(visible)
-    if not scores:
+    # a source of no rows is read by nobody
+    parts = [_gather(query, s, query_groups, scale, dtype) for s in sources if s.key.shape[0] and s.key.shape[1]]
+    if not parts:
         return torch.zeros_like(query), query.new_full((*query.transpose(1, 2).shape[:3],), -math.inf)
-    s, value, visible = torch.cat(scores, -1), torch.cat(values, 1), torch.cat(visibles, -1)
-    if s.shape[-1] == 0:
-        return torch.zeros_like(query), s.new_full(s.shape[:-1], -math.inf)
+    s, value = torch.cat([x.scores for x in parts], -1), torch.cat([x.value for x in parts], 1)
     lse = s.logsumexp(-1)
     blind = (lse == -math.inf)[..., None]
     p = torch.where(blind, 0, s.masked_fill(blind, 0).softmax(-1))
     finite = value.isfinite()
     out = torch.einsum("bhnm,bmhd->bnhd", p, torch.where(finite, value, 0))
     if not finite.all():
+        visible = torch.cat([x.visible for x in parts], -1)
         reached = torch.einsum("bnm,bmhd->bnhd", visible.to(dtype), (~finite).to(dtype)) > 0
         out = out.masked_fill(reached, math.nan)
     return out, lse
+
+
+class SourceGradients(NamedTuple):
+    key: Tensor
+    value: Tensor
+    key_bias: Tensor | None
+
+
+def multi_source_attention_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    sources: "Sequence[Source]",
+    *,
+    query_groups: Tensor | None = None,
+    scale: float | None = None,
+    grad_lse: Tensor | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, list[SourceGradients]]:
+    """Gradients of query, key, value and key_bias, given those of out (B, N, H, D) and of lse (B, N, H).
+
+        P = exp(logit - lse_g)      dP = w_g·⟨grad_out, V⟩      dS = P·(dP - w_g·⟨grad_out, out_g⟩ + grad_lse)
+        grad_Q = Σ α·dS·K           grad_K = Σ α·dS·Q           grad_V = Σ P·w_g·grad_out       grad_bias = Σ dS
+
+    with α = α_s·scale. Keys and values of rows that several query rows read collect all their gradients, and so do
+    values that several keys read. Gradients come in the dtype of their tensors. out: the rounded result of the forward
+    pass, where one softmax group without a weight makes it; default: computed here.
+    """
+    dtype = _compute_dtype(query.dtype)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    q, grad_query = query.to(dtype), torch.zeros_like(query, dtype=dtype)
+    grads: list[SourceGradients] = []
+    first = {s.softmax_group: s for s in reversed(sources)}
+    for source in sources:
+        members = [s for s in sources if s.softmax_group == source.softmax_group]
+        computed, lse = _joint_softmax(q, members, query_groups, scale, dtype)
+        weight = first[source.softmax_group].weight
+        grad = grad_out.to(dtype) * (1.0 if weight is None else _per_query(weight, query, dtype))
+        kept = (computed.to(query.dtype) if out is None else out).to(dtype)
+        delta = (grad * kept).sum(-1) - (0.0 if grad_lse is None else grad_lse.to(dtype))
+        key, value = (torch.zeros_like(x, dtype=dtype) for x in (source.key, source.value))
+        bias = None if source.key_bias is None else torch.zeros_like(source.key_bias, dtype=dtype)
+        if source.key.shape[0] and source.key.shape[1]:
+            rows = source_rows(source, query.shape[0])
+            read = rows >= 0
+            x = _gather(q, source, query_groups, scale, dtype)
+            p = torch.where(x.scores == -math.inf, 0, (x.scores - lse[..., None]).exp())
+            ds = p * (torch.einsum("bnhd,bmhd->bhnm", grad, x.value) - delta.transpose(1, 2)[..., None])
+            grad_query += torch.einsum("bhnm,bmhd->bnhd", x.alpha * ds, x.key)
+            key.index_add_(0, rows[read], torch.einsum("bhnm,bnhd->bmhd", x.alpha * ds, q)[read])
+            moved = torch.einsum("bhnm,bnhd->bmhd", p, grad)
+            if source.value_index is not None:
+                tokens = _value_tokens(source, rows)[:, :, None, None].expand_as(moved)
+                moved = moved.new_zeros(len(rows), *value.shape[1:]).scatter_add(1, tokens, moved)
+            value.index_add_(0, rows[read], moved[read])
+            if bias is not None:
+                bias.index_add_(0, rows[read] if len(bias) > 1 else rows[read] * 0, ds.sum((1, 2))[read])
+        if bias is not None and source.key_bias is not None:
+            bias = bias.to(source.key_bias.dtype)
+        grads.append(SourceGradients(key.to(query.dtype), value.to(query.dtype), bias))
+    return grad_query.to(query.dtype), grads
 
 
 def merge_attention_states(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -166,17 +245,34 @@ OTSU_BINS = 256
 
 
 def subject_mask(
-    maps: Tensor, *, size: tuple[int, int] | None = None, threshold: float | str = "otsu", smoothing: int = 1
+    maps: Tensor,
+    *,
+    size: tuple[int, int] | None = None,
+    threshold: float | str = "otsu",
+    quantile: float | None = None,
+    smoothing: int = 1,
 ) -> Tensor:
     """Foreground mask of a subject from its cross-attention maps.
 
-    maps (B, L, h, w): L layers or tokens. Layer mean -> min-max to [0, 1] -> bilinear resize to `size` (half-pixel
-    centres) -> mean over a square of side `smoothing` (odd, edges repeated) -> value > threshold. "otsu": the
-    threshold that maximizes the between-class variance of a 256-bin histogram of [0, 1]. Returns bool (B, *size). A
-    constant map has no foreground: all False.
+    maps (B, L, h, w): L layers or tokens. The values of `subject_map` above a level are foreground. The level is
+    `threshold`; or with "otsu" the threshold that maximizes the between-class variance of a 256-bin histogram of
+    [0, 1]; or with `quantile` the pixel value of rank floor(quantile · (P - 1)) among a row's P pixels in ascending
+    order. Returns bool (B, *size). A constant map has no foreground: all False.
     """
-    dtype = _compute_dtype(maps.dtype)
-    x = maps.to(dtype).mean(1)
+    x = subject_map(maps, size=size, smoothing=smoothing)
+    if quantile is not None:
+        pixels = x.flatten(1).sort(1).values
+        level = pixels[:, math.floor(quantile * (pixels.shape[1] - 1))]
+    else:
+        level = otsu_threshold(x) if isinstance(threshold, str) else x.new_full((len(x),), threshold)
+    return x > level[:, None, None]
+
+
+def subject_map(maps: Tensor, *, size: tuple[int, int] | None = None, smoothing: int = 1) -> Tensor:
+    """(B, L, h, w) -> (B, *size): layer mean -> min-max to [0, 1] -> bilinear resize to `size` (half-pixel centres) ->
+    mean over a square of side `smoothing` (odd, edges repeated). Rows without a finite range are 0."""
+    x = maps.to(_compute_dtype(maps.dtype))
+    x = (x / (4 * x.shape[1])).sum(1)  # min-max drops the factor 4; without it a sum or a range could overflow
     low, high = x.amin((1, 2), keepdim=True), x.amax((1, 2), keepdim=True)
     x = torch.where(high > low, (x - low) / (high - low), 0)
     if size is not None and tuple(size) != tuple(x.shape[1:]):
@@ -184,8 +280,7 @@ def subject_mask(
     if smoothing > 1:
         half = smoothing // 2
         x = F.avg_pool2d(F.pad(x[:, None], (half,) * 4, mode="replicate"), smoothing, stride=1)[:, 0]
-    level = otsu_threshold(x) if isinstance(threshold, str) else x.new_full((len(x),), threshold)
-    return x > level[:, None, None]
+    return x
 
 
 def otsu_threshold(x: Tensor) -> Tensor:
@@ -215,56 +310,130 @@ def step_blend(
     mask: Tensor | None = None,
     background: Tensor | None = None,
     noise: Tensor | None = None,
+    history: Tensor | None = None,
+    keep_rows: Tensor | None = None,
+    model_input: Tensor | None = None,
+    history_out: Tensor | None = None,
 ) -> Tensor:
-    """The next latents of one denoising step, in one pass.
+    """The next latents of one denoising step, in one pass; also writes `model_input` and `history_out` where given.
 
-        next = a·sample + Σ_k w_k·prediction_k + σ·noise
-        next = m·next + (1 - m)·(p·background + q·noise)          where a mask is given
+        G    = Σ_k g_k·prediction_k
+        next = a·sample + e·G + σ·noise + h·history
+        kept = p·background + q·noise
+        next = m·next + (1 - m)·kept                where a mask is given; next = kept in the rows of keep_rows
+        x0   = c·sample + d·G                       0 in the rows of keep_rows
+        history_out = x0, model_input = s·next, written n times along the batch
 
-    sample, predictions (K <= 6), background, noise: (B, C, height, width). coefficients (steps, B or 1, K + 4) fp32:
-    the columns are w_0 … w_{K-1}, a, σ, p, q (see `lr_kernels.step_coefficients`). mask (B or 1, height, width) in [0,
-    1]. A prediction with w_k = 0 is not read, so a NaN in it has no effect.
+    sample, predictions (K <= 6), background, noise, history, history_out: (B, C, height, width); model_input
+    (n·B, C, height, width); mask (B or 1, height, width) in [0, 1]; keep_rows bool (B,). coefficients fp32
+    (steps, B or 1, K + 9): the columns are g_0 … g_{K-1}, a, e, σ, h, p, q, c, d, s.
+
+    A term whose coefficient is 0 is left out: its tensor is not read, so a NaN in it has no effect. That holds for G as
+    a whole where e or d is 0, and on either side of a mask of 0 or 1. Another coefficient's tensor must be there.
     """
-    dtype = _compute_dtype(sample.dtype)
-    c = coefficients[int(step)].to(dtype)[:, :, None, None, None]
-    count = len(predictions)
-    terms = [(c[:, k], x) for k, x in enumerate(predictions)] + [(c[:, count], sample)]
-    result = torch.zeros_like(sample, dtype=dtype)
-    for weight, x in terms if noise is None else [*terms, (c[:, count + 1], noise)]:
-        result = result + torch.where(weight == 0, 0, weight * x.to(dtype))
+    dtype, count = _compute_dtype(sample.dtype), len(predictions)
+    columns = coefficients[int(step)].to(dtype)[:, :, None, None, None].unbind(1)
+    a, e, sigma, h, p, q, c, d, s = columns[count:]
+    for name, x, weights in (
+        ("noise", noise, (sigma, q if background is not None else sigma)),
+        ("history", history, (h,)),
+    ):
+        if x is None and any(bool(weight.any()) for weight in weights):
+            expected = f"a tensor, since its coefficient in step {int(step)} is not 0"
+            fail("step_blend", name, expected, None, error=RuntimeError)
+
+    def total(*terms: tuple[Tensor, Tensor | None]) -> Tensor:
+        result = torch.zeros_like(sample, dtype=dtype)
+        for weight, x in terms:
+            if x is not None:
+                result = result + torch.where(weight == 0, 0, weight * x.to(dtype))
+        return result
+
+    guided = total(*zip(columns[:count], predictions))
+    result = total((a, sample), (e, guided), (sigma, noise), (h, history))
+    kept = total((p, background), (q, noise))
+    clean = total((c, sample), (d, guided))
     if mask is not None:
-        assert background is not None
-        kept = c[:, count + 2] * background.to(dtype)
-        if noise is not None:
-            kept = kept + torch.where(c[:, count + 3] == 0, 0, c[:, count + 3] * noise.to(dtype))
         m = mask.to(dtype)[:, None]
         result = torch.where(m == 1, result, torch.where(m == 0, kept, m * result + (1 - m) * kept))
+    if keep_rows is not None:
+        keep = keep_rows[:, None, None, None]
+        result, clean = torch.where(keep, kept, result), torch.where(keep, 0, clean)
+    if history_out is not None:
+        history_out.copy_(clean)
+    if model_input is not None and model_input.numel():
+        model_input.copy_((s * result).repeat(len(model_input) // len(sample), 1, 1, 1))
     return result.to(sample.dtype)
 
 
-def adain(x: Tensor, reference: Tensor, *, eps: float = 1e-5) -> Tensor:
-    """Give x (B, N, H, D) the token mean and deviation of reference (B or 1, M, H, D), per row, head and channel."""
+def adain(
+    x: Tensor,
+    reference: Tensor,
+    *,
+    mask: Tensor | None = None,
+    reference_mask: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Give x (B, N, H, D) the token mean and deviation of reference (B or 1, M, H, D), per row, head and channel:
+
+        out = (x - μ_x) / sqrt(var_x + eps) · sqrt(var_r + eps) + μ_r
+
+    mask (B or 1, N) and reference_mask (B or 1, M) choose the tokens that the statistics are of. Tokens of x outside
+    the mask are unchanged; so are rows where either choice is empty.
+    """
     dtype = _compute_dtype(x.dtype)
-    x_, r = x.to(dtype), reference.to(dtype)
-    x_std, r_std = ((t.var(1, keepdim=True, unbiased=False) + eps).sqrt() for t in (x_, r))
-    return ((x_ - x_.mean(1, keepdim=True)) / x_std * r_std + r.mean(1, keepdim=True)).to(x.dtype)
+    x_count, x_mean, x_std = _token_statistics(x.to(dtype), mask, eps)
+    r_count, r_mean, r_std = _token_statistics(reference.to(dtype), reference_mask, eps)
+    out = (x.to(dtype) - x_mean) / x_std * r_std + r_mean
+    changed = (x_count > 0) & (r_count > 0)
+    if mask is not None:
+        changed = changed & mask[:, :, None, None]
+    return torch.where(changed, out.to(x.dtype), x)
+
+
+def _token_statistics(x: Tensor, mask: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Number, mean and deviation of the chosen tokens: (R or 1, 1, 1, 1), (R, 1, H, D), (R, 1, H, D)."""
+    mask = torch.ones(1, x.shape[1], dtype=torch.bool, device=x.device) if mask is None else mask
+    chosen = mask[:, :, None, None]
+    count = chosen.sum(1, keepdim=True)
+    mean = torch.where(chosen, x, 0).sum(1, keepdim=True) / count.clamp(min=1)
+    variance = torch.where(chosen, x - mean, 0).square().sum(1, keepdim=True) / count.clamp(min=1)
+    return count, mean, (variance + eps).sqrt()
+
+
+def cosine_similarity(target: Tensor, reference: Tensor) -> Tensor:
+    """target (B, N, C), reference (B or 1, M, C) -> (B, N, M).
+
+    A zero vector has similarity 0 to all; a vector with a NaN or Inf has -inf, so that it is never chosen.
+    """
+    similarity = _unit_vectors(target) @ _unit_vectors(reference).mT
+    return torch.where(similarity.isnan(), -math.inf, similarity)
+
+
+def _unit_vectors(x: Tensor) -> Tensor:
+    """x / |x| along the last dimension. The division by the largest element keeps squares from over- or underflow."""
+    x = x.to(_compute_dtype(x.dtype))
+    largest = x.abs().amax(-1, keepdim=True)
+    x = torch.where(largest == 0, 0, x / largest)
+    return torch.where(largest == 0, 0, x / x.norm(dim=-1, keepdim=True))
 
 
 def correspondence(
     target: Tensor, reference: Tensor, *, radius: float = 0.0, grid: tuple[int, int] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Two-way nearest neighbour in cosine distance.
+    """Two-way nearest neighbour in cosine similarity.
 
     target (B, N, C), reference (B or 1, M, C) -> index int64 (B, N): the reference token most like each target token,
     and consistent bool (B, N): going back from it ends within `radius` grid cells of the start (grid: (rows, columns)
-    of the target; radius 0 asks for the very token).
+    of the target; radius 0 asks for the very token). Of equal similarities the lowest index counts. A target token
+    without any similarity above -inf gets index 0 and consistent False.
     """
-    dtype = _compute_dtype(target.dtype)
-    similarity = F.normalize(target.to(dtype), dim=-1) @ F.normalize(reference.to(dtype), dim=-1).mT
-    index = similarity.argmax(2)
+    similarity = cosine_similarity(target, reference)
+    best, index = similarity.max(2)
+    if index.numel() == 0:
+        return index, index.bool()
     back = similarity.argmax(1).gather(1, index)
     start = torch.arange(target.shape[1], device=target.device)
-    if radius == 0 or grid is None:
-        return index, back == start
-    dy, dx = back // grid[1] - start // grid[1], back % grid[1] - start % grid[1]
-    return index, dy**2 + dx**2 <= radius**2
+    columns = 1 if grid is None else max(1, grid[1])
+    dy, dx = back // columns - start // columns, back % columns - start % columns
+    return index, (dy**2 + dx**2 <= math.floor(min(radius, 2.0**30) ** 2)) & (best > -math.inf)

@@ -1,20 +1,17 @@
-"""step_blend: the next latents of a denoising step in one pass, and the coefficient tables that drive it."""
+"""step_blend: the next latents of a denoising step in one pass. The tables that drive it: coefficients.py."""
 
-import math
 from collections.abc import Sequence
-from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from . import backends, reference
 from .checks import fail
+from .coefficients import COLUMNS
 
 _OP = "step_blend"
 MAX_PREDICTIONS = 6
-PREDICTION_TYPES = ("epsilon", "v_prediction")
-BACKGROUNDS = ("latents", "clean")
-SCHEDULES = ("hard", "linear", "cosine")
+_CPU, _TRITON = (getattr(torch.ops.lr_kernels, f"step_blend_{backend}").default for backend in ("cpu", "triton"))
 
 
 def step_blend(
@@ -26,216 +23,131 @@ def step_blend(
     mask: Tensor | None = None,
     background: Tensor | None = None,
     noise: Tensor | None = None,
+    history: Tensor | None = None,
+    keep_rows: Tensor | None = None,
     out: Tensor | None = None,
+    model_input: Tensor | None = None,
+    history_out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """The next latents: guidance, model blend, scheduler update and mask blend, reading every tensor once.
 
-        next = a·sample + Σ_k w_k·prediction_k + σ·noise
+        G    = Σ_k g_k·prediction_k
+        next = a·sample + e·G + σ·noise + h·history
         next = m·next + (1 - m)·(p·background + q·noise)          where a mask is given
 
-    with w_0 … w_{K-1}, a, σ, p, q = coefficients[step, row]. Sums are fp32, rounded once to the sample's dtype.
+    with coefficients[step, row] = g_0 … g_{K-1}, a, e, σ, h, p, q, c, d, s; exactly: `reference.step_blend`. Sums are
+    fp32, rounded once to the sample's dtype. A tensor whose coefficient is 0 is not read: a NaN in it has no effect.
 
     Args:
         sample: (B, C, height, width), fp32, fp16 or bf16 (the reference backend also float64).
-        predictions: 1 to 6 tensors like sample. One whose weight is 0 is not read: a NaN in it has no effect.
-        coefficients: fp32 (steps, B or 1, K + 4), from `step_coefficients`.
+        predictions: 1 to 6 tensors like sample, in the order of the table.
+        coefficients: fp32 (steps, B or 1, K + 9), from `step_coefficients` or `sigma_coefficients`.
         step: the row of the table, an int or an int32 or int64 tensor of one element on the sample's device.
         mask: bool or float (B or 1, height, width) in [0, 1]: 1 takes the denoised latents, 0 the background.
-        background: like sample; needed with a mask.
-        noise: like sample; None leaves out the terms of σ and q.
-        out: like sample, contiguous, receives the result; a fresh large tensor costs more time than the arithmetic.
+        background: like sample; needed with mask or keep_rows.
+        noise: like sample; needed where σ is not 0, and where q is not 0 and there is a background.
+        history: like sample, the history_out of the step before; needed where h is not 0: by multistep solvers, except
+            in their first step.
+        keep_rows: bool (B,): rows that take p·background + q·noise whole, as references do; nothing else of them is
+            read.
+        out: like sample, receives the result; a fresh large tensor costs more time than the arithmetic.
+        model_input: (n·B, C, height, width), receives the input of the next model call: s·next, n times along the batch
+            (2 for classifier-free guidance). s scales the sample as the solver's model expects it.
+        history_out: like sample, receives the prediction of the clean latents, c·sample + d·G, 0 in keep_rows.
         backend: "auto", "cpu", "triton" or "reference". A name never falls back.
-        Tensors like sample are read in place where only their batch stride is free, else through one contiguous copy.
+        Inputs are read in place where only their batch stride is free, else through one contiguous copy. Outputs are
+        contiguous and share memory with no input and with each other.
 
     Returns:
         (B, C, height, width) in the sample's dtype; `out` where it is given.
 
     Raises:
-        ValueError: a shape, device, step or argument that does not fit; `out` shares memory with an input.
-        TypeError: a dtype that does not fit. RuntimeError: the named backend is not available.
-        NotImplementedError: a named kernel backend where a gradient is required.
-        A step tensor on a GPU, or in a compiled graph, is not checked here.
+        ValueError: a shape, device, step or argument that does not fit; an output that shares memory.
+        TypeError: a dtype that does not fit. NotImplementedError: a named kernel backend where a gradient is required.
+        RuntimeError: the named backend is not available; the coefficients need a noise or history that is None.
+        A GPU is not asked for the step and the coefficients: where they do not fit, the result is NaN.
     """
-    _check(sample, predictions, coefficients, mask, background, noise, out)
-    step = _checked_step(step, coefficients)
-    inputs = [sample, *predictions, coefficients, *(x for x in (background, noise, mask) if x is not None)]
+    inputs = [sample, *predictions, coefficients]
+    for x in (background, noise, history, mask, keep_rows):
+        if x is not None:
+            inputs.append(x)
+    outputs = [x for x in (out, model_input, history_out) if x is not None]
+    device, training = sample.device, torch.is_grad_enabled()
+    lacking = backends.forward_only(*inputs) if training else None
+    name = backends.choose(_OP, backend, device, sample.dtype, lacking, "sample")
+    if name == "cpu" and type(step) is int and background is None and mask is None and keep_rows is None:
+        if _plain(inputs, outputs, device, training):
+            # The binding itself refuses what does not fit. Checking here as well would take a third of a small call, so
+            # it is only done to word the refusal.
+            result = torch.empty_like(sample) if out is None else out
+            try:
+                _CPU(
+                    sample, list(predictions), coefficients, None, step,
+                    None, None, noise, history, None, result, model_input, history_out,
+                )  # fmt: skip
+                return result
+            except RuntimeError:
+                pass
+    _check(sample, predictions, coefficients, mask, background, keep_rows)
+    for label, x in (("background", background), ("noise", noise), ("history", history)):
+        if x is not None:
+            _like(label, x, sample)
     if out is not None:
-        _check_out(out, inputs)
-    lacking = ["gradients"] if torch.is_grad_enabled() and any(x.requires_grad for x in inputs) else []
-    name = backends.choose(_OP, backend, sample.device, sample.dtype, lacking, "sample")
+        _check_output("out", _like("out", out, sample), inputs)
+    if model_input is not None:
+        _check_output("model_input", _copies_like("model_input", model_input, sample), inputs)
+    if history_out is not None:
+        _check_output("history_out", _like("history_out", history_out, sample), inputs)
+    row, step_tensor = _split_step(step, coefficients)
     if name == "reference":
         result = reference.step_blend(
-            sample, predictions, coefficients, step, mask=mask, background=background, noise=noise
+            sample,
+            predictions,
+            coefficients,
+            step,
+            mask=mask,
+            background=background,
+            noise=noise,
+            history=history,
+            keep_rows=keep_rows,
+            model_input=model_input,
+            history_out=history_out,
         )
         return result if out is None else out.copy_(result)
     if out is None:
         out = torch.empty_like(sample, memory_format=torch.contiguous_format)
-    op = torch.ops.lr_kernels.step_blend_cpu
+    op = _CPU
     if name == "triton":
         from . import triton  # noqa: F401  (registers the Triton implementations)
 
-        op = torch.ops.lr_kernels.step_blend_triton
+        op = _TRITON
     op(
         _dense_rows(sample),
-        [_dense_rows(x) for x in predictions],
+        [x if x.is_contiguous() else _dense_rows(x) for x in predictions],
         coefficients.contiguous(),
-        _step_tensor(step, sample.device),
+        step_tensor,
+        row,
         None if mask is None else mask.float().contiguous(),
         None if background is None else _dense_rows(background),
         None if noise is None else _dense_rows(noise),
+        None if history is None else _dense_rows(history),
+        None if keep_rows is None else keep_rows.contiguous(),
         out,
+        model_input,
+        history_out,
     )
     return out
 
 
-def step_coefficients(
-    alphas_cumprod: Tensor | Sequence[float],
-    timesteps: Tensor | Sequence[int],
-    *,
-    final_alpha_cumprod: float | Tensor,
-    guidance_scale: float | Sequence[float] | Tensor,
-    prediction_type: str = "epsilon",
-    eta: float = 0.0,
-    blend_weights: Sequence[float] | Tensor | None = None,
-    keep_background: str = "latents",
-) -> Tensor:
-    """The table of `step_blend` for DDIM with classifier-free guidance and, where asked, a blend of two models.
-
-    With ᾱ the level of a step, ᾱ' that of the next timestep (`final_alpha_cumprod` after the last), and
-    σ = η·√((1 - ᾱ')/(1 - ᾱ)·(1 - ᾱ/ᾱ')), the update is a·sample + e·prediction + σ·noise:
-
-        epsilon:       a = √(ᾱ'/ᾱ),                           e = √(1 - ᾱ' - σ²) - √(ᾱ'·(1 - ᾱ)/ᾱ)
-        v_prediction:  a = √(ᾱ'·ᾱ) + √((1 - ᾱ' - σ²)(1 - ᾱ)),   e = √((1 - ᾱ' - σ²)·ᾱ) - √(ᾱ'·(1 - ᾱ))
-
-    The prediction is (1 - g)·unconditional + g·conditional, and (1 - w)·vanilla + w·personal of those.
-    J. Song et al., arXiv 2010.02502, equations 12 and 16; the blend of models: stage 1 of arXiv 2407.09779.
-
-    Args:
-        alphas_cumprod: (T,) the schedule's ᾱ, in (0, 1]; v_prediction also takes 0.
-        timesteps: (steps,) integers in [0, T), as the sampler visits them: ᾱ must not fall.
-        final_alpha_cumprod: ᾱ' of the last step.
-        guidance_scale: g, one number or one per step.
-        prediction_type: "epsilon" or "v_prediction".
-        eta: η in [0, 1]; above 0 the call of step_blend needs noise.
-        blend_weights: (steps,) w in [0, 1], see `blend_schedule`. None: predictions are (uncond, cond). Given: (vanilla
-            uncond, vanilla cond, personal uncond, personal cond); at w = 0 and 1 the other model is not read.
-        keep_background: what the background of step_blend holds. "latents": latents of the next step's noise level,
-            copied (p = 1, q = 0). "clean": clean latents, noised here to that level (p = √ᾱ', q = √(1 - ᾱ')).
-
-    Returns:
-        fp32 (steps, 1, K + 4), K = 2 or 4, on the CPU, computed in float64.
-
-    Raises:
-        ValueError: a value outside its range, NaN included. TypeError: timesteps that are not integers.
-    """
-    op = "step_coefficients"
-    if prediction_type not in PREDICTION_TYPES:
-        fail(op, "prediction_type", "one of " + ", ".join(PREDICTION_TYPES), repr(prediction_type))
-    if keep_background not in BACKGROUNDS:
-        fail(op, "keep_background", "one of " + ", ".join(BACKGROUNDS), repr(keep_background))
-    if not 0 <= eta <= 1:
-        fail(op, "eta", "a number in [0, 1]", eta)
-    now, after = _noise_levels(op, alphas_cumprod, timesteps, final_alpha_cumprod, prediction_type)
-    steps = len(now)
-    guidance = _per_step(op, "guidance_scale", guidance_scale, steps)
-    if not guidance.isfinite().all():
-        fail(op, "guidance_scale", "finite numbers", guidance_scale)
-    # at ᾱ = 1 nothing is left to remove and 0/0 means 0
-    variance = torch.where(now < 1, (1 - after) / (1 - now) * (1 - now / after), 0)
-    sigma = eta * variance.sqrt()
-    direction = (1 - after - sigma**2).clamp(min=0).sqrt()
-    if prediction_type == "epsilon":
-        a = (after / now).sqrt()
-        e = direction - (after * (1 - now) / now).sqrt()
-    else:
-        a = (after * now).sqrt() + direction * (1 - now).sqrt()
-        e = direction * now.sqrt() - (after * (1 - now)).sqrt()
-    columns = [(1 - guidance) * e, guidance * e]
-    if blend_weights is not None:
-        w = _per_step(op, "blend_weights", blend_weights, steps)
-        if not ((w >= 0) & (w <= 1)).all():
-            fail(op, "blend_weights", "numbers in [0, 1]", w.tolist())
-        columns = [(1 - w) * x for x in columns] + [w * x for x in columns]
-    level = after if keep_background == "clean" else torch.ones_like(after)
-    return torch.stack([*columns, a, sigma, level.sqrt(), (1 - level).sqrt()], dim=1)[:, None].float()
-
-
-def blend_schedule(kind: str, steps: int, layout_steps: int, *, ramp_steps: int | None = None) -> Tensor:
-    """Weight of the personal model at each step of step-blended denoising: 0 first, for the layout, then 1.
-
-        w_i = r(min(1, (i - layout_steps + 1) / (ramp_steps + 1)))   for i >= layout_steps, else 0
-
-    "hard" has no ramp: the switch of stage 1 of Layout-and-Retouch (arXiv 2407.09779), with layout_steps its λ1.
-    "linear": r(u) = u. "cosine": r(u) = (1 - cos(πu)) / 2.
-
-    Args:
-        kind: "hard", "linear" or "cosine".
-        steps: number of denoising steps. layout_steps: 0 to steps; how many use the vanilla model alone.
-        ramp_steps: how many steps after those lie strictly between 0 and 1. Default: as many as layout_steps, at most
-            the rest.
-
-    Returns:
-        fp32 (steps,) in [0, 1], for `step_coefficients(blend_weights=…)`.
-
-    Raises:
-        ValueError: an unknown kind, a count out of range, or ramp_steps with "hard".
-    """
-    op = "blend_schedule"
-    if kind not in SCHEDULES:
-        fail(op, "kind", "one of " + ", ".join(SCHEDULES), repr(kind))
-    if steps < 1:
-        fail(op, "steps", "at least 1", steps)
-    if not 0 <= layout_steps <= steps:
-        fail(op, "layout_steps", f"0 to {steps}", layout_steps)
-    if ramp_steps is not None and not 0 <= ramp_steps <= steps - layout_steps:
-        fail(op, "ramp_steps", f"0 to {steps - layout_steps}, the steps after layout_steps", ramp_steps)
-    if kind == "hard":
-        if ramp_steps:
-            fail(op, "ramp_steps", "None for kind 'hard'", ramp_steps)
-        ramp_steps = 0
-    elif ramp_steps is None:
-        ramp_steps = min(layout_steps, steps - layout_steps)
-    ramp = ((torch.arange(steps, dtype=torch.float64) - layout_steps + 1) / (ramp_steps + 1)).clamp(0, 1)
-    return (ramp if kind != "cosine" else (1 - (math.pi * ramp).cos()) / 2).float()
-
-
-def _noise_levels(
-    op: str,
-    alphas_cumprod: Tensor | Sequence[float],
-    timesteps: Tensor | Sequence[int],
-    final_alpha_cumprod: float | Tensor,
-    prediction_type: str,
-) -> tuple[Tensor, Tensor]:
-    """float64 (steps,) each: ᾱ of every timestep and of the one after it."""
-    alphas = torch.as_tensor(alphas_cumprod, dtype=torch.float64).cpu()
-    if alphas.dim() != 1:
-        fail(op, "alphas_cumprod", "shape (T,)", tuple(alphas.shape))
-    times = torch.as_tensor(timesteps).cpu()
-    if times.is_floating_point() or times.dtype == torch.bool:
-        fail(op, "timesteps", "an integer dtype", times.dtype, error=TypeError)
-    if times.dim() != 1 or not len(times):
-        fail(op, "timesteps", "shape (steps,), at least one step", tuple(times.shape))
-    if not ((times >= 0) & (times < len(alphas))).all():
-        fail(op, "timesteps", f"integers in [0, {len(alphas)})", times.tolist())
-    now = alphas[times.long()]
-    after = torch.cat([now[1:], torch.as_tensor(final_alpha_cumprod, dtype=torch.float64).cpu().reshape(1)])
-    levels = torch.cat([now, after[-1:]])
-    if not ((levels >= 0) & (levels <= 1)).all():
-        fail(op, "alphas_cumprod", "numbers in [0, 1]", levels.tolist())
-    if not (after > 0).all() or (prediction_type == "epsilon" and not (now > 0).all()):
-        fail(op, "alphas_cumprod", "numbers above 0", levels.tolist(), "only v_prediction starts from pure noise")
-    if not (after >= now).all():
-        fail(op, "timesteps", "an order in which alphas_cumprod does not fall", times.tolist())
-    return now, after
-
-
-def _per_step(op: str, name: str, x: float | Sequence[float] | Tensor, steps: int) -> Tensor:
-    """A number or one per step -> float64 (steps,)."""
-    x = torch.as_tensor(x, dtype=torch.float64).cpu()
-    if tuple(x.shape) not in ((), (steps,)):
-        fail(op, name, f"a number or shape ({steps},)", tuple(x.shape))
-    return x.expand(steps)
+def _plain(inputs: list[Tensor], outputs: list[Tensor], device: torch.device, training: bool) -> bool:
+    """Whether the CPU op takes the tensors as they are, and can itself check what is left to check."""
+    if torch.compiler.is_compiling() or (training and any(x.requires_grad for x in outputs)):
+        return False
+    for x in (*inputs, *outputs):
+        if x.device != device or not x.is_contiguous():
+            return False
+    return True
 
 
 def _dense_rows(x: Tensor) -> Tensor:
@@ -246,16 +158,11 @@ def _dense_rows(x: Tensor) -> Tensor:
     return x if x.stride()[1:] == (height * width, width, 1) else x.contiguous()
 
 
-def _step_tensor(step: int | Tensor, device: torch.device) -> Tensor:
-    """int32 (1,)"""
-    if isinstance(step, Tensor):
-        return step.reshape(1).int() if step.dim() != 1 or step.dtype != torch.int32 else step
-    return torch.full((1,), step, dtype=torch.int32, device=device)
-
-
-def _checked_step(step: int | Tensor, coefficients: Tensor) -> int | Tensor:
-    """The step, where it is known without waiting for a device: inside the schedule."""
-    if isinstance(step, Tensor):
+def _split_step(step: int | Tensor, coefficients: Tensor) -> tuple[int, Tensor | None]:
+    """The step as an int, inside the schedule, or as an int32 (1,) tensor that is not looked at: (0, tensor)."""
+    if type(step) is not int:  # most calls pass an int, and isinstance with Tensor is slow
+        if not isinstance(step, Tensor):
+            fail(_OP, "step", "an int or an integer tensor", type(step).__name__, error=TypeError)
         if step.numel() != 1:
             fail(_OP, "step", "one element", f"shape {tuple(step.shape)}")
         if step.dtype not in (torch.int32, torch.int64):
@@ -263,13 +170,13 @@ def _checked_step(step: int | Tensor, coefficients: Tensor) -> int | Tensor:
         if step.device != coefficients.device:
             fail(_OP, "step", str(coefficients.device), step.device)
         if step.device.type != "cpu" or torch.compiler.is_compiling():
-            return step
-    elif not isinstance(step, int):
-        fail(_OP, "step", "an int or an integer tensor", type(step).__name__, error=TypeError)
-    value = int(step)
-    if not 0 <= value < coefficients.shape[0]:
-        fail(_OP, "step", f"0 to {coefficients.shape[0] - 1}, the steps of coefficients", value)
-    return step
+            return 0, step.reshape(1).int()
+        step = int(step)
+    if not 0 <= step < coefficients.shape[0]:
+        fail(_OP, "step", f"0 to {coefficients.shape[0] - 1}, the steps of coefficients", step)
+    if torch.compiler.is_compiling():  # a tensor, so that the next step does not recompile the graph
+        return 0, torch.full((1,), step, dtype=torch.int32, device=coefficients.device)
+    return step, None
 
 
 def _check(
@@ -278,10 +185,9 @@ def _check(
     coefficients: Tensor,
     mask: Tensor | None,
     background: Tensor | None,
-    noise: Tensor | None,
-    out: Tensor | None,
+    keep_rows: Tensor | None,
 ) -> None:
-    """Shapes, dtypes and devices of every argument, in the order of the signature."""
+    """Shapes, dtypes and devices of what every call has, and of the masks."""
     shape, dtype, device = sample.shape, sample.dtype, sample.device
     if len(shape) != 4:
         fail(_OP, "sample", "shape (batch, channels, height, width)", tuple(shape))
@@ -292,18 +198,21 @@ def _check(
         fail(_OP, "predictions", f"1 to {MAX_PREDICTIONS}", count)
     for i, x in enumerate(predictions):
         if x.shape != shape or x.dtype != dtype or x.device != device:
-            _fail_like(f"predictions[{i}]", x, sample)
+            _like(f"predictions[{i}]", x, sample)
     batch, _, height, width = shape
-    table = coefficients.shape
-    if len(table) != 3 or table[1] not in (1, batch) or table[2] != count + 4:
-        fail(_OP, "coefficients", f"shape (steps, {batch} or 1, {count + 4})", tuple(table))
+    table, columns = coefficients.shape, count + len(COLUMNS)
+    if len(table) != 3 or table[1] not in (1, batch) or table[2] != columns:
+        fail(_OP, "coefficients", f"shape (steps, {batch} or 1, {columns})", tuple(table))
     if coefficients.dtype != torch.float32:
         fail(_OP, "coefficients", "float32", coefficients.dtype, error=TypeError)
     if coefficients.device != device:
         fail(_OP, "coefficients", str(device), coefficients.device)
-    if (mask is None) != (background is None):
-        given, missing = ("mask", "background") if background is None else ("background", "mask")
-        fail(_OP, missing, f"a tensor, since {given} is given", None)
+    if mask is None and keep_rows is None:
+        if background is not None:
+            fail(_OP, "mask", "a tensor (or keep_rows), since background is given", None)
+        return
+    if background is None:
+        fail(_OP, "background", f"a tensor, since {'keep_rows' if mask is None else 'mask'} is given", None)
     if mask is not None:
         if mask.dim() != 3 or mask.shape[0] not in (1, batch) or mask.shape[1:] != (height, width):
             fail(_OP, "mask", f"shape ({batch} or 1, {height}, {width})", tuple(mask.shape))
@@ -311,38 +220,57 @@ def _check(
             fail(_OP, "mask", "bool or a floating dtype", mask.dtype, error=TypeError)
         if mask.device != device:
             fail(_OP, "mask", str(device), mask.device)
-    for name, optional in (("background", background), ("noise", noise), ("out", out)):
-        if optional is not None and (optional.shape != shape or optional.dtype != dtype or optional.device != device):
-            _fail_like(name, optional, sample)
+    if keep_rows is not None:
+        if keep_rows.shape != (batch,):
+            fail(_OP, "keep_rows", f"shape ({batch},)", tuple(keep_rows.shape))
+        if keep_rows.dtype != torch.bool:
+            fail(_OP, "keep_rows", "bool", keep_rows.dtype, error=TypeError)
+        if keep_rows.device != device:
+            fail(_OP, "keep_rows", str(device), keep_rows.device)
 
 
-def _fail_like(name: str, x: Tensor, sample: Tensor) -> NoReturn:
+def _like(name: str, x: Tensor, sample: Tensor) -> Tensor:
+    """x, which has the sample's shape, dtype and device."""
     if x.shape != sample.shape:
         fail(_OP, name, f"shape {tuple(sample.shape)}", tuple(x.shape))
+    return _same_kind(name, x, sample)
+
+
+def _copies_like(name: str, x: Tensor, sample: Tensor) -> Tensor:
+    """x, which is made of one or more tensors like sample, one after the other along the batch."""
+    batch, *rest = sample.shape
+    rows = x.shape[0] if x.dim() else 0
+    if [*x.shape[1:]] != rest or (rows != 0 if batch == 0 else rows == 0 or rows % batch):
+        fail(_OP, name, f"shape (n·{batch}, {', '.join(map(str, rest))})", tuple(x.shape))
+    return _same_kind(name, x, sample)
+
+
+def _same_kind(name: str, x: Tensor, sample: Tensor) -> Tensor:
     if x.dtype != sample.dtype:
         fail(_OP, name, str(sample.dtype), x.dtype, "cast all tensors to one dtype", TypeError)
-    fail(_OP, name, str(sample.device), x.device)
+    if x.device != sample.device:
+        fail(_OP, name, str(sample.device), x.device)
+    return x
 
 
-def _check_out(out: Tensor, inputs: Sequence[Tensor]) -> None:
-    """`out` can take the result, and writing it changes no input."""
-    if not out.is_contiguous():
-        fail(_OP, "out", "a contiguous tensor", f"strides {out.stride()}")
-    if out.requires_grad and torch.is_grad_enabled():
-        fail(_OP, "out", "a tensor that requires no gradient", "one that does")
-    if torch.compiler.is_compiling() or out.numel() == 0:
+def _check_output(name: str, x: Tensor, taken: list[Tensor]) -> None:
+    """x can take a result, and writing it changes none of `taken`, which it joins."""
+    if not x.is_contiguous():
+        fail(_OP, name, "a contiguous tensor", f"strides {x.stride()}")
+    if x.requires_grad and torch.is_grad_enabled():
+        fail(_OP, name, "a tensor that requires no gradient", "one that does")
+    if torch.compiler.is_compiling() or not x.numel():
         return  # a traced tensor has no address
-    start, end = _extent(out)
-    for x in inputs:
-        first, last = _extent(x)
-        if first < end and start < last:
-            fail(_OP, "out", "memory of its own", "memory that an input shares", "pass another tensor")
-
-
-def _extent(x: Tensor) -> tuple[int, int]:
-    """First address of x and the address after its last element."""
     start = x.data_ptr()
-    if x.is_contiguous():
-        return start, start + x.nbytes
-    reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride())) + 1
-    return start, start + reach * x.element_size()
+    end = start + x.nbytes
+    for other in taken:
+        first = other.data_ptr()
+        if first < end and start < first + (other.nbytes if other.is_contiguous() else _reach(other)):
+            hint = "pass another tensor"
+            fail(_OP, name, "memory of its own", "memory that another tensor of the call shares", hint)
+    taken.append(x)
+
+
+def _reach(x: Tensor) -> int:
+    """Bytes from the first to the last element of x, both included."""
+    return (sum((size - 1) * stride for size, stride in zip(x.shape, x.stride())) + 1) * x.element_size()

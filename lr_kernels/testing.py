@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .attention import Source
+from .source import Source
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,9 @@ class AttentionCase:
     key_bias: bool = False
     logit_scale: tuple[float, ...] | None = None
     logit_bias: tuple[float, ...] | None = None
+    value_index: bool = False
+    softmax_groups: tuple[int, ...] | None = None
+    """Per source; every group's first source gets a weight per query, except group 0."""
 
 
 CASES = (
@@ -53,6 +56,22 @@ CASES = (
     AttentionCase("key-bias-masked", key_bias=True, visible=0.4, head_dim=80),
     AttentionCase("logit-scale-and-bias", logit_scale=(1.0, 0.6), logit_bias=(0.0, 0.9)),
     AttentionCase("negative-logit-scale", logit_scale=(1.0, -0.5), logit_bias=(-3.0, 2.0), head_dim=64),
+    AttentionCase("warped-values", value_index=True, rows=(None, (1, -1)), visible=0.6),
+    AttentionCase("decoupled", keys=(77, 16), rows=(None, 1), softmax_groups=(0, 1), head_dim=64),
+    AttentionCase("interleaved-groups", keys=(33, 70, 20), rows=(None, 1, None), softmax_groups=(4, 1, 4)),
+    AttentionCase(
+        "everything-grouped",
+        batch=3,
+        keys=(70, 90, 33, 40),
+        rows=(None, (1, -1, 0), 1, (0, -1, -1)),
+        visible=0.5,
+        groups=2,
+        key_bias=True,
+        logit_scale=(1.0, 1.2, 0.8, 1.0),
+        logit_bias=(0.0, 0.3, -0.2, 0.0),
+        value_index=True,
+        softmax_groups=(0, 1, 0, 2),
+    ),
     AttentionCase(
         "everything",
         batch=3,
@@ -107,6 +126,13 @@ def attention_inputs(case: AttentionCase, dtype: torch.dtype, seed: int = 0, dev
             source = source._replace(logit_scale=case.logit_scale[i])
         if case.logit_bias is not None:
             source = source._replace(logit_bias=torch.full((case.batch, case.heads), case.logit_bias[i]))
+        if case.value_index:
+            source = source._replace(value_index=torch.randint(keys, (mask_rows, keys), generator=g))
+        if case.softmax_groups is not None:
+            group = case.softmax_groups[i]
+            first = group > 0 and group not in case.softmax_groups[:i]
+            weight = torch.rand(case.batch, case.queries, generator=g) if first else None
+            source = source._replace(softmax_group=group, weight=weight)
         sources.append(Source(*(x.to(device) if isinstance(x, Tensor) else x for x in source)))
     groups = _random_bits((case.batch, case.queries), case.groups, g).to(device) if case.groups else None
     return AttentionInputs(query.to(device), sources, groups)
@@ -119,13 +145,16 @@ def _random_bits(shape: tuple[int, int], bits: int, generator: torch.Generator) 
     return torch.where(both, one | other, one).to(torch.uint8)
 
 
-def assert_matches(out: Tensor, lowp: Tensor, ref64: Tensor, what: str = "out") -> None:
+def assert_matches(
+    out: Tensor, lowp: Tensor, ref64: Tensor, what: str = "out", dtype: torch.dtype | None = None
+) -> None:
     """The tolerance rule: finite where the oracle is, and no further from it than the reference in the working dtype.
 
         max |out - ref64|  <= 2   · (max |lowp - ref64|  + eps · max |ref64|)
         mean |out - ref64| <= 1.5 · (mean |lowp - ref64| + eps · mean |ref64|)
 
-    `lowp` is the reference computed in the working dtype, eps that dtype's machine epsilon.
+    `lowp` is the reference computed in the working dtype, eps that dtype's machine epsilon; `dtype`: the working dtype,
+    where `lowp` has another one.
     """
     assert out.shape == ref64.shape, f"{what}: shape {tuple(out.shape)}, expected {tuple(ref64.shape)}"
     finite = ref64.isfinite()
@@ -133,7 +162,7 @@ def assert_matches(out: Tensor, lowp: Tensor, ref64: Tensor, what: str = "out") 
     assert same.all(), f"{what}: {(~same).sum()} elements are finite on one side only"
     if not finite.any():
         return
-    eps = torch.finfo(lowp.dtype).eps
+    eps = torch.finfo(dtype or lowp.dtype).eps
     truth = ref64[finite]
     error = (out[finite].double() - truth).abs()
     allowed = (lowp[finite].double() - truth).abs()
@@ -143,21 +172,81 @@ def assert_matches(out: Tensor, lowp: Tensor, ref64: Tensor, what: str = "out") 
 
 
 def check_attention(run: Callable[..., tuple[Tensor, Tensor]], inputs: AttentionInputs, **kwargs) -> None:
-    """Compare run(query, sources, query_groups=…, return_lse=True) with the reference: out and lse."""
+    """Compare run(query, sources, query_groups=…, return_lse=…) with the reference: out, and lse of a single softmax
+    group."""
     from . import reference
 
-    kwargs = {**kwargs, "query_groups": inputs.query_groups, "return_lse": True}
-    exact, low = inputs.to(torch.float64), inputs
-    out64, lse64 = reference.multi_source_attention(exact.query, exact.sources, **kwargs)
-    out_low, lse_low = reference.multi_source_attention(low.query, low.sources, **kwargs)
-    out, lse = run(inputs.query, inputs.sources, **kwargs)
-    assert out.dtype == inputs.query.dtype and lse.dtype == torch.float32
+    one_group = len({s.softmax_group for s in inputs.sources}) == 1
+    kwargs = {**kwargs, "query_groups": inputs.query_groups, "return_lse": one_group}
+    exact = inputs.to(torch.float64)
+    results = (
+        reference.multi_source_attention(exact.query, exact.sources, **kwargs),
+        reference.multi_source_attention(inputs.query, inputs.sources, **kwargs),
+        run(inputs.query, inputs.sources, **kwargs),
+    )
+    (out64, lse64), (out_low, lse_low), (out, lse) = results if one_group else ((x, None) for x in results)
+    assert out.dtype == inputs.query.dtype
     assert_matches(out, out_low, out64, "out")
-    finite = lse64.isfinite()
-    assert torch.equal(lse[~finite].double(), lse64[~finite]) or lse64.isnan().any(), "lse: infinities differ"
-    eps = torch.finfo(inputs.query.dtype).eps
+    if lse is not None:
+        assert lse.dtype == torch.float32
+        assert_lse_matches(lse, lse_low, lse64, inputs.query.dtype)
+
+
+def assert_lse_matches(lse: Tensor, lowp: Tensor, ref64: Tensor, dtype: torch.dtype) -> None:
+    """-inf and finite where the oracle is, and there error <= 2 · (that of `lowp` + eps of `dtype` · max(1, |lse|))."""
+    finite = ref64.isfinite()
+    assert torch.equal(lse == -torch.inf, ref64 == -torch.inf), "lse: -inf at other places"
+    assert torch.equal(lse.isfinite(), finite), "lse: finite at other places"
     if finite.any():
-        error = (lse[finite].double() - lse64[finite]).abs().max().item()
-        scale_of_lse = max(1.0, lse64[finite].abs().max().item())
-        allowed = (lse_low[finite].double() - lse64[finite]).abs().max().item()
-        assert error <= 2 * (allowed + eps * scale_of_lse), f"lse: error {error:.3e}"
+        error = (lse[finite].double() - ref64[finite]).abs().max().item()
+        scale_of_lse = max(1.0, ref64[finite].abs().max().item())
+        allowed = (lowp[finite].double() - ref64[finite]).abs().max().item()
+        assert error <= 2 * (allowed + torch.finfo(dtype).eps * scale_of_lse), f"lse: error {error:.3e}"
+
+
+def check_attention_backward(run: Callable[..., Tensor], inputs: AttentionInputs, seed: int = 0, **kwargs) -> None:
+    """Compare the gradients of run(query, sources, query_groups=…, return_lse=…) with the reference's formula.
+
+    In the working dtype the formula starts from the same rounded out as the kernel: where few keys carry all the
+    weight, dP and <grad_out, out> cancel, and the rounding of out is what remains.
+    """
+    from . import reference
+
+    one_group = len({s.softmax_group for s in inputs.sources}) == 1
+    g = torch.Generator().manual_seed(seed)
+    grad_out = torch.randn(inputs.query.shape, generator=g).to(inputs.query)
+    grad_lse = torch.randn(inputs.query.shape[:3], generator=g).to(grad_out.device) if one_group else None
+    kwargs["query_groups"] = inputs.query_groups
+
+    def expected(x: AttentionInputs, out: Tensor | None = None) -> list[Tensor]:
+        lse = None if grad_lse is None else grad_lse.to(torch.promote_types(x.query.dtype, torch.float32))
+        grad_query, grads = reference.multi_source_attention_backward(
+            grad_out.to(x.query.dtype), x.query, x.sources, grad_lse=lse, out=out, **kwargs
+        )
+        return [grad_query, *(y for per_source in grads for y in per_source if y is not None)]
+
+    def leaf(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.detach().requires_grad_()
+
+    query = leaf(inputs.query)
+    sources = [s._replace(key=leaf(s.key), value=leaf(s.value), key_bias=leaf(s.key_bias)) for s in inputs.sources]
+    leaves = [query, *(x for s in sources for x in (s.key, s.value, s.key_bias) if x is not None)]
+    result = run(query, sources, return_lse=one_group, **kwargs)
+    if one_group:
+        seen = result[1] > -torch.inf
+        grads = torch.autograd.grad((result[0], result[1][seen]), leaves, (grad_out, grad_lse[seen]))
+    else:
+        grads = torch.autograd.grad(result, leaves, grad_out)
+    # one comparison per kind of tensor, all sources together: the largest error of few elements is mostly luck
+    kinds = ["query", *(k for s in sources for k in ("key", "value", "key_bias") if getattr(s, k) is not None)]
+    low = expected(inputs, result[0].detach() if one_group else None)
+    exact = expected(inputs.to(torch.float64))
+    assert len(grads) == len(low) == len(exact) == len(kinds)
+    for kind in sorted(set(kinds)):
+        ours, lowp, ref64 = (
+            torch.cat([x.flatten() for name, x in zip(kinds, tensors) if name == kind])
+            for tensors in (grads, low, exact)
+        )
+        assert_matches(ours, lowp, ref64, f"grad_{kind}", inputs.query.dtype)
+    for leaf_, grad in zip(leaves, grads):
+        assert grad.shape == leaf_.shape and grad.dtype == leaf_.dtype

@@ -7,6 +7,7 @@ from . import backends, reference
 from .checks import fail
 
 _OP = "attention_with_token_maps"
+_INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 MAX_HEAD_DIM = 256
 
 
@@ -28,7 +29,8 @@ def attention_with_token_maps(
     Args:
         query: (B, N, H, D), fp32, fp16 or bf16 (the reference backend also float64); D 1 to 256.
         key, value: (B, M, H, D). Strided views are read in place; only the last dimension must be contiguous.
-        token_indices: integers (T,) or (B, T) in [0, M): the keys to map, for example the subject's text tokens.
+        token_indices: int64, int32, int16, int8 or uint8 (T,) or (B, T) in [0, M): the keys to map, for example the
+            subject's text tokens.
         scale: default D ** -0.5.
         backend: "auto", "cpu", "triton" or "reference". A name never falls back.
 
@@ -48,9 +50,7 @@ def attention_with_token_maps(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     _check(query, key, value, token_indices)
-    needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    lacking = ["gradients"] if needs_grad else []
-    name = backends.choose(_OP, backend, query.device, query.dtype, lacking)
+    name = backends.choose(_OP, backend, query.device, query.dtype, backends.forward_only(query, key, value))
     if name == "reference":
         return reference.attention_with_token_maps(query, key, value, token_indices, scale=scale)
     batch, tokens, _, head_dim = query.shape
@@ -99,8 +99,9 @@ def _check(query: Tensor, key: Tensor, value: Tensor, token_indices: Tensor) -> 
         fail(_OP, "value", f"{keys} keys as in key", value.shape[1])
     if token_indices.dim() not in (1, 2) or token_indices.shape[:-1] not in ((), (batch,)):
         fail(_OP, "token_indices", f"shape (T,) or ({batch}, T)", tuple(token_indices.shape))
-    if token_indices.is_floating_point() or token_indices.is_complex() or token_indices.dtype == torch.bool:
-        fail(_OP, "token_indices", "an integer dtype", token_indices.dtype, error=TypeError)
+    if token_indices.dtype not in _INDEX_DTYPES:
+        names = ", ".join(str(x).removeprefix("torch.") for x in _INDEX_DTYPES)
+        fail(_OP, "token_indices", f"an integer dtype of {names}", token_indices.dtype, error=TypeError)
     if token_indices.device != query.device:
         fail(_OP, "token_indices", str(query.device), token_indices.device)
     if token_indices.device.type == "cpu" and token_indices.numel() and not torch.compiler.is_compiling():

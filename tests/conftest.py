@@ -9,6 +9,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 if not torch.cuda.is_available():
     with pytest.MonkeyPatch.context() as _patch:
@@ -16,6 +17,8 @@ if not torch.cuda.is_available():
         import lr_kernels.triton  # noqa: F401
 
 from triton.runtime import interpreter as _interpreter
+
+settings.register_profile("thorough", max_examples=2000)  # pytest --hypothesis-profile thorough
 
 _POINTERS_AND_MASK = {"create_masked_load": (0, 1), "create_masked_store": (0, 2), "create_atomic_rmw": (1, 3)}
 """Places of the two arguments in the interpreter's builder functions."""

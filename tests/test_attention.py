@@ -38,7 +38,7 @@ def test_01_matches_reference(case, dtype):
     check_attention(on("cpu"), attention_inputs(case, dtype))
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512bf16"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512bf16", "amx"])
 def test_01_every_instruction_set(isa):
     """LR_KERNELS_ISA is read once, so each runs in its own process; one that is missing falls to the best there is."""
     code = (
@@ -76,6 +76,21 @@ def test_01_huge_finite_logits_pick_the_largest(scale):
     clear = clear.transpose(1, 2)
     assert clear.float().mean() > 0.9 and lse.isfinite().all()
     assert_matches(out[clear], picked[clear], picked[clear].double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dimension", [0, 1, 2], ids=["rows", "tokens", "heads"])
+def test_02_offsets_beyond_int32(dimension, dtype, tmp_path):
+    """Views whose second row, token or head lies 2^31 elements away, in a sparse file that holds the touched pages."""
+    strides = [64, 32, 16, 1]
+    strides[dimension] = 2**31 + 64
+    memory = torch.from_file(str(tmp_path / "sparse"), shared=True, size=2**31 + 256, dtype=dtype)
+    far = memory.as_strided((2, 2, 2, 16), strides)
+    far.copy_(torch.randn(far.shape))
+    near = far.clone(memory_format=torch.contiguous_format)
+    for mask in (None, torch.tensor([[False, True]])):
+        by_view, by_copy = (on("cpu")(x, [Source(x, x, torch.tensor([1, 0]), mask)]) for x in (far, near))
+        assert torch.equal(by_view, by_copy)
 
 
 @settings(**sizes)
@@ -124,6 +139,22 @@ def test_04_last_dimension_must_be_contiguous():
     ):
         with pytest.raises(ValueError, match=f"{argument}: expected a contiguous last dimension"):
             multi_source_attention(query, [source])
+
+
+@pytest.mark.parametrize("head_dim", [1, 16, 37])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_05_views_at_an_odd_element(dtype, head_dim):
+    """Pointers aligned to the element and to nothing more, read in place and gathered."""
+    aligned, odd = [], []
+    for tokens in (33, 50, 50):
+        x = torch.randn(2, tokens, 2, head_dim).to(dtype)
+        memory = torch.empty(x.numel() + 1, dtype=dtype)
+        aligned.append(x)
+        odd.append(memory[1:].view(x.shape).copy_(x))
+    assert all(x.data_ptr() % (2 * x.element_size()) for x in odd)
+    for mask in (None, torch.rand(1, 50) < 0.5):
+        by_odd, by_aligned = (on("cpu")(q, [Source(k, v, key_mask=mask)]) for q, k, v in (odd, aligned))
+        assert torch.equal(by_odd, by_aligned)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -201,13 +232,19 @@ def test_12_live_nan_reaches_only_queries_that_see_it(dtype, where, poison):
     assert truth.isfinite().any() and (poison != math.nan or not truth.isfinite().all())
 
 
-def test_13_garbage_after_the_last_key_is_not_read():
-    buffer = torch.full((2, 71, 2, 16), math.nan)
-    buffer[:, :70] = torch.randn(2, 70, 2, 16)
-    query = torch.randn(2, 5, 2, 16)
-    views = [Source(buffer[:, :70], buffer[:, :70])]
-    copies = [Source(buffer[:, :70].contiguous(), buffer[:, :70].contiguous())]
-    assert torch.equal(on("cpu")(query, views), on("cpu")(query, copies))
+@pytest.mark.parametrize("head_dim", [16, 37])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_13_garbage_past_the_tail_is_not_read(dtype, head_dim):
+    """NaN after the last token, the last head and the last channel of query, keys and values."""
+    shapes = [(2, tokens, 2, head_dim) for tokens in (5, 71, 71)]
+    copies = [torch.randn(shape).to(dtype) for shape in shapes]
+    views = []
+    for x in copies:
+        wide = torch.full([n + 1 for n in x.shape], math.nan, dtype=dtype)
+        views.append(wide[:-1, :-1, :-1, :-1].copy_(x))
+    for mask in (None, torch.rand(1, 71) < 0.5):
+        by_view, by_copy = (on("cpu")(q, [Source(k, v, key_mask=mask)]) for q, k, v in (views, copies))
+        assert torch.equal(by_view, by_copy) and by_copy.isfinite().all()
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -226,6 +263,13 @@ def test_14_fp16_scores_do_not_overflow(backend):
 def test_15_infinite_and_smallest_bias(bias, dtype):
     source = random_source(1, len(bias), dtype=dtype)._replace(key_bias=torch.tensor([bias]))
     check_attention(on("cpu"), AttentionInputs(torch.randn(2, 3, 2, 16).to(dtype), [source]))
+
+
+@pytest.mark.parametrize("head_dim", range(1, 257))
+def test_23_every_head_dim(head_dim):
+    dtype = DTYPES[head_dim % 3]
+    case = AttentionCase("", batch=1, queries=20, heads=1, head_dim=head_dim, keys=(11, 6), rows=(None, 1), visible=0.7)
+    check_attention(on("cpu"), attention_inputs(case, dtype))
 
 
 @settings(**sizes)
@@ -315,33 +359,24 @@ def test_plan_with_named_classes_checks_and_merges_them():
             plan_attention([None], None, groups, query_classes=[0, wrong])
 
 
-def test_softmax_groups_and_value_index_run_on_the_reference():
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_softmax_groups_add_and_value_index_moves(backend):
     """IP-Adapter's decoupled sum, and V read through a correspondence."""
     query, text, image = torch.randn(2, 5, 2, 16), random_source(2, 7), random_source(1, 4)
     weighted = [text, image._replace(softmax_group=1, weight=0.6)]
     parts = [reference.multi_source_attention(query, [s]) for s in (text, image)]
-    torch.testing.assert_close(multi_source_attention(query, weighted), parts[0] + 0.6 * parts[1])
+    torch.testing.assert_close(on(backend)(query, weighted), parts[0] + 0.6 * parts[1])
     index = torch.randint(4, (1, 4))
     warped = image._replace(value=image.value[:, index[0]])
-    assert torch.equal(
-        multi_source_attention(query, [image._replace(value_index=index)], backend="reference"),
-        multi_source_attention(query, [warped], backend="reference"),
-    )
+    assert torch.equal(on(backend)(query, [image._replace(value_index=index)]), on(backend)(query, [warped]))
     with pytest.raises(ValueError, match="return_lse: expected one softmax group"):
         multi_source_attention(query, weighted, return_lse=True)
-
-
-def test_gradients_come_from_a_backend_that_has_them():
-    query = torch.randn(1, 5, 2, 16, dtype=torch.float64, requires_grad=True)
-    source = Source(*(torch.randn(1, 7, 2, 16, dtype=torch.float64, requires_grad=True) for _ in range(2)))
-    assert torch.autograd.gradcheck(lambda q, k, v: multi_source_attention(q, [Source(k, v)]), (query, *source[:2]))
-    small = query.detach().float().requires_grad_()
-    with pytest.raises(
-        NotImplementedError, match="gradients: not supported by backend 'cpu'; supported by 'reference'"
-    ):
-        multi_source_attention(small, [random_source(1, 7)], backend="cpu")
-    biased = random_source(1, 7)._replace(key_bias=torch.zeros(1, 7, requires_grad=True))
-    assert multi_source_attention(small.detach(), [biased]).requires_grad
+    second = [text, image._replace(weight=0.6)]
+    with pytest.raises(ValueError, match=r"weight\[1\]: expected None, since softmax group 0 takes weight\[0\]"):
+        multi_source_attention(query, second)
+    for wrong in (4, -1):
+        with pytest.raises(ValueError, match=rf"value_index\[0\]: expected 0 to 3, got {wrong} to {wrong}"):
+            on(backend)(query, [image._replace(value_index=torch.full((1, 4), wrong))])
 
 
 def test_autocast_brings_all_tensors_to_one_dtype():

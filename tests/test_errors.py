@@ -101,22 +101,24 @@ def test_07_plan_and_merge():
         merge_attention_states([torch.randn(1, 2, 1, 4)] * 2, [torch.randn(1, 2, 1)])
 
 
-@pytest.mark.parametrize("backend", ["cpu", "triton"])
 @pytest.mark.parametrize(
-    ("change", "name"),
+    ("backend", "argument", "named", "able"),
     [
-        (dict(value_index=torch.zeros(1, 7, dtype=torch.long)), r"value_index\[1\]"),
-        (dict(weight=0.5), r"weight\[1\]"),
-        (dict(softmax_group=1), r"softmax_group\[1\]"),
+        ("cpu", "logit_scale", r"gradients of logit_scale\[1\]", "'reference'"),
+        ("cpu", "logit_bias", r"gradients of logit_bias\[1\]", "'reference'"),
+        ("cpu", "weight", r"gradients of weight\[1\]", "'reference'"),
+        ("triton", "weight", "gradients", "'reference'"),
+        ("triton", "key", "gradients", "'cpu', 'reference'"),
     ],
-    ids=["value_index", "weight", "softmax_group"],
 )
-def test_16_unsupported_argument_names_itself_and_who_supports_it(backend, change, name, monkeypatch):
+def test_16_unsupported_argument_names_itself_and_who_supports_it(backend, argument, named, able, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    query, sources = good()
-    sources[1] = sources[1]._replace(**change)
+    query, sources = good(count=2)
+    given = getattr(sources[1], argument)
+    given = (torch.rand(2) if given is None else given.clone()).requires_grad_()
+    sources[1] = sources[1]._replace(**{argument: given}, softmax_group=1)
     with pytest.raises(
-        NotImplementedError, match=OP + f"{name}: not supported by backend '{backend}'; supported by 'reference'"
+        NotImplementedError, match=OP + f"{named}: not supported by backend '{backend}'; supported by {able}"
     ):
         multi_source_attention(query, sources, backend=backend)
 

@@ -1,11 +1,18 @@
 """The registered op: schema, fake kernel, compile, determinism. Numbers are rows of the fault list."""
 
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from lr_kernels import Source, multi_source_attention, plan_attention
 from lr_kernels.testing import CASES, AttentionCase, attention_inputs
+
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads are counted in /proc")
 
 
 def op_arguments(case: AttentionCase, dtype=torch.float32) -> tuple:
@@ -20,11 +27,14 @@ def op_arguments(case: AttentionCase, dtype=torch.float32) -> tuple:
         [s.rows for s in sources],
         list(plan.key_index),
         list(plan.key_count),
+        [None] * count,
         [s.key_bias for s in sources],
         [None] * count,
         [None] * count,
         plan.query_order,
         plan.class_start,
+        [0] * count,
+        [None],
         0.3,
         torch.full(query.shape, torch.nan, dtype=dtype),
         torch.full(query.shape[:3], torch.nan),
@@ -68,6 +78,64 @@ def test_30_forward_is_bitwise_deterministic_over_runs_and_threads():
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(results[0], x) for x in results)
+
+
+def test_30_calls_from_several_threads_at_once_give_the_same_bits():
+    inputs = attention_inputs(CASES[-1], torch.bfloat16)
+
+    def call(_=None):
+        return multi_source_attention(inputs.query, inputs.sources, query_groups=inputs.query_groups, backend="cpu")
+
+    expected = call()
+    with ThreadPoolExecutor(8) as pool:
+        assert all(torch.equal(expected, x) for x in pool.map(call, range(64)))
+
+
+def tasks() -> int:
+    """Threads of this process, as the kernel counts them."""
+    return len(os.listdir("/proc/self/task"))
+
+
+def new_threads(threads: int | None = None) -> int:
+    """How many threads the process has more after a call that is large enough for several."""
+    x = torch.zeros(1, 256, 1, 16)  # too small for threads of torch itself
+    own = torch.get_num_threads()
+    torch.set_num_threads(threads or own)
+    try:
+        before = tasks()
+        multi_source_attention(x, [Source(x, x)], backend="cpu")
+        return tasks() - before
+    finally:
+        torch.set_num_threads(own)
+
+
+class NewThreads(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, i: int) -> tuple[int, int]:
+        return torch.get_num_threads(), new_threads()
+
+
+@linux
+def test_30_a_dataloader_worker_keeps_its_one_thread():
+    new_threads(threads=2)  # the parent has a pool of its own, which a forked worker must not wait for
+    found = list(torch.utils.data.DataLoader(NewThreads(), batch_size=None, num_workers=2))
+    assert found == [[1, 0]] * 3
+
+
+@linux
+def test_30_set_num_threads_is_obeyed():
+    """In a fresh process, which has no pool of threads yet."""
+    code = "from test_ops import new_threads; print([new_threads(n) for n in (1, 2, 4)])"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), os.path.dirname(__file__)])},
+    )
+    assert run.stdout.split("\n")[0] == "[0, 1, 2]", run.stdout
 
 
 def test_out_of_range_rows_are_refused_by_the_op_itself():

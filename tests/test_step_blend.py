@@ -1,15 +1,15 @@
-"""step_blend: the kernel against the float64 reference, the DDIM tables against diffusers, and the error rows."""
+"""step_blend: the CPU kernel against the float64 reference, what is read and written, the op, and the error rows."""
 
 import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lr_kernels import reference
-from lr_kernels.step_blend import blend_schedule, step_blend, step_coefficients
+from lr_kernels.coefficients import COLUMNS
+from lr_kernels.step_blend import step_blend
 from lr_kernels.testing import assert_matches
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -24,7 +24,22 @@ CASES = {
     "mask-noise": {"mask": "float", "mask_rows": 2, "noise": True, "count": 4, "rows": 2},
     "odd-plane-over-many-segments": {"mask": "float", "noise": True, "shape": (1, 3, 97, 101)},
     "one-pixel": {"mask": "float", "shape": (2, 1, 1, 1)},
+    "history": {"history": True},
+    "model-input-twice": {"copies": 2},
+    "model-input-three-times": {"copies": 3, "shape": (1, 4, 16, 16)},
+    "rows-to-keep": {"keep": (True, False, True), "shape": (3, 2, 9, 11), "noise": True},
+    "everything": {
+        "count": 6,
+        "rows": 3,
+        "shape": (3, 4, 17, 19),
+        "mask": "float",
+        "noise": True,
+        "history": True,
+        "keep": (False, True, False),
+        "copies": 2,
+    },
 }
+OUTPUTS = ("model_input", "history_out")
 
 
 def randn(shape, generator, layout="batch-slice"):
@@ -34,32 +49,58 @@ def randn(shape, generator, layout="batch-slice"):
     return torch.randn(shape[0], 2, *shape[1:], generator=generator)[:, 1]
 
 
-def make(*, count=2, shape=(2, 4, 9, 11), rows=1, steps=3, mask=None, mask_rows=1, noise=False, seed=0):
-    """(positional arguments without step, keyword arguments) in float32."""
+def make(
+    *, count=2, shape=(2, 4, 9, 11), rows=1, steps=3, mask=None, mask_rows=1, noise=False, history=False, keep=None,
+    copies=0, seed=0,
+):  # fmt: skip
+    """(positional arguments without step, keyword arguments) in float32; with a history or copies, all outputs."""
     g = torch.Generator().manual_seed(seed)
     predictions = [randn(shape, g, "channels-last" if i == 1 else "batch-slice") for i in range(count)]
-    coefficients = torch.randn(steps, rows, count + 4, generator=g)
+    coefficients = torch.randn(steps, rows, count + len(COLUMNS), generator=g)
+    absent = [] if noise else ["sigma", "q"]
+    coefficients[..., [count + COLUMNS.index(x) for x in (absent if history else [*absent, "h"])]] = 0
     keywords = {"noise": randn(shape, g) if noise else None}
     if mask is not None:
         m = torch.rand(mask_rows, *shape[2:], generator=g)
-        keywords |= {"mask": m > 0.5 if mask == "bool" else (1.5 * m - 0.25).clamp(0, 1), "background": randn(shape, g)}
+        keywords["mask"] = m > 0.5 if mask == "bool" else (1.5 * m - 0.25).clamp(0, 1)
+    if mask is not None or keep is not None:
+        keywords["background"] = randn(shape, g)
+    if keep is not None:
+        keywords["keep_rows"] = torch.tensor(keep, dtype=torch.bool)
+    if history:
+        keywords |= {"history": randn(shape, g), "history_out": torch.full(shape, math.nan)}
+    if copies:
+        keywords["model_input"] = torch.full((copies * shape[0], *shape[1:]), math.nan)
     return (randn(shape, g), predictions, coefficients), keywords
 
 
 def cast(arguments, keywords, dtype):
-    """The latents, not the coefficients and the mask, in another dtype."""
+    """Copies of the arguments, the latents in another dtype, not the coefficients and masks."""
     sample, predictions, coefficients = arguments
-    keywords = {k: v if k == "mask" or v is None else v.to(dtype) for k, v in keywords.items()}
+    kept = ("mask", "keep_rows")
+    keywords = {k: v if k in kept or v is None else v.to(dtype, copy=k in OUTPUTS) for k, v in keywords.items()}
     return (sample.to(dtype), [x.to(dtype) for x in predictions], coefficients), keywords
+
+
+def results(function, arguments, step, keywords, **options):
+    """{name: tensor} of the result and of the outputs in keywords."""
+    out = function(*arguments, step, **keywords, **options)
+    return {"out": out} | {name: keywords[name] for name in OUTPUTS if name in keywords}
 
 
 def check(arguments, keywords, dtype, step=1):
     arguments, keywords = cast(arguments, keywords, dtype)
-    exact, exact_keywords = cast(arguments, keywords, torch.float64)
-    out = step_blend(*arguments, step, **keywords, backend="cpu")
-    assert out.dtype == dtype and out.is_contiguous()
-    truth = reference.step_blend(*exact, step, **exact_keywords)
-    assert_matches(out, reference.step_blend(*arguments, step, **keywords), truth)
+
+    def by_reference(precision):
+        positional, named = cast(arguments, keywords, precision)
+        return results(reference.step_blend, positional, step, named)
+
+    low, exact = by_reference(dtype), by_reference(torch.float64)
+    found = results(step_blend, arguments, step, keywords, backend="cpu")
+    assert found["out"].is_contiguous()
+    for name, x in found.items():
+        assert x.dtype == dtype
+        assert_matches(x, low[name], exact[name], name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -68,16 +109,39 @@ def test_matches_reference(case, dtype):
     check(*make(**CASES[case]), dtype)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+def test_02_rows_beyond_int32(tmp_path):
+    memory = torch.from_file(str(tmp_path / "sparse"), shared=True, size=2**31 + 64, dtype=torch.bfloat16)
+    far = memory.as_strided((2, 1, 4, 4), (2**31 + 32, 16, 4, 1))
+    far.copy_(torch.randn(far.shape))
+    table = torch.randn(1, 1, 1 + len(COLUMNS))
+    table[..., [1 + COLUMNS.index(x) for x in ("sigma", "h")]] = 0
+    results = (step_blend(x, [x], table, 0, backend="cpu") for x in (far, far.contiguous()))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_05_views_at_an_odd_element(dtype):
+    (sample, predictions, table), _ = cast(*make(count=2), dtype)
+    odd = [torch.empty(x.numel() + 1, dtype=dtype)[1:].view(x.shape).copy_(x) for x in (sample, *predictions)]
+    expected = step_blend(sample, predictions, table, 1, backend="cpu")
+    assert torch.equal(step_blend(odd[0], odd[1:], table, 1, backend="cpu"), expected)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     shape=st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(0, 20), st.integers(0, 20)),
     count=st.integers(1, 6),
     mask=st.sampled_from([None, "bool", "float"]),
     noise=st.booleans(),
+    history=st.booleans(),
+    keep=st.booleans(),
+    copies=st.integers(0, 3),
     dtype=st.sampled_from(DTYPES),
 )
-def test_any_shape(shape, count, mask, noise, dtype):
-    check(*make(count=count, shape=shape, mask=mask, noise=noise), dtype)
+def test_any_shape(shape, count, mask, noise, history, keep, copies, dtype):
+    rows = [i % 2 == 0 for i in range(shape[0])] if keep else None
+    options = {"count": count, "mask": mask, "noise": noise, "history": history, "keep": rows, "copies": copies}
+    check(*make(shape=shape, **options), dtype)
 
 
 @pytest.mark.parametrize(
@@ -85,32 +149,66 @@ def test_any_shape(shape, count, mask, noise, dtype):
 )
 def test_step_forms(step):
     arguments, _ = make()
-    expected = step_blend(*arguments, 1, backend="cpu")
-    assert torch.equal(step_blend(*arguments, step, backend="cpu"), expected)
-    assert torch.equal(
-        step_blend(*arguments, step, backend="reference"), step_blend(*arguments, 1, backend="reference")
-    )
+    for by in ("cpu", "reference"):
+        assert torch.equal(step_blend(*arguments, step, backend=by), step_blend(*arguments, 1, backend=by))
 
 
-def test_out_is_overwritten_and_returned():
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_out_is_overwritten_and_returned(backend):
     arguments, keywords = make(mask="float", noise=True)
     out = torch.full(arguments[0].shape, math.nan)
-    assert step_blend(*arguments, 2, **keywords, out=out, backend="cpu") is out
-    assert torch.equal(out, step_blend(*arguments, 2, **keywords, backend="cpu"))
-    assert step_blend(*arguments, 2, **keywords, out=out, backend="reference") is out
+    assert step_blend(*arguments, 2, **keywords, out=out, backend=backend) is out
+    assert torch.equal(out, step_blend(*arguments, 2, **keywords, backend=backend))
 
 
-def test_nothing_is_written_around_out():
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_model_input_is_the_scaled_result_n_times(backend):
+    arguments, keywords = make(copies=3, mask="float", rows=2)
+    arguments[2][..., -1] = torch.tensor([1.0, 0.25])
+    out = step_blend(*arguments, 0, **keywords, backend=backend)
+    scaled = out * torch.tensor([1.0, 0.25])[:, None, None, None]
+    assert torch.equal(keywords["model_input"], scaled.repeat(3, 1, 1, 1))
+
+
+def test_a_history_changes_no_other_result():
+    arguments, keywords = make(count=4, history=True, copies=1)
+    expected = step_blend(*arguments, 0, history=keywords["history"], backend="cpu")
+    assert torch.equal(step_blend(*arguments, 0, **keywords, backend="cpu"), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_results_too_large_for_the_caches_are_those_of_the_rows(dtype):
+    arguments, keywords = cast(*make(shape=(8, 4, 384, 384), history=True, copies=2), dtype)
+    sample, predictions, coefficients = arguments
+    written = torch.full_like(sample, math.nan, memory_format=torch.contiguous_format)  # pages of its own already
+    found = results(step_blend, arguments, 0, keywords, out=written, backend="cpu")
+    assert torch.equal(found["out"], step_blend(*arguments, 0, history=keywords["history"], backend="cpu"))
+    for b in range(8):
+        row = slice(b, b + 1)
+        part = {k: x[row] if k == "history" else torch.empty_like(x[row]) for k, x in keywords.items() if x is not None}
+        alone = (sample[row], [x[row] for x in predictions], coefficients)
+        for name, x in results(step_blend, alone, 0, part, backend="cpu").items():
+            assert torch.equal(found[name][b::8], x.expand_as(found[name][b::8]))
+
+
+def test_nothing_is_written_around_the_outputs():
     arguments, _ = make(shape=(1, 1, 5, 7))
-    memory = torch.full((37,), math.nan)
-    step_blend(*arguments, 0, out=memory[1:36].view(1, 1, 5, 7), backend="cpu")
-    assert memory[0].isnan() and memory[36].isnan() and memory[1:36].isfinite().all()
+    memory = torch.full((3, 2 * 35 + 2), math.nan)
+    out, history_out = (x[1:36].view(1, 1, 5, 7) for x in memory[:2])
+    model_input = memory[2, 1:71].view(2, 1, 5, 7)
+    step_blend(*arguments, 0, out=out, history_out=history_out, model_input=model_input, backend="cpu")
+    assert memory[:, 0].isnan().all() and memory[:2, 36:].isnan().all() and memory[2, 71].isnan()
+    assert memory[:2, 1:36].isfinite().all() and memory[2, 1:71].isfinite().all()
 
 
-def test_misaligned_views():
-    arguments, _ = make(shape=(1, 2, 16, 16))
-    shifted = torch.empty(513)[1:].view(1, 2, 16, 16).copy_(arguments[0])
-    assert torch.equal(step_blend(shifted, *arguments[1:], 0, backend="cpu"), step_blend(*arguments, 0, backend="cpu"))
+@pytest.mark.parametrize("shape", [(1, 2, 16, 16), (1, 8, 600, 600)], ids=["small", "past-the-caches"])
+def test_05_misaligned_views(shape):
+    arguments, _ = make(shape=shape)
+    elements = math.prod(shape)
+    shifted = torch.empty(elements + 1)[1:].view(shape).copy_(arguments[0])
+    out = torch.zeros(elements + 1)[1:].view(shape).fill_(math.nan)
+    expected = step_blend(*arguments, 0, backend="cpu")
+    assert torch.equal(step_blend(shifted, *arguments[1:], 0, out=out, backend="cpu"), expected)
 
 
 def test_expanded_background_is_read_in_place():
@@ -120,14 +218,60 @@ def test_expanded_background_is_read_in_place():
     assert torch.equal(step_blend(*arguments, 0, mask=keywords["mask"], background=shared, backend="cpu"), expected)
 
 
-def test_11_prediction_of_weight_zero_is_not_read():
-    (sample, predictions, coefficients), keywords = make(count=3, noise=True)
-    coefficients[:, :, [1, 3, 4]] = 0  # the second prediction, a and σ
-    expected = step_blend(sample, predictions, coefficients, 0, **keywords, backend="cpu")
-    for x in (predictions[1], sample, keywords["noise"]):
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_11_a_tensor_of_coefficient_zero_is_not_read(backend):
+    (sample, predictions, coefficients), keywords = make(count=3, mask="float", noise=True, history=True, copies=2)
+    columns = [3 + COLUMNS.index(name) for name in ("a", "sigma", "h", "p", "q", "c")]
+    coefficients[:, :, [1, *columns]] = 0
+    expected = results(step_blend, (sample, predictions, coefficients), 0, keywords, backend=backend)
+    expected = {name: x.clone() for name, x in expected.items()}
+    for x in (predictions[1], sample, keywords["noise"], keywords["history"], keywords["background"]):
         x.fill_(math.nan)
-    assert torch.equal(step_blend(sample, predictions, coefficients, 0, **keywords, backend="cpu"), expected)
-    assert expected.isfinite().all()
+    found = results(step_blend, (sample, predictions, coefficients), 0, keywords, backend=backend)
+    for name, x in found.items():
+        assert torch.equal(x, expected[name]) and x.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(("column", "clean"), [("e", "history_out"), ("d", "out")])
+def test_11_predictions_reach_only_where_e_and_d_let_them(column, clean, backend):
+    (sample, predictions, coefficients), keywords = make(history=True)
+    coefficients[:, :, 2 + COLUMNS.index(column)] = 0
+    predictions[0].fill_(math.nan)
+    found = results(step_blend, (sample, predictions, coefficients), 0, keywords, backend=backend)
+    assert {name for name, x in found.items() if x.isnan().any()} == {clean}
+    coefficients[:, :, [2 + COLUMNS.index(x) for x in "ed"]] = 0
+    found = results(step_blend, (sample, predictions, coefficients), 0, keywords, backend=backend)
+    assert all(x.isfinite().all() for x in found.values())
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_11_rows_to_keep_read_the_background_alone(backend):
+    (sample, predictions, coefficients), keywords = make(mask="float", noise=True, history=True, copies=2)
+    keywords["keep_rows"] = torch.tensor([False, True])
+    coefficients[0, 0, 2 + COLUMNS.index("p")], coefficients[0, 0, 2 + COLUMNS.index("q")] = 1, 0
+    coefficients[0, 0, -1] = 0.5
+    for x in (sample, *predictions, keywords["noise"], keywords["history"]):
+        x[1] = math.nan
+    found = results(step_blend, (sample, predictions, coefficients), 0, keywords, backend=backend)
+    assert torch.equal(found["out"][1], keywords["background"][1])
+    assert torch.equal(found["model_input"], 0.5 * found["out"].repeat(2, 1, 1, 1))
+    assert (found["history_out"][1] == 0).all()
+    del keywords["keep_rows"]
+    alone = results(step_blend, (sample, predictions, coefficients), 0, keywords, backend=backend)
+    assert torch.equal(found["out"][0], alone["out"][0])
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(("column", "name"), [("sigma", "noise"), ("q", "noise"), ("h", "history")])
+def test_16_a_missing_tensor_is_not_dropped(column, name, backend):
+    arguments, keywords = make(mask="float", rows=2)
+    arguments[2][1, 1, 2 + COLUMNS.index(column)] = 1e-3
+    step_blend(*arguments, 0, **keywords, backend=backend)
+    with pytest.raises(RuntimeError, match=rf"lr_kernels\.step_blend: {name}: expected a tensor, since .* step 1 "):
+        step_blend(*arguments, 1, **keywords, backend=backend)
+    if column == "q":  # concerns the background alone
+        step_blend(*arguments, 1, backend=backend)
 
 
 def test_11_nan_on_the_side_the_mask_does_not_take():
@@ -149,26 +293,27 @@ def test_12_live_nan_stays_at_its_element():
 
 def test_13_garbage_past_the_tail():
     arguments, _ = make(shape=(1, 1, 3, 7))
-    padded = torch.full((1, 40), math.nan)
-    padded[:, :21] = arguments[0].reshape(1, 21)
-    view = padded[:, :21].view(1, 1, 3, 7)
+    padded = torch.cat([arguments[0].reshape(21), torch.full((19,), math.nan)])
+    view = padded[:21].view(1, 1, 3, 7)
     assert torch.equal(step_blend(view, *arguments[1:], 0, backend="cpu"), step_blend(*arguments, 0, backend="cpu"))
 
 
 def test_30_threads_do_not_change_a_bit():
-    arguments, keywords = make(shape=(4, 4, 96, 96), mask="float", noise=True)
-    threads, results = torch.get_num_threads(), []
+    arguments, keywords = make(shape=(4, 4, 96, 96), mask="float", noise=True, history=True, copies=2)
+    threads, seen = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append(step_blend(*arguments, 0, **keywords, backend="cpu"))
+            found = results(step_blend, arguments, 0, keywords, backend="cpu")
+            seen.append({name: x.clone() for name, x in found.items()})
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    assert all(torch.equal(x, other[name]) for other in seen[1:] for name, x in seen[0].items())
 
 
 def test_31_permuting_the_batch_permutes_the_result():
-    arguments, keywords = make(shape=(4, 3, 9, 9), rows=4, mask="float", mask_rows=4, noise=True)
+    keep = (False, True, False, False)
+    arguments, keywords = make(shape=(4, 3, 9, 9), rows=4, mask="float", mask_rows=4, noise=True, keep=keep)
     sample, predictions, coefficients = arguments
     order = torch.tensor([2, 0, 3, 1])
     permuted = step_blend(
@@ -182,171 +327,82 @@ def test_31_permuting_the_batch_permutes_the_result():
     assert torch.equal(permuted, step_blend(*arguments, 1, **keywords, backend="cpu")[order])
 
 
-# ---- the tables ----
-
-
-def scheduler(prediction_type, steps, dtype=torch.float64):
-    """DDIM with the schedule's tensors in `dtype`, so that float64 is the truth."""
-    s = DDIMScheduler(prediction_type=prediction_type, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
-    s.alphas_cumprod = s.alphas_cumprod.to(dtype)
-    s.final_alpha_cumprod = s.final_alpha_cumprod.to(dtype)
-    s.set_timesteps(steps)
-    return s
-
-
-def table(s, **keywords):
-    return step_coefficients(s.alphas_cumprod, s.timesteps, final_alpha_cumprod=s.final_alpha_cumprod, **keywords)
-
-
-def latents(count, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    return [torch.randn(2, 4, 8, 8, generator=g) for _ in range(count)]
-
-
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("eta", [0.0, 1.0])
-@pytest.mark.parametrize("steps", [20, 7])
-def test_ddim_columns_match_diffusers(prediction_type, eta, steps):
-    exact, low = (scheduler(prediction_type, steps, dtype) for dtype in (torch.float64, torch.float32))
-    coefficients = table(exact, guidance_scale=7.5, eta=eta, prediction_type=prediction_type)
-    sample, uncond, cond, noise = latents(4)
-
-    def truth(s, dtype, t):
-        x, u, c, z = (y.to(dtype) for y in (sample, uncond, cond, noise))
-        return s.step(u + 7.5 * (c - u), t, x, eta=eta, variance_noise=z if eta else None).prev_sample
-
-    for i, t in enumerate(exact.timesteps):
-        out = step_blend(sample, [uncond, cond], coefficients, i, noise=noise if eta else None)
-        assert_matches(out, truth(low, torch.float32, t), truth(exact, torch.float64, t), f"step {i}")
-
-
-def test_blend_of_two_models_matches_diffusers():
-    exact, low = (scheduler("epsilon", 10, dtype) for dtype in (torch.float64, torch.float32))
-    weights = blend_schedule("cosine", 10, 3)
-    coefficients = table(exact, guidance_scale=5.0, blend_weights=weights)
-    sample, *predictions = latents(5)
-
-    def truth(s, dtype, i):
-        x, a, b, c, d = (y.to(dtype) for y in (sample, *predictions))
-        w = weights[i].to(dtype)
-        mixed = (1 - w) * (a + 5 * (b - a)) + w * (c + 5 * (d - c))
-        return s.step(mixed, s.timesteps[i], x).prev_sample
-
-    for i in range(10):
-        out = step_blend(sample, predictions, coefficients, i)
-        assert_matches(out, truth(low, torch.float32, i), truth(exact, torch.float64, i), f"step {i}")
-
-
-def test_clean_background_matches_add_noise():
-    exact, low = (scheduler("epsilon", 5, dtype) for dtype in (torch.float64, torch.float32))
-    coefficients = table(exact, guidance_scale=1.0, keep_background="clean")
-    sample, uncond, cond, background, noise = latents(5)
-    for i, t in enumerate(exact.timesteps[1:]):
-        out = step_blend(
-            sample, [uncond, cond], coefficients, i, mask=torch.zeros(1, 8, 8), background=background, noise=noise
-        )
-        truth = exact.add_noise(background.double(), noise.double(), t)
-        assert_matches(out, low.add_noise(background, noise, t), truth, f"step {i}")
-
-
-def test_background_latents_are_copied_bitwise():
-    coefficients = table(scheduler("epsilon", 5), guidance_scale=3.0)
-    sample, uncond, cond, background = latents(4)
-    mask = torch.zeros(1, 8, 8, dtype=torch.bool)
-    out = step_blend(sample, [uncond, cond], coefficients, 2, mask=mask, background=background)
-    assert torch.equal(out, background)
-
-
-@pytest.mark.parametrize("w", [0.0, 1.0])
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_34_endpoints_are_the_single_model_bitwise(w, backend):
-    s = scheduler("v_prediction", 6)
-    keywords = {"guidance_scale": 7.5, "eta": 1.0, "prediction_type": "v_prediction"}
-    single, blended = table(s, **keywords), table(s, **keywords, blend_weights=[w] * 6)
-    sample, *predictions = latents(5)
-    noise = latents(1, seed=1)[0]
-    used, unused = (predictions[2:], predictions[:2]) if w else (predictions[:2], predictions[2:])
-    for x in unused:
-        x.fill_(math.nan)
-    for i in range(6):
-        expected = step_blend(sample, used, single, i, noise=noise, backend=backend)
-        assert torch.equal(step_blend(sample, predictions, blended, i, noise=noise, backend=backend), expected)
-
-
-def test_guidance_per_step():
-    s = scheduler("epsilon", 4)
-    per_step = table(s, guidance_scale=[1.0, 2.0, 3.0, 4.0])
-    for i in range(4):
-        assert torch.equal(per_step[i], table(s, guidance_scale=i + 1.0)[i])
-
-
-def test_pure_noise_starts_v_prediction():
-    coefficients = step_coefficients(
-        [0.9, 0.5, 0.0], [2, 1, 0], final_alpha_cumprod=1.0, guidance_scale=1.0, prediction_type="v_prediction", eta=1.0
-    )
-    assert coefficients.shape == (3, 1, 6) and coefficients.dtype == torch.float32 and coefficients.isfinite().all()
-    with pytest.raises(ValueError, match=r"step_coefficients: alphas_cumprod: .*v_prediction"):
-        step_coefficients([0.9, 0.5, 0.0], [2, 1, 0], final_alpha_cumprod=1.0, guidance_scale=1.0)
-
-
-def test_blend_schedules():
-    assert blend_schedule("hard", 6, 2).tolist() == [0, 0, 1, 1, 1, 1]
-    assert blend_schedule("hard", 3, 0).tolist() == [1, 1, 1]
-    assert blend_schedule("hard", 3, 3).tolist() == [0, 0, 0]
-    assert blend_schedule("linear", 6, 2, ramp_steps=3).tolist() == [0, 0, 0.25, 0.5, 0.75, 1]
-    assert blend_schedule("linear", 6, 2, ramp_steps=0).tolist() == blend_schedule("hard", 6, 2).tolist()
-    cosine = blend_schedule("cosine", 6, 2, ramp_steps=3)
-    assert cosine[[0, 1, 5]].tolist() == [0, 0, 1] and cosine[3].item() == 0.5 and (cosine.diff() >= 0).all()
-    by_default = blend_schedule("linear", 10, 3)
-    assert (by_default[:3] == 0).all() and (by_default[6:] == 1).all() and 0 < by_default[3] < by_default[5] < 1
-
-
 # ---- gradients, torch.library and torch.compile ----
 
 
 def test_28_gradients_use_the_reference():
-    (sample, predictions, coefficients), keywords = make(mask="float")
+    (sample, predictions, coefficients), keywords = make(mask="float", history=True)
     sample = sample.clone().requires_grad_()
-    step_blend(sample, predictions, coefficients, 1, **keywords).sum().backward()
-    expected = (coefficients[1, 0, 2] * keywords["mask"])[:, None].expand(sample.shape)
+    out = step_blend(sample, predictions, coefficients, 1, **keywords)
+    (out.sum() + keywords["history_out"].sum()).backward()
+    a, c = (coefficients[1, 0, 2 + COLUMNS.index(x)] for x in "ac")
+    expected = (a * keywords["mask"] + c)[:, None].expand(sample.shape)
     assert_matches(sample.grad, expected, expected.double())
     with pytest.raises(NotImplementedError, match=r"step_blend: gradients: .*'cpu'.*'reference'"):
-        step_blend(sample, predictions, coefficients, 1, **keywords, backend="cpu")
+        step_blend(sample, predictions, coefficients, 1, backend="cpu")
 
 
-def op_arguments(**case):
+def op_arguments(step=None, row=1, **case):
     (sample, predictions, coefficients), keywords = make(**case)
-    dense = [x.contiguous() for x in (sample, *predictions)]
-    step = torch.tensor([1], dtype=torch.int32)
-    rest = [keywords.get("mask"), keywords.get("background"), keywords["noise"]]
-    rest = [None if x is None else x.contiguous() for x in rest]
-    return (dense[0], dense[1:], coefficients, step, *rest, torch.full(dense[0].shape, math.nan))
+    names = ("mask", "background", "noise", "history", "keep_rows")
+    rest = [None if keywords.get(name) is None else keywords[name].contiguous() for name in names]
+    outputs = (torch.full(sample.shape, math.nan), *(keywords.get(name) for name in OUTPUTS))
+    dense = [x.contiguous() for x in predictions]
+    return (sample.contiguous(), dense, coefficients, step, row, *rest, *outputs)
 
 
-@pytest.mark.parametrize("case", ["one-prediction", "shared-float-mask", "mask-noise"])
-def test_26_opcheck(case):
-    torch.library.opcheck(torch.ops.lr_kernels.step_blend_cpu.default, op_arguments(**CASES[case]))
+@pytest.mark.parametrize("case", ["one-prediction", "shared-float-mask", "mask-noise", "everything"])
+def test_26_27_opcheck(case):
+    op = torch.ops.lr_kernels.step_blend_cpu.default
+    torch.library.opcheck(op, op_arguments(**CASES[case]))
+    torch.library.opcheck(op, op_arguments(torch.tensor([2], dtype=torch.int32), 0, **CASES[case]))
 
 
-def test_the_op_refuses_a_step_outside_the_schedule():
-    arguments = list(op_arguments())
-    for wrong in (-1, 3):
-        arguments[3] = torch.tensor([wrong], dtype=torch.int32)
+@pytest.mark.parametrize("wrong", [-1, 3])
+def test_the_op_refuses_a_step_outside_the_schedule(wrong):
+    for step, row in ((None, wrong), (torch.tensor([wrong], dtype=torch.int32), 0)):
         with pytest.raises(RuntimeError, match="step: expected 0 to 2"):
-            torch.ops.lr_kernels.step_blend_cpu(*arguments)
+            torch.ops.lr_kernels.step_blend_cpu(*op_arguments(step, row))
+
+
+WRONG = {  # argument of the op: what it must refuse, since it would read or write out of bounds
+    0: lambda x: x[0],
+    1: lambda x: [x[0], x[1][:, :, :-1]],
+    2: lambda x: x[..., :-1].contiguous(),
+    5: lambda x: x[:, :-1].contiguous(),
+    6: lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    7: lambda x: x.bfloat16(),
+    10: lambda x: x[:, ::2],
+    11: lambda x: x[:-1],
+    12: lambda x: x.double(),
+}
+
+
+@pytest.mark.parametrize("place", WRONG)
+def test_45_the_op_refuses_what_does_not_fit(place):
+    arguments = list(op_arguments(**CASES["everything"]))
+    torch.ops.lr_kernels.step_blend_cpu(*arguments)
+    arguments[place] = WRONG[place](arguments[place])
+    with pytest.raises(RuntimeError, match=r"lr_kernels\.step_blend: [a-z_]+: expected"):
+        torch.ops.lr_kernels.step_blend_cpu(*arguments)
 
 
 def test_29_compiles_without_breaks_or_recompiles():
-    arguments, keywords = make(mask="float", noise=True)
+    arguments, keywords = make(mask="float", noise=True, history=True, keep=(False, True), copies=2)
     sample, predictions, coefficients = arguments
     compiled = torch.compile(step_blend, fullgraph=True, backend="aot_eager")
     compiled(*arguments, torch.tensor(0), **keywords)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for step in range(3):
             blended = (sample, predictions, coefficients * (step + 1))
-            other = keywords | {"mask": (keywords["mask"] + 0.1 * step).clamp(max=1)}
-            expected = step_blend(*blended, step, **other)
-            assert torch.equal(compiled(*blended, torch.tensor(step), **other), expected)
+            other = keywords | {
+                "mask": (keywords["mask"] + 0.1 * step).clamp(max=1),
+                "keep_rows": torch.tensor([step == 1, False]),
+            }
+            expected = results(step_blend, blended, step, other)
+            expected = {name: x.clone() for name, x in expected.items()}
+            found = results(compiled, blended, torch.tensor(step), other)
+            assert all(torch.equal(x, expected[name]) for name, x in found.items())
 
 
 def test_29_int_steps_recompile_once():
@@ -363,7 +419,9 @@ def test_29_int_steps_recompile_once():
 
 SHAPE = (2, 4, 9, 11)
 MASK = torch.ones(1, 9, 11)
+KEEP = torch.tensor([True, False])
 X = torch.zeros(SHAPE)
+TABLE = torch.zeros(3, 1, 2 + len(COLUMNS))
 
 
 @pytest.mark.parametrize(
@@ -376,11 +434,11 @@ X = torch.zeros(SHAPE)
         ({"predictions": [X, torch.zeros(2, 4, 9, 10)]}, ValueError, r"predictions\[1\]: expected shape"),
         ({"predictions": [X, X.half()]}, TypeError, r"predictions\[1\]: expected torch.float32, got torch.float16"),
         ({"predictions": [X.to("meta"), X]}, ValueError, r"predictions\[0\]: expected cpu, got meta"),
-        ({"coefficients": torch.zeros(3, 6)}, ValueError, "coefficients: expected shape"),
-        ({"coefficients": torch.zeros(3, 1, 5)}, ValueError, "coefficients: expected shape"),
-        ({"coefficients": torch.zeros(3, 3, 6)}, ValueError, "coefficients: expected shape"),
-        ({"coefficients": torch.zeros(3, 1, 6).double()}, TypeError, "coefficients: expected float32"),
-        ({"coefficients": torch.zeros(3, 1, 6, device="meta")}, ValueError, "coefficients: expected cpu"),
+        ({"coefficients": TABLE[0]}, ValueError, "coefficients: expected shape"),
+        ({"coefficients": TABLE[..., 1:]}, ValueError, r"coefficients: expected shape \(steps, 2 or 1, 11\)"),
+        ({"coefficients": TABLE.expand(3, 3, -1)}, ValueError, "coefficients: expected shape"),
+        ({"coefficients": TABLE.double()}, TypeError, "coefficients: expected float32"),
+        ({"coefficients": TABLE.to("meta")}, ValueError, "coefficients: expected cpu"),
         ({"step": 3}, ValueError, "step: expected 0 to 2, the steps of coefficients, got 3"),
         ({"step": -1}, ValueError, "step: expected 0 to 2"),
         ({"step": torch.tensor(3)}, ValueError, "step: expected 0 to 2"),
@@ -389,87 +447,71 @@ X = torch.zeros(SHAPE)
         ({"step": 1.0}, TypeError, "step: expected an int"),
         ({"step": torch.tensor(1, device="meta")}, ValueError, "step: expected cpu, got meta"),
         ({"mask": MASK}, ValueError, "background: expected a tensor, since mask is given"),
-        ({"background": X}, ValueError, "mask: expected a tensor, since background is given"),
+        ({"keep_rows": KEEP}, ValueError, "background: expected a tensor, since keep_rows is given"),
+        ({"background": X}, ValueError, "mask: expected a tensor .*, since background is given"),
         ({"mask": MASK[0], "background": X}, ValueError, "mask: expected shape"),
         ({"mask": MASK.expand(3, -1, -1), "background": X}, ValueError, "mask: expected shape"),
         ({"mask": MASK.long(), "background": X}, TypeError, "mask: expected bool or a floating dtype"),
         ({"mask": MASK.to("meta"), "background": X}, ValueError, "mask: expected cpu, got meta"),
         ({"mask": MASK, "background": X[:1]}, ValueError, "background: expected shape"),
+        ({"keep_rows": KEEP[:1], "background": X}, ValueError, r"keep_rows: expected shape \(2,\)"),
+        ({"keep_rows": KEEP.byte(), "background": X}, TypeError, "keep_rows: expected bool"),
         ({"noise": X.double()}, TypeError, "noise: expected torch.float32"),
+        ({"history": X[:, :3]}, ValueError, "history: expected shape"),
         ({"out": torch.zeros(1)}, ValueError, "out: expected shape"),
         ({"out": X.to(memory_format=torch.channels_last)}, ValueError, "out: expected a contiguous tensor"),
+        ({"history_out": X.bfloat16()}, TypeError, "history_out: expected torch.float32"),
+        ({"model_input": torch.zeros(3, 4, 9, 11)}, ValueError, r"model_input: expected shape \(n·2, 4, 9, 11\)"),
+        ({"model_input": torch.zeros(0, 4, 9, 11)}, ValueError, "model_input: expected shape"),
+        ({"model_input": torch.zeros(4, 4, 9, 12)}, ValueError, "model_input: expected shape"),
+        ({"model_input": torch.zeros(4, 4, 9, 11).half()}, TypeError, "model_input: expected torch.float32"),
+        ({"model_input": torch.zeros(4, 4, 9, 22)[..., ::2]}, ValueError, "model_input: expected a contiguous"),
+        ({"model_input": torch.zeros(2, 4, 9, 11, requires_grad=True)}, ValueError, "model_input: expected a tensor"),
         ({"backend": "mkl"}, ValueError, "backend: expected one of auto"),
         ({"backend": "cuda"}, RuntimeError, "backend: 'cuda' cannot run"),
         ({"sample": X.double(), "predictions": [X.double()] * 2, "backend": "cpu"}, TypeError, "one of float32"),
     ],
 )
 def test_rows7_17_18_34_errors(changes, error, message):
-    call = {"sample": X, "predictions": [X, X], "coefficients": torch.zeros(3, 1, 6), "step": 0} | changes
+    call = {"sample": X, "predictions": [X, X], "coefficients": TABLE, "step": 0} | changes
     with pytest.raises(error, match=r"^lr_kernels\.step_blend: .*" + message.removeprefix("^")):
         step_blend(**call)
 
 
-@pytest.mark.parametrize("which", ["sample", "predictions", "background", "noise", "mask", "shifted"])
-def test_06_out_overlaps_an_input(which):
-    arguments, keywords = make(mask="float", noise=True, shape=(2, 4, 9, 11))
-    memory = torch.zeros(2 * 4 * 9 * 11 + 1)
-    out = memory[:-1].view(2, 4, 9, 11)
-    sample, predictions, coefficients = arguments
-    if which == "sample":
-        sample = out
-    elif which == "predictions":
-        predictions = [predictions[0], out]
-    elif which == "shifted":
-        sample = memory[1:].view(2, 4, 9, 11)
-    elif which == "mask":
-        keywords["mask"] = memory[-100:-1].view(1, 9, 11)
+PLAIN = ("sample", "predictions", "coefficients", "noise", "history")
+TENSORS = (*PLAIN, "mask", "background", "keep_rows")
+WRITTEN = ("out", "model_input", "history_out")
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(data=st.data(), output=st.sampled_from(WRITTEN), backend=st.sampled_from(["cpu", "reference"]))
+def test_06_outputs_share_no_memory(data, output, backend):
+    """An output that begins before another tensor ends is refused; one that begins right there is not."""
+    tensors = data.draw(st.sampled_from([PLAIN, TENSORS]))
+    other = data.draw(st.sampled_from([x for x in (*tensors, *WRITTEN) if x != output]))
+    background = {} if tensors is PLAIN else {"mask": "float", "keep": (True, False)}
+    (sample, predictions, coefficients), keywords = make(noise=True, history=True, **background)
+    predictions = [x.contiguous() for x in predictions]
+    call = {"sample": sample.contiguous(), "predictions": predictions, "coefficients": coefficients, "step": 0}
+    call |= {k: v.contiguous() for k, v in keywords.items()} | {name: torch.zeros(SHAPE) for name in WRITTEN}
+    shared = call[other][1] if other == "predictions" else call[other]
+    gap, elements = shared.nbytes // 4 + 1, math.prod(SHAPE)
+    offset = data.draw(st.integers(1 - elements, gap - 1) | st.sampled_from([-elements, gap]))
+    memory = torch.zeros(2 * elements + gap + 1)
+    fresh = memory[elements : elements + gap].view(shared.dtype)[: shared.numel()].view(shared.shape).copy_(shared)
+    call[other] = [predictions[0], fresh] if other == "predictions" else fresh
+    call[output] = memory[elements + offset : 2 * elements + offset].view(SHAPE)
+    start, end = call[output].data_ptr(), call[output].data_ptr() + call[output].nbytes
+    if fresh.data_ptr() < end and start < fresh.data_ptr() + fresh.nbytes:
+        later = max(output, other, key=WRITTEN.index) if other in WRITTEN else output
+        with pytest.raises(ValueError, match=f"step_blend: {later}: expected memory of its own"):
+            step_blend(**call, backend=backend)
     else:
-        keywords[which] = out
+        step_blend(**call, backend=backend)
+
+
+def test_06_out_between_the_rows_of_an_input():
+    memory = torch.zeros(4, *SHAPE[1:])
     with pytest.raises(ValueError, match="step_blend: out: expected memory of its own"):
-        step_blend(sample, predictions, coefficients, 0, **keywords, out=out)
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"blend_weights": [0.0, math.nan]}, ValueError, "blend_weights: expected numbers in"),
-        ({"blend_weights": [0.0, 1.01]}, ValueError, "blend_weights: expected numbers in"),
-        ({"blend_weights": [-0.1, 1.0]}, ValueError, "blend_weights: expected numbers in"),
-        ({"blend_weights": [0.5]}, ValueError, "blend_weights: expected a number or shape"),
-        ({"guidance_scale": math.inf}, ValueError, "guidance_scale: expected finite"),
-        ({"guidance_scale": [1.0, 2.0, 3.0]}, ValueError, "guidance_scale: expected a number or shape"),
-        ({"eta": 1.5}, ValueError, "eta: expected a number in"),
-        ({"eta": math.nan}, ValueError, "eta: expected a number in"),
-        ({"prediction_type": "sample"}, ValueError, "prediction_type: expected one of epsilon"),
-        ({"keep_background": "pixels"}, ValueError, "keep_background: expected one of latents"),
-        ({"timesteps": [2, 0]}, ValueError, "timesteps: expected integers in"),
-        ({"timesteps": [-1, 0]}, ValueError, "timesteps: expected integers in"),
-        ({"timesteps": [0, 1]}, ValueError, "timesteps: expected an order"),
-        ({"timesteps": []}, TypeError, "timesteps: expected an integer dtype"),
-        ({"timesteps": [[1, 0]]}, ValueError, "timesteps: expected shape"),
-        ({"timesteps": [1.0, 0.0]}, TypeError, "timesteps: expected an integer dtype"),
-        ({"alphas_cumprod": [[0.9]]}, ValueError, "alphas_cumprod: expected shape"),
-        ({"alphas_cumprod": [0.9, math.nan]}, ValueError, "alphas_cumprod: expected numbers in"),
-        ({"final_alpha_cumprod": 1.1}, ValueError, "alphas_cumprod: expected numbers in"),
-    ],
-)
-def test_34_table_errors(changes, error, message):
-    call = {"alphas_cumprod": [0.9, 0.5], "timesteps": [1, 0], "final_alpha_cumprod": 1.0, "guidance_scale": 2.0}
-    with pytest.raises(error, match=rf"^lr_kernels\.step_coefficients: {message}"):
-        step_coefficients(**(call | changes))
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (("soft", 5, 2, None), "kind: expected one of hard"),
-        (("hard", 0, 0, None), "steps: expected at least 1"),
-        (("hard", 5, 6, None), "layout_steps: expected 0 to 5"),
-        (("hard", 5, 2, 1), "ramp_steps: expected None"),
-        (("linear", 5, 2, 4), "ramp_steps: expected 0 to 3"),
-    ],
-)
-def test_blend_schedule_errors(call, message):
-    kind, steps, layout_steps, ramp_steps = call
-    with pytest.raises(ValueError, match=rf"^lr_kernels\.blend_schedule: {message}"):
-        blend_schedule(kind, steps, layout_steps, ramp_steps=ramp_steps)
+        step_blend(memory[::2], [X, X], TABLE, 0, out=memory[1:3])
+    step_blend(memory[::3], [X[:2], X], TABLE, 0, out=torch.zeros(SHAPE))

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lr_kernels import reference
@@ -18,7 +18,7 @@ CASES = {
     "fixed-threshold": {"shape": (2, 3, 20, 30), "threshold": 0.3, "smoothing": 5},
     "threshold-0": {"shape": (1, 1, 9, 9), "threshold": 0},
     "threshold-1": {"shape": (1, 1, 9, 9), "threshold": 1.0},
-    "filter-wider-than-the-map": {"shape": (1, 2, 3, 5), "smoothing": 9},
+    "filter-as-wide-as-the-mask": {"shape": (1, 2, 3, 5), "smoothing": 5},
     "one-row": {"shape": (2, 1, 1, 40), "size": (1, 64)},
     "one-pixel": {"shape": (2, 2, 1, 1)},
     "one-pixel-resized": {"shape": (1, 2, 1, 1), "size": (4, 4)},
@@ -48,6 +48,12 @@ def test_matches_reference(case, dtype):
     check(blobs(keywords.pop("shape")).to(dtype), **keywords)
 
 
+def test_05_view_at_an_odd_element():
+    maps = blobs((2, 3, 11, 13))
+    odd = torch.empty(maps.numel() + 1)[1:].view(maps.shape).copy_(maps)
+    assert torch.equal(subject_mask(odd, backend="cpu"), subject_mask(maps, backend="cpu"))
+
+
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     shape=st.tuples(st.integers(0, 3), st.integers(1, 4), st.integers(1, 24), st.integers(1, 24)),
@@ -57,7 +63,70 @@ def test_matches_reference(case, dtype):
     seed=st.integers(0, 2**31),
 )
 def test_any_shape(shape, size, threshold, smoothing, seed):
+    assume(smoothing <= max(size or shape[2:]))
     check(blobs(shape, seed), size=size, threshold=threshold, smoothing=smoothing)
+
+
+def check_quantile(maps, quantile, backend, **keywords):
+    """Pixels that differ lie as close to the level as the tolerance of lr_kernels.testing allows."""
+    out = subject_mask(maps, quantile=quantile, **keywords, backend=backend)
+    expected = reference.subject_mask(maps.double(), quantile=quantile, **keywords)
+    exact = reference.subject_map(maps.double(), **keywords)
+    low = exact if backend == "cpu" else reference.subject_map(maps.float(), **keywords)  # the CPU computes in double
+    rank = math.floor(quantile * (exact[0].numel() - 1))
+    level = exact.flatten(1).sort(1).values[:, rank, None, None]
+    allowed = 2 * ((low - exact).abs().max() + torch.finfo(low.dtype).eps * exact.max())
+    assert ((out == expected) | ((exact - level).abs() <= allowed)).all()
+    return out
+
+
+@pytest.mark.parametrize("quantile", [0, 0.25, 0.8, 0.999, 1.0])
+@pytest.mark.parametrize("case", [x for x in CASES if not x.startswith("threshold")])
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_quantiles_match_reference(backend, case, quantile, device):
+    keywords = {k: v for k, v in CASES[case].items() if k != "threshold"}
+    maps = blobs(keywords.pop("shape"))
+    check_quantile(maps.to(device) if backend == "triton" else maps, quantile, backend, **keywords)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 24), st.integers(1, 24)),
+    size=st.none() | st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    quantile=st.floats(0, 1),
+    seed=st.integers(0, 2**31),
+)
+def test_any_quantile(shape, size, quantile, seed):
+    check_quantile(blobs(shape, seed), quantile, "cpu", size=size)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton", "reference"])
+def test_a_quantile_is_the_share_below(backend, device):
+    """Of P different pixels, those above rank floor(q (P - 1)), as with the interpolated level of torch.quantile."""
+    place = device if backend == "triton" else "cpu"
+    order = torch.randperm(101, generator=torch.Generator().manual_seed(0)).to(place)
+    maps = order.float().view(1, 1, 1, 101)
+    for quantile, rank in ((0, 0), (0.004, 0), (0.25, 25), (0.8, 80), (0.999, 99), (1, 100)):
+        mask = subject_mask(maps, quantile=quantile, backend=backend)
+        assert torch.equal(mask.view(-1), order > rank)
+        assert torch.equal(mask.view(-1), maps.view(-1) > maps.view(-1).quantile(quantile))
+    ties = torch.tensor([0.0, 1, 1, 1, 1, 1, 2, 3], device=place).view(1, 1, 2, 4)
+    assert subject_mask(ties, quantile=0.5, backend=backend).sum() == 2
+    assert not subject_mask(torch.ones(2, 1, 4, 4, device=place), quantile=0.3, backend=backend).any()
+
+
+@pytest.mark.parametrize("keywords", [{"threshold": 0.4}, {}, {"quantile": 0.6}], ids=["fixed", "otsu", "quantile"])
+@pytest.mark.parametrize("signed", [False, True], ids=["positive", "signed"])
+@pytest.mark.parametrize("backend", ["cpu", "triton", "reference"])
+def test_14_maps_near_the_largest_float(backend, signed, keywords, device):
+    """Finite maps have a finite mean and range."""
+    maps = blobs((2, 3, 16, 12)) / 2.5 * torch.finfo(torch.float32).max
+    maps = 2 * (maps - maps.max() / 2) if signed else maps
+    assert maps.isfinite().all()
+    maps = maps.to(device) if backend == "triton" else maps
+    for smoothing in (1, 3):
+        out = subject_mask(maps, **keywords, smoothing=smoothing, backend=backend)
+        assert torch.equal(out, reference.subject_mask(maps.double(), **keywords, smoothing=smoothing))
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -113,11 +182,11 @@ def test_gradients_stop_at_the_mask():
     assert not subject_mask(maps).requires_grad and not subject_mask(maps, backend="reference").requires_grad
 
 
-@pytest.mark.parametrize("threshold", [None, 0.4])
-def test_26_opcheck(threshold):
+@pytest.mark.parametrize(("threshold", "quantile"), [(None, None), (0.4, None), (None, 0.7)])
+def test_26_opcheck(threshold, quantile):
     out = torch.ones(2, 12, 12, dtype=torch.bool)
     maps = blobs((2, 3, 8, 8)).contiguous()
-    torch.library.opcheck(torch.ops.lr_kernels.subject_mask_cpu.default, (maps, threshold, 3, out))
+    torch.library.opcheck(torch.ops.lr_kernels.subject_mask_cpu.default, (maps, threshold, quantile, 3, out))
 
 
 def test_the_op_writes_every_element():
@@ -125,13 +194,14 @@ def test_the_op_writes_every_element():
     results = []
     for poison in (False, True):
         results.append(torch.full((2, 12, 12), poison))
-        torch.ops.lr_kernels.subject_mask_cpu(maps, None, 3, results[-1])
+        torch.ops.lr_kernels.subject_mask_cpu(maps, None, None, 3, results[-1])
     assert torch.equal(*results)
 
 
-def test_29_compiles_without_breaks_or_recompiles():
+@pytest.mark.parametrize("keywords", [{}, {"quantile": 0.7}], ids=["otsu", "quantile"])
+def test_29_compiles_without_breaks_or_recompiles(keywords):
     compiled = torch.compile(subject_mask, fullgraph=True, backend="aot_eager")
-    keywords = {"size": (24, 24), "smoothing": 3}
+    keywords = {"size": (24, 24), "smoothing": 3, **keywords}
     compiled(blobs((2, 3, 16, 16)), **keywords)
     with torch._dynamo.config.patch(error_on_recompile=True):
         maps = blobs((2, 3, 16, 16), seed=1)
@@ -150,7 +220,12 @@ def test_29_compiles_without_breaks_or_recompiles():
         ({"threshold": "mean"}, ValueError, "threshold: expected 'otsu' or a number in"),
         ({"threshold": 1.5}, ValueError, "threshold: expected 'otsu' or a number in"),
         ({"threshold": math.nan}, ValueError, "threshold: expected 'otsu' or a number in"),
+        ({"quantile": 1.5}, ValueError, r"quantile: expected a number in \[0, 1\], got 1.5"),
+        ({"quantile": math.nan}, ValueError, "quantile: expected a number in"),
+        ({"quantile": 0.5, "threshold": 0.5}, ValueError, "quantile: expected None beside a threshold, got 0.5"),
         ({"smoothing": 2}, ValueError, "smoothing: expected an odd number"),
+        ({"smoothing": 9}, ValueError, "smoothing: expected an odd number from 1 to 8, the mask's longer side, got 9"),
+        ({"smoothing": 9, "size": (2, 8)}, ValueError, "smoothing: expected an odd number from 1 to 8"),
         ({"smoothing": -1}, ValueError, "smoothing: expected an odd number"),
         ({"backend": "cv2"}, ValueError, "backend: expected one of auto"),
         ({"backend": "cuda"}, RuntimeError, "backend: 'cuda' cannot run"),

@@ -54,6 +54,18 @@ def test_matches_reference(case, dtype):
     check(make(*CASES[case], dtype))
 
 
+@pytest.mark.parametrize("dimension", [0, 1, 2], ids=["batch", "tokens", "heads"])
+def test_02_offsets_beyond_int32(dimension, tmp_path):
+    strides = [64, 32, 16, 1]
+    strides[dimension] = 2**31 + 64
+    memory = torch.from_file(str(tmp_path / "sparse"), shared=True, size=2**31 + 256, dtype=torch.bfloat16)
+    far = memory.as_strided((2, 2, 2, 16), strides)
+    far.copy_(torch.randn(far.shape))
+    near, tokens = far.clone(memory_format=torch.contiguous_format), torch.tensor([1])
+    results = (attention_with_token_maps(x, x, x, tokens, backend="cpu") for x in (far, near))
+    assert all(map(torch.equal, *results))
+
+
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     sizes=st.tuples(st.integers(0, 3), st.integers(0, 140), st.integers(1, 40), st.integers(1, 3), st.integers(1, 70)),
@@ -71,7 +83,8 @@ def test_04_strides_are_honoured():
     expected = attention_with_token_maps(query, key, value, indices, backend="cpu")
     transposed = query.transpose(1, 2).contiguous().transpose(1, 2)
     shared = key[:1].expand(2, -1, -1, -1)
-    for q, k, i in ((transposed, key, indices), (query, key, indices.expand(2, 2)), (query, key, indices.int())):
+    forms = [indices.expand(2, 2), *(indices.to(x) for x in (torch.int32, torch.int16, torch.int8, torch.uint8))]
+    for q, k, i in ((transposed, key, indices), *((query, key, form) for form in forms)):
         assert all(map(torch.equal, attention_with_token_maps(q, k, value, i, backend="cpu"), expected))
     columns = torch.tensor([[1, 9, 2, 9], [1, 9, 2, 9]])[:, ::2]
     assert all(map(torch.equal, attention_with_token_maps(query, key, value, columns, backend="cpu"), expected))
@@ -238,6 +251,21 @@ Q, K = torch.zeros(2, 6, 2, 8), torch.zeros(2, 5, 2, 8)
         ({"token_indices": torch.zeros(3, 1).long()}, ValueError, r"token_indices: expected shape \(T,\) or \(2, T\)"),
         ({"token_indices": torch.tensor([1.0])}, TypeError, "token_indices: expected an integer dtype"),
         ({"token_indices": torch.tensor([True])}, TypeError, "token_indices: expected an integer dtype"),
+        (
+            {"token_indices": torch.tensor([1], dtype=torch.uint16)},
+            TypeError,
+            "token_indices: .* int32.*, got torch.uint16",
+        ),
+        (
+            {"token_indices": torch.tensor([1], dtype=torch.uint32)},
+            TypeError,
+            "token_indices: .* int32.*, got torch.uint32",
+        ),
+        (
+            {"token_indices": torch.tensor([1], dtype=torch.uint64)},
+            TypeError,
+            "token_indices: .* int32.*, got torch.uint64",
+        ),
         ({"token_indices": torch.tensor([0, 5])}, ValueError, r"token_indices: expected integers in \[0, 5\)"),
         ({"token_indices": torch.tensor([-1])}, ValueError, r"token_indices: expected integers in \[0, 5\)"),
         ({"token_indices": torch.tensor([2**32])}, ValueError, r"token_indices: expected integers in \[0, 5\)"),

@@ -1,6 +1,7 @@
 // One block of keys against one slice of queries: scores, softmax weights, weighted values. Included by
 // attention_kernel.cpp, once per instruction set.
 #pragma once
+#include <algorithm>
 #include <cfloat>
 #include <type_traits>
 
@@ -10,7 +11,6 @@ namespace lr::LR_ISA {
 namespace {
 
 constexpr int kSlice = 2 * kLanes;  // queries in a slice
-constexpr int kBlock = 192;         // keys in a block
 // Keys per score tile and channels per value tile: accumulators that fit the registers (32 with AVX-512 and NEON, 16
 // AVX2).
 #if defined(__AVX512F__)
@@ -21,24 +21,28 @@ constexpr int kKeyTile = 6, kChannelTile = 6;
 constexpr int kKeyTile = 8, kChannelTile = 8;
 #endif
 
-// How the products are computed: fp32, or bf16 pairs along the summed dimension. `Unit` is what one lane multiplies.
+// How the products are computed: fp32, bf16 pairs along the summed dimension, or tiles of such pairs
+// (attention_tiles.h). `Unit` is what one lane multiplies; the counts of units, keys and channels are padded with zeros
+// to whole tiles; a block has kBlock keys.
 struct Fp32 {
   using Unit = float;
-  static constexpr int kPack = 1;
+  static constexpr int kPack = 1, kUnits = 1, kKeys = kKeyTile, kChannels = 1, kBlock = 192;
 };
 struct Bf16Pairs {
   using Unit = uint32_t;
-  static constexpr int kPack = 2;
+  static constexpr int kPack = 2, kUnits = 1, kKeys = kKeyTile, kChannels = 1, kBlock = 192;
+};
+struct Bf16Tiles {
+  using Unit = uint32_t;
+  static constexpr int kPack = 2, kUnits = 16, kKeys = 32, kChannels = 16, kBlock = 256;
 };
 
 // ---- products of one tile ----
 
-// scores[i] = <key i, query lane> for kKeyTile keys. queries: units x kSlice.
+// scores[i] += <key i, query lane> over some units, for kKeyTile keys. queries: units x kSlice.
 template <class C>
-LR_INLINE void score_tile(const char* keys, int64_t key_bytes, const typename C::Unit* queries, int units,
+LR_INLINE void add_scores(const char* keys, int64_t key_bytes, const typename C::Unit* queries, int units,
                           Vec (&scores)[kKeyTile][2]) {
-#pragma GCC unroll 16
-  for (int i = 0; i < kKeyTile; ++i) scores[i][0] = scores[i][1] = Vec{};
 #pragma GCC unroll 4
   for (int u = 0; u < units; ++u) {
     if constexpr (std::is_same_v<C, Fp32>) {
@@ -59,6 +63,28 @@ LR_INLINE void score_tile(const char* keys, int64_t key_bytes, const typename C:
         scores[i][1] = dot(scores[i][1], k, q1);
       }
 #endif
+    }
+  }
+}
+
+// scores[i] = <key i, query lane> for kKeyTile keys. A sum over many units is made of sums of kChain: their rounding
+// errors do not grow with the length of the whole.
+template <class C>
+LR_INLINE void score_tile(const char* keys, int64_t key_bytes, const typename C::Unit* queries, int units,
+                          Vec (&scores)[kKeyTile][2]) {
+  constexpr int kChain = 32;
+#pragma GCC unroll 16
+  for (int i = 0; i < kKeyTile; ++i) scores[i][0] = scores[i][1] = Vec{};
+  add_scores<C>(keys, key_bytes, queries, std::is_same_v<C, Fp32> ? std::min(units, kChain) : units, scores);
+  if constexpr (std::is_same_v<C, Fp32>) {
+    for (int u = kChain; u < units; u += kChain) {
+      Vec part[kKeyTile][2]{};
+      add_scores<C>(keys + u * 4, key_bytes, queries + u * kSlice, std::min(units - u, kChain), part);
+#pragma GCC unroll 16
+      for (int i = 0; i < kKeyTile; ++i) {
+        scores[i][0] += part[i][0];
+        scores[i][1] += part[i][1];
+      }
     }
   }
 }
@@ -124,11 +150,10 @@ void add_values(const typename C::Unit* values, int64_t value_stride, const type
 // A packed block: keys as rows of units, values as rows of units (a row holds kPack keys).
 template <class C>
 struct Block {
-  const char* keys;                // keys x units, row after key_bytes
-  const char* tail;                // kKeyTile x units: the last, partial key tile, padded with zeros
-  const typename C::Unit* values;  // [keys / kPack, d], row after value_stride units
+  const char* keys;                // keys x units, padded with zeros to whole key tiles
+  const typename C::Unit* values;  // [keys / kPack, d], row after value_stride units; Bf16Tiles: transposed
   const float* bias;               // [keys] key_bias + shift, padded with -inf to whole key tiles, log2 units
-  int64_t key_bytes, tail_bytes, value_stride;
+  int64_t value_stride;
   int keys_count;
   bool biased;  // whether the logits need bias; else scale > 0 and shift are enough
   float scale;  // logit factor in log2 units
@@ -138,18 +163,30 @@ struct Block {
 template <class C>
 struct Slice {
   typename C::Unit* query;  // [units, kSlice]
-  float* out;               // [d, kSlice], not yet divided by sum
+  float* out;               // [d, kSlice] of one softmax group, not yet divided by sum
+  float* total;             // [d, kSlice] sum over the finished softmax groups, where there are several
   float* max;               // [kSlice] log2 units
   float* sum;               // [kSlice] Σ 2^(logit - max)
 };
+
+// What the slice has summed so far, for a maximum that has moved.
+template <class C>
+void rescale(const Slice<C>& s, int d, Vec f0, Vec f1) {
+  store(s.sum, load(s.sum) * f0);
+  store(s.sum + kLanes, load(s.sum + kLanes) * f1);
+  for (int c = 0; c < d; ++c) {
+    store(s.out + c * kSlice, load(s.out + c * kSlice) * f0);
+    store(s.out + c * kSlice + kLanes, load(s.out + c * kSlice + kLanes) * f1);
+  }
+}
 
 template <class C, bool kBiased>
 LR_INLINE void tile_logits(const Block<C>& block, int tile, const typename C::Unit* query, int units,
                            Vec (&x)[kKeyTile][2]) {
   const int rest = block.keys_count - tile * kKeyTile;
   const bool partial = __builtin_expect(rest < kKeyTile, 0);
-  score_tile<C>(partial ? block.tail : block.keys + tile * kKeyTile * block.key_bytes,
-                partial ? block.tail_bytes : block.key_bytes, query, units, x);
+  const int64_t key_bytes = units * int64_t(sizeof(typename C::Unit));
+  score_tile<C>(block.keys + tile * kKeyTile * key_bytes, key_bytes, query, units, x);
   if constexpr (kBiased) {
 #pragma GCC unroll 16
     for (int i = 0; i < kKeyTile; ++i) {
@@ -206,7 +243,7 @@ void attend_block(const Slice<C>& s, const Block<C>& block, int units, int d, ty
         for (int i = 0; i < kKeyTile; ++i) {
           top0 = max(top0, x[i][0]);
           top1 = max(top1, x[i][1]);
-          const Vec e0 = exp2<5>(x[i][0] * scale + z0), e1 = exp2<5>(x[i][1] * scale + z1);
+          const Vec e0 = exp2<6>(x[i][0] * scale + z0), e1 = exp2<6>(x[i][1] * scale + z1);
           sum0 += e0;
           sum1 += e1;
           store(row + i * kSlice, e0);
@@ -238,15 +275,7 @@ void attend_block(const Slice<C>& s, const Block<C>& block, int units, int d, ty
       break;
     }
     const Vec n0 = max(m0, top0), n1 = max(m1, top1);
-    if (!first) {
-      const Vec f0 = exp2<5>(m0 - n0), f1 = exp2<5>(m1 - n1);
-      store(s.sum, load(s.sum) * f0);
-      store(s.sum + kLanes, load(s.sum + kLanes) * f1);
-      for (int c = 0; c < d; ++c) {
-        store(s.out + c * kSlice, load(s.out + c * kSlice) * f0);
-        store(s.out + c * kSlice + kLanes, load(s.out + c * kSlice + kLanes) * f1);
-      }
-    }
+    if (!first) rescale(s, d, exp2<6>(m0 - n0), exp2<6>(m1 - n1));
     m0 = n0;
     m1 = n1;
   }

@@ -14,7 +14,8 @@
 #include <vector>
 
 #include "cpu/attention_block.h"
-#include "cpu/simd.h"
+#include "cpu/attention_tiles.h"
+#include "cpu/scratch.h"
 #include "params.h"
 
 namespace lr::LR_ISA {
@@ -25,24 +26,23 @@ namespace {
 
 constexpr int kMaxSlices = 32;            // slices in a tile
 constexpr size_t kTileBytes = 384 << 10;  // of queries and outputs in a tile: they share the L2 cache with a block
-constexpr float kLog2E = 1.44269504088896340736f, kLn2 = 0.693147180559945309417f;
-
-int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+constexpr float kLog2E = 1.44269504088896340736f;
+constexpr double kLn2 = 0.693147180559945309417;
 
 // ---- packing ----
 
-template <class S>
-LR_INLINE uint16_t bits_of(S x) {
-  return x.bits;
+template <class C>
+int units_of(int d) {
+  return int(round_up((d + C::kPack - 1) / C::kPack, C::kUnits));
 }
 
-// Row-wise copy into units: fp32 values, or the 16-bit elements themselves with one zero after an odd d.
+// Row-wise copy into units: fp32 values, or the 16-bit elements themselves, zeros after the last.
 template <class S, class C>
 LR_INLINE void pack_row(const S* from, int d, typename C::Unit* to) {
   if constexpr (std::is_same_v<C, Fp32>) {
     for (int c = 0; c < d; ++c) to[c] = to_float(from[c]);
   } else {
-    if (d % 2) to[d / 2] = 0;
+    for (int u = d / 2; u < units_of<C>(d); ++u) to[u] = 0;
     std::memcpy(to, from, d * sizeof(S));
   }
 }
@@ -70,53 +70,38 @@ struct QueryTile {
 template <class C>
 struct Scratch {
   std::vector<Slice<C>> slices;
-  typename C::Unit *keys, *tail, *values, *p;
-  float *bias, *inverse;
+  typename C::Unit *keys, *values, *p;
+  float *bias, *factor, *scores;
   int units;
 
-  static size_t slice_bytes(int d) {
-    return round_up(d, C::kPack) / C::kPack * kSlice * sizeof(typename C::Unit) + (d + 2) * kSlice * sizeof(float);
+  static size_t slice_bytes(int d, bool several_groups) {
+    const size_t channels = round_up(d, C::kChannels), rows = (several_groups ? 2 * channels : channels) + 2;
+    return units_of<C>(d) * kSlice * sizeof(typename C::Unit) + rows * kSlice * sizeof(float);
   }
 
-  Scratch(int d, int count) : slices(count), units((d + C::kPack - 1) / C::kPack) {
-    const size_t key_rows = size_t(kBlock + kKeyTile) * units, p_rows = size_t(kBlock + kKeyTile) * kSlice;
-    size_t need = 0;
-    auto layout = [&](auto*& pointer, size_t elements) {
-      pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(need);
-      need += round_up(elements * sizeof(*pointer), 64);
-    };
-    layout(keys, key_rows);
-    layout(tail, size_t(kKeyTile) * units);
-    layout(values, size_t(kBlock / C::kPack + 1) * d);
-    layout(p, p_rows);
-    layout(bias, kBlock + kKeyTile);
-    layout(inverse, kSlice);
+  Scratch(int d, int count, bool several_groups) : slices(count), units(units_of<C>(d)) {
+    Arena measure;
+    lay_out(measure, d, several_groups);
+    Arena arena(thread_buffer(measure.used()));
+    lay_out(arena, d, several_groups);
+  }
+
+ private:
+  void lay_out(Arena& arena, int d, bool several_groups) {
+    const size_t channels = round_up(d, C::kChannels);
+    arena.take(keys, size_t(C::kBlock + C::kKeys) * units);
+    arena.take(values, size_t(C::kBlock / C::kPack + 1) * channels);
+    arena.take(p, size_t(C::kBlock + C::kKeys) * kSlice);
+    arena.take(bias, C::kBlock + C::kKeys);
+    arena.take(factor, kSlice);
+    arena.take(scores, std::is_same_v<C, Bf16Tiles> ? 2 * C::kKeys * kSlice : 0);
     for (Slice<C>& s : slices) {
-      layout(s.query, size_t(units) * kSlice);
-      layout(s.out, size_t(d) * kSlice);
-      layout(s.max, kSlice);
-      layout(s.sum, kSlice);
+      arena.take(s.query, size_t(units) * kSlice);
+      arena.take(s.out, channels * kSlice);
+      arena.take(s.total, several_groups ? channels * kSlice : 0);
+      arena.take(s.max, kSlice);
+      arena.take(s.sum, kSlice);
     }
-    char* base = reserve(need);
-    auto place = [&](auto*& pointer) {
-      pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(base + reinterpret_cast<size_t>(pointer));
-    };
-    place(keys), place(tail), place(values), place(p), place(bias), place(inverse);
-    for (Slice<C>& s : slices) place(s.query), place(s.out), place(s.max), place(s.sum);
-  }
-
-  // The thread's buffer, kept between calls: a fresh one would cost its page faults every time.
-  static char* reserve(size_t bytes) {
-    struct Free {
-      void operator()(char* x) const { std::free(x); }
-    };
-    static thread_local std::unique_ptr<char, Free> buffer;
-    static thread_local size_t capacity = 0;
-    if (capacity < bytes) {
-      capacity = round_up(bytes, 4096);
-      buffer.reset(static_cast<char*>(std::aligned_alloc(4096, capacity)));
-    }
-    return buffer.get();
   }
 };
 
@@ -131,6 +116,10 @@ class Attention {
     bool first = true;
     for (int i = 0; i < p.sources; ++i) {
       const AttentionSource& source = p.source[i];
+      if (i > 0 && source.softmax_group != p.source[i - 1].softmax_group) {
+        for (int s = 0; s < slices; ++s) finish_group(tile, s, scratch, p.source[i - 1].softmax_group);
+        first = true;
+      }
       const int64_t row = source.rows ? source.rows[tile.b] : source.r == 1 ? 0 : tile.b;
       if (row < 0) continue;
       const int32_t* index = nullptr;
@@ -139,24 +128,37 @@ class Attention {
         index = source.key_index + tile.query_class * source.index_stride[0] + row * source.index_stride[1];
         count = source.key_count[tile.query_class * source.count_stride[0] + row * source.count_stride[1]];
       }
-      for (int64_t k = 0; k < count; k += kBlock) {
+      for (int64_t k = 0; k < count; k += C::kBlock) {
         const Block<C> block =
-            load_block(source, tile.b, h, row, index, k, int(std::min<int64_t>(kBlock, count - k)), scratch);
+            load_block(source, tile.b, h, row, index, k, int(std::min<int64_t>(C::kBlock, count - k)), scratch);
         for (int s = 0; s < slices; ++s) {
           if (block.biased)
-            attend_block<C, true>(scratch.slices[s], block, scratch.units, d, scratch.p, first);
+            attend_slice<true>(scratch, s, block, first);
           else
-            attend_block<C, false>(scratch.slices[s], block, scratch.units, d, scratch.p, first);
+            attend_slice<false>(scratch, s, block, first);
         }
         first = false;
       }
     }
-    for (int s = 0; s < slices; ++s) store_out(tile, h, s, scratch.slices[s], scratch.inverse);
+    for (int s = 0; s < slices; ++s) {
+      finish_group(tile, s, scratch, p.softmax_groups - 1);
+      store_out(tile, h, s, scratch.slices[s]);
+    }
   }
 
  private:
   const AttentionParams& p;
   const int d;
+
+  template <bool kBiased>
+  void attend_slice(const Scratch<C>& x, int slice, const Block<C>& block, bool first) const {
+#if defined(__AMX_BF16__)
+    if constexpr (std::is_same_v<C, Bf16Tiles>)
+      return TileBlock(x.slices[slice], block, x.units, d, x.p, x.scores).attend(first);
+    else
+#endif
+      return attend_block<C, kBiased>(x.slices[slice], block, x.units, d, x.p, first);
+  }
 
   int64_t query_at(const QueryTile& tile, int position) const {
     const int64_t i = tile.start + position;
@@ -165,7 +167,7 @@ class Attention {
 
   void load_queries(const QueryTile& tile, int64_t h, int slice, const Slice<C>& s) const {
     const S* base = static_cast<const S*>(p.query) + tile.b * p.query_stride[0] + h * p.query_stride[2];
-    const int units = (d + C::kPack - 1) / C::kPack;
+    const int units = units_of<C>(d);
     for (int lane = 0; lane < kSlice; ++lane) {
       const int position = slice * kSlice + lane;
       if (position >= tile.count) {
@@ -177,53 +179,46 @@ class Attention {
         for (int c = 0; c < d; ++c) s.query[c * kSlice + lane] = to_float(row[c]);
       } else {
         for (int u = 0; u < d / 2; ++u) std::memcpy(&s.query[u * kSlice + lane], row + 2 * u, 4);
+        for (int u = d / 2; u < units; ++u) s.query[u * kSlice + lane] = 0;
         if (d % 2) s.query[d / 2 * kSlice + lane] = row[d - 1].bits;
       }
     }
-    std::fill_n(s.out, d * kSlice, 0.0f);
+    if (p.softmax_groups > 1) std::fill_n(s.total, d * kSlice, 0.0f);
+    start_group(s);
+  }
+
+  void start_group(const Slice<C>& s) const {
+    std::fill_n(s.out, round_up(d, C::kChannels) * kSlice, 0.0f);
     std::fill_n(s.max, kSlice, -FLT_MAX);
     std::fill_n(s.sum, kSlice, 0.0f);
   }
 
-  // Keys k .. k + count of a source's row, for head h: read in place where they lie right, else packed.
+  // Keys k .. k + count of a source's row, for head h, packed: rows that lie a large power of two apart would meet in a
+  // few sets of the L1 cache.
   Block<C> load_block(const AttentionSource& source, int64_t b, int64_t h, int64_t row, const int32_t* index, int64_t k,
                       int count, Scratch<C>& scratch) const {
     const S* keys = static_cast<const S*>(source.key) + row * source.key_stride[0] + h * source.key_stride[2];
     const S* values = static_cast<const S*>(source.value) + row * source.value_stride[0] + h * source.value_stride[2];
     auto token = [&](int i) { return index ? int64_t(index[k + i]) : k + i; };
     auto key_row = [&](int i) { return keys + token(i) * source.key_stride[1]; };
-    auto value_row = [&](int i) { return values + token(i) * source.value_stride[1]; };
+    const int32_t* moved = source.value_index;
+    if (moved) moved += row * source.value_index_stride[0] + b * source.value_index_stride[1];
+    auto value_row = [&](int i) { return values + (moved ? moved[token(i)] : token(i)) * source.value_stride[1]; };
     const int units = scratch.units;
     Block<C> block{};
     block.keys_count = count;
 
-    const bool in_place = !index && (std::is_same_v<S, float> || (!std::is_same_v<C, Fp32> && d % 2 == 0));
-    if (in_place) {
-      block.keys = reinterpret_cast<const char*>(key_row(0));
-      block.key_bytes = source.key_stride[1] * int64_t(sizeof(S));
-    } else {
-      for (int i = 0; i < count; ++i) pack_row<S, C>(key_row(i), d, scratch.keys + int64_t(i) * units);
-      block.keys = reinterpret_cast<const char*>(scratch.keys);
-      block.key_bytes = units * int64_t(sizeof(typename C::Unit));
+    for (int i = 0; i < count; ++i) pack_row<S, C>(key_row(i), d, scratch.keys + int64_t(i) * units);
+    std::fill_n(scratch.keys + int64_t(count) * units, (round_up(count, C::kKeys) - count) * units, 0);
+    block.keys = reinterpret_cast<const char*>(scratch.keys);
+#if defined(__AMX_BF16__)
+    if constexpr (std::is_same_v<C, Bf16Tiles>) {
+      for (int i = 0; i < count; i += C::kKeys)
+        transpose_values([&](int j) { return reinterpret_cast<const uint16_t*>(value_row(i + j)); },
+                         std::min(count - i, C::kKeys), d, scratch.values + i / 2);
+      block.values = scratch.values;
     }
-    block.tail = reinterpret_cast<const char*>(scratch.tail);
-    block.tail_bytes = units * int64_t(sizeof(typename C::Unit));
-    if (const int rest = count % kKeyTile) {
-      for (int i = 0; i < kKeyTile; ++i) {
-        auto* to = scratch.tail + int64_t(i) * units;
-        if (i < rest)
-          pack_row<S, C>(key_row(count - rest + i), d, to);
-        else
-          std::fill_n(to, units, typename C::Unit(0));
-      }
-    }
-
-    if constexpr (std::is_same_v<S, float>) {
-      if (!index) {
-        block.values = value_row(0);
-        block.value_stride = source.value_stride[1];
-      }
-    }
+#endif
     if (!block.values) {
       for (int i = 0; i < count; i += C::kPack)
         pack_values<S, C>(value_row(i), i + 1 < count ? value_row(i + 1) : nullptr, d,
@@ -241,7 +236,7 @@ class Attention {
         source.key_bias || !(block.scale > 0);  // the lazy form needs a positive factor: max and factor commute
     block.bias = scratch.bias;
     const float* bias = source.key_bias ? source.key_bias + row * source.bias_stride : nullptr;
-    for (int i = 0; i < kBlock + kKeyTile; ++i) {
+    for (int i = 0; i < C::kBlock + C::kKeys; ++i) {
       const float x = i >= count ? -INFINITY : bias ? bias[token(i)] : 0.0f;
       // finfo.min, times log2(e), would become -inf and hide a key that only has a low weight
       scratch.bias[i] = x > -INFINITY ? std::max(x * kLog2E + block.shift, -FLT_MAX) : x;
@@ -249,23 +244,46 @@ class Attention {
     return block;
   }
 
-  void store_out(const QueryTile& tile, int64_t h, int slice, const Slice<C>& s, float* inverse) const {
-    const int lanes = std::min(kSlice, tile.count - slice * kSlice);
-    for (int lane = 0; lane < kSlice; ++lane) inverse[lane] = s.sum[lane] == 0 ? 0.0f : 1.0f / s.sum[lane];
-    const Vec i0 = load(inverse), i1 = load(inverse + kLanes);
-    for (int c = 0; c < d; ++c) {
-      store(s.out + c * kSlice, load(s.out + c * kSlice) * i0);
-      store(s.out + c * kSlice + kLanes, load(s.out + c * kSlice + kLanes) * i1);
+  // Divides by the sum and multiplies by the group's weight; where several groups are added, into total.
+  void finish_group(const QueryTile& tile, int slice, Scratch<C>& scratch, int group) const {
+    const Slice<C>& s = scratch.slices[slice];
+    float* factor = scratch.factor;
+    for (int lane = 0; lane < kSlice; ++lane) factor[lane] = s.sum[lane] == 0 ? 0.0f : 1.0f / s.sum[lane];
+    if (const float* weight = p.weight[group]) {
+      const int64_t* stride = p.weight_stride[group];
+      const int lanes = std::min(kSlice, tile.count - slice * kSlice);
+      for (int lane = 0; lane < lanes; ++lane)
+        factor[lane] *= weight[tile.b * stride[0] + query_at(tile, slice * kSlice + lane) * stride[1]];
     }
+    const bool several = p.softmax_groups > 1;
+    for (int i = 0; i < d * kSlice; i += kSlice) {
+      for (int j = i; j < i + kSlice; j += kLanes) {
+        const Vec x = load(s.out + j) * load(factor + (j - i));
+        if (several)
+          store(s.total + j, load(s.total + j) + x);
+        else
+          store(s.out + j, x);
+      }
+    }
+    if (several && group + 1 < p.softmax_groups) start_group(s);
+  }
+
+  void store_out(const QueryTile& tile, int64_t h, int slice, const Slice<C>& s) const {
+    const int lanes = std::min(kSlice, tile.count - slice * kSlice);
+    const float* result = p.softmax_groups > 1 ? s.total : s.out;
     S* out = static_cast<S*>(p.out) + tile.b * p.out_stride[0] + h * p.out_stride[2];
     for (int lane = 0; lane < lanes; ++lane) {
       const int64_t i = query_at(tile, slice * kSlice + lane);
       S* row = out + i * p.out_stride[1];
-      for (int c = 0; c < d; ++c) from_float(s.out[c * kSlice + lane], row[c]);
+      for (int c = 0; c < d; ++c) from_float(result[c * kSlice + lane], row[c]);
       if (p.lse) {
-        const float top = s.max[lane] == -FLT_MAX ? -FLT_MAX : s.max[lane] * kLn2;  // the clamp of load_block, undone
-        const float lse = s.sum[lane] == 0 ? -INFINITY : top + std::log(s.sum[lane]);
-        p.lse[tile.b * p.lse_stride[0] + i * p.lse_stride[1] + h * p.lse_stride[2]] = lse;
+        const double top = s.max[lane] == -FLT_MAX ? -FLT_MAX : s.max[lane] * kLn2;  // the clamp of load_block, undone
+        const double lse = s.sum[lane] == 0 ? -INFINITY : top + std::log(double(s.sum[lane]));
+        const int64_t at = tile.b * p.lse_stride[0] + i * p.lse_stride[1] + h * p.lse_stride[2];
+        if (p.lse_is_double)
+          static_cast<double*>(p.lse)[at] = lse;
+        else
+          static_cast<float*>(p.lse)[at] = static_cast<float>(lse);
       }
     }
   }
@@ -291,7 +309,7 @@ void attend(const AttentionParams& p, const Parallel& parallel) {
   for (int i = 0; i < p.sources; ++i) keys += p.source[i].m;
   const bool tiny = p.b * p.n * p.h * p.d * keys < (1 << 18);  // a second thread would cost more than it brings
   const int threads = tiny ? 1 : parallel.threads;
-  int slices = std::clamp<int>(kTileBytes / Scratch<C>::slice_bytes(int(p.d)), 1, kMaxSlices);
+  int slices = std::clamp<int>(kTileBytes / Scratch<C>::slice_bytes(int(p.d), p.softmax_groups > 1), 1, kMaxSlices);
   while (slices > 4 && p.b * p.h * ((p.n + slices * kSlice - 1) / (slices * kSlice)) < 4 * threads) slices /= 2;
   slices = std::min<int>(slices, int((p.n + kSlice - 1) / kSlice));
 
@@ -304,7 +322,10 @@ void attend(const AttentionParams& p, const Parallel& parallel) {
   } job{p, tiles, slices};
   auto worker = [](void* context, int64_t) {
     Job& job = *static_cast<Job*>(context);
-    Scratch<C> scratch(int(job.p.d), job.slices);
+#if defined(__AMX_BF16__)
+    const TileSession tiles;
+#endif
+    Scratch<C> scratch(int(job.p.d), job.slices, job.p.softmax_groups > 1);
     const Attention<S, C> attention(job.p);
     const int64_t items = int64_t(job.tiles.size()) * job.p.h;
     // Tiles of one batch row and head follow each other: its keys stay in cache.
@@ -327,7 +348,11 @@ void attention_kernel(const AttentionParams& p, const Parallel& parallel) {
     case DType::kFloat16:
       return attend<Float16, Fp32>(p, parallel);
     case DType::kBFloat16:
+#if defined(__AMX_BF16__)
+      return attend<BFloat16, Bf16Tiles>(p, parallel);
+#else
       return attend<BFloat16, std::conditional_t<LR_HAS_BF16_DOT != 0, Bf16Pairs, Fp32>>(p, parallel);
+#endif
   }
 }
 

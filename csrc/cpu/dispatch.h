@@ -3,16 +3,17 @@
 
 namespace lr {
 
-// "avx512bf16", "avx512", "avx2" or "baseline": the best that this processor has and this build contains. The
+// "amx", "avx512bf16", "avx512", "avx2" or "baseline": the best that this processor has and this build contains. The
 // environment variable LR_KERNELS_ISA, read once, names a lesser one.
 const char* isa();
 
-enum class Isa { kBaseline, kAvx2, kAvx512, kAvx512Bf16 };
+enum class Isa { kBaseline, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 Isa chosen_isa();
 
 }  // namespace lr
 
-// Declares `void function(params)` for every instruction set of this build, and calls the chosen one.
+// Declares `void function(params)` for every instruction set of this build, and calls the chosen one. Only attention
+// has a version for AMX; the others take the next best.
 #if defined(__x86_64__)
 #define LR_DECLARE_PER_ISA(function, ...) \
   namespace lr::avx512bf16 {              \
@@ -29,6 +30,7 @@ Isa chosen_isa();
   }
 #define LR_CALL_CHOSEN(function, ...)           \
   switch (chosen_isa()) {                       \
+    case Isa::kAmx:                             \
     case Isa::kAvx512Bf16:                      \
       return avx512bf16::function(__VA_ARGS__); \
     case Isa::kAvx512:                          \

@@ -41,6 +41,17 @@ LR_INLINE Vec max(Vec a, Vec b) {
 #endif
 }
 
+// The smaller of a and b; a where either is NaN.
+LR_INLINE Vec min(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return _mm512_min_ps(b, a);
+#elif defined(__AVX2__)
+  return _mm256_min_ps(b, a);
+#else
+  return b < a ? b : a;
+#endif
+}
+
 LR_INLINE bool any_greater(Vec a, Vec b) {
 #if defined(__AVX512F__)
   return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0;
@@ -54,39 +65,56 @@ LR_INLINE bool any_greater(Vec a, Vec b) {
 #endif
 }
 
-// 2^x with a polynomial of the given degree on [-0.5, 0.5]: relative error 2e-7 (degree 5), 7.5e-5 (degree 3, enough
+LR_INLINE bool any_at_least(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)) != 0;
+#else
+  const VecInt least = a >= b;
+  int32_t any = 0;
+  for (int i = 0; i < kLanes; ++i) any |= least[i];
+  return any != 0;
+#endif
+}
+
+// 2^x with a polynomial of the given degree on [-0.5, 0.5]: relative error 1.2e-7 (degree 6), 7.5e-5 (degree 3, enough
 // for bf16). 0 below -126, NaN stays NaN. kRoundBf16 adds half a bf16 unit, so that cutting the low 16 bits rounds.
 template <int kDegree, bool kRoundBf16 = false>
 LR_INLINE Vec exp2(Vec x) {
-  static_assert(kDegree == 3 || kDegree == 5);
+  static_assert(kDegree == 3 || kDegree == 6);
   constexpr float kHalfUnit = kRoundBf16 ? 0.00390625f : 0.0f;
 #if defined(__AVX512F__)
-  const Vec f = _mm512_reduce_ps(x, 1);  // x - floor(x)
   Vec p;
-  if constexpr (kDegree == 5) {
-    p = f * 0.0018775766948238015f + 0.00898933969438076f;
-    p = p * f + 0.05582631751894951f;
-    p = p * f + 0.24015361070632935f;
-    p = p * f + 0.6931530833244324f;
-    p = p * f + (0.9999999403953552f + kHalfUnit);
+  if constexpr (kDegree == 6) {
+    const Vec f = _mm512_reduce_ps(x, 0);  // x - round(x): near 0 on both sides of an integer, so 2^-tiny is 1
+    p = f * 0.00015337577497120947f + 0.0013399859890341759f;
+    p = p * f + 0.009618519805371761f;
+    p = p * f + 0.05550329014658928f;
+    p = p * f + 0.24022646248340607f;
+    p = p * f + 0.6931471824645996f;
+    p = p * f + (1.0f + kHalfUnit);
+    return _mm512_scalef_ps(p, x - f);
   } else {
+    const Vec f = _mm512_reduce_ps(x, 1);  // x - floor(x): scalef takes the floor itself
     p = f * 0.07802452147006989f + 0.22606715559959412f;
     p = p * f + 0.6958335638046265f;
     p = p * f + (0.9999251961708069f + kHalfUnit);
+    return _mm512_scalef_ps(p, x);
   }
-  return _mm512_scalef_ps(p, x);
 #else
   const VecInt underflow = x < set1(-126.0f);
   x = max(set1(-126.0f), x);
   const Vec rounded = x + 12582912.0f;  // 1.5 · 2^23: the integer part lands in the low bits
   const Vec f = x - (rounded - 12582912.0f);
   Vec p;
-  if constexpr (kDegree == 5) {
-    p = f * 0.0013276472454890609f + 0.009675540961325169f;
-    p = p * f + 0.05550713092088699f;
-    p = p * f + 0.24022120237350464f;
-    p = p * f + 0.6931469440460205f;
-    p = p * f + (1.0000001192092896f + kHalfUnit);
+  if constexpr (kDegree == 6) {
+    p = f * 0.00015337577497120947f + 0.0013399859890341759f;
+    p = p * f + 0.009618519805371761f;
+    p = p * f + 0.05550329014658928f;
+    p = p * f + 0.24022646248340607f;
+    p = p * f + 0.6931471824645996f;
+    p = p * f + (1.0f + kHalfUnit);
   } else {
     p = f * 0.0551716685295105f + 0.2426111251115799f;
     p = p * f + 0.6932609677314758f;

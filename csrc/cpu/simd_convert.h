@@ -31,20 +31,46 @@ LR_INLINE Vec load_as_float(const Float16* p) {
 #endif
 }
 
-LR_INLINE void store_from_float(float* p, Vec x) { std::memcpy(p, &x, sizeof(x)); }
+// Stores x at p; with kStream past the caches, where x86 can: p is then aligned to x, and a stream_fence follows.
+template <bool kStream, class V>
+LR_INLINE void put(void* p, V x) {
+#if defined(__AVX512F__)
+  if constexpr (kStream && sizeof(V) == 64) return _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)x);
+#endif
+#if defined(__AVX2__)
+  if constexpr (kStream && sizeof(V) == 32) return _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)x);
+#endif
+#if defined(__SSE2__)
+  if constexpr (kStream && sizeof(V) == 16) return _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)x);
+#endif
+  std::memcpy(p, &x, sizeof(x));
+}
 
+// Streamed stores become visible to the other threads before what follows.
+LR_INLINE void stream_fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+template <bool kStream = false>
+LR_INLINE void store_from_float(float* p, Vec x) {
+  put<kStream>(p, x);
+}
+
+template <bool kStream = false>
 LR_INLINE void store_from_float(BFloat16* p, Vec x) {  // to nearest even; NaN stays NaN
   const VecBits u = (VecBits)x;
   const VecBits rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-  const VecHalf y = __builtin_convertvector(x == x ? rounded : VecBits{} + 0x7fc0, VecHalf);
-  std::memcpy(p, &y, sizeof(y));
+  put<kStream>(p, __builtin_convertvector(x == x ? rounded : VecBits{} + 0x7fc0, VecHalf));
 }
 
+template <bool kStream = false>
 LR_INLINE void store_from_float(Float16* p, Vec x) {
 #if defined(__AVX512F__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+  put<kStream>(p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__)
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+  put<kStream>(p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 #else
   for (int i = 0; i < kLanes; ++i) from_float(x[i], p[i]);
 #endif

@@ -51,6 +51,9 @@ Tap tap(int64_t i, int64_t in, int64_t out) {
   return {first, std::min(first + 1, in - 1), std::min(1.0, x - static_cast<double>(first))};
 }
 
+// Exactly a where both are a: pixels past the last source pixel stay equal, as a quantile needs.
+double between(double a, double b, double share) { return a + share * (b - a); }
+
 void resize(const double* in, int64_t h, int64_t w, double* out, int64_t out_h, int64_t out_w) {
   const Array<Tap> columns(out_w);
   for (int64_t i = 0; i < out_w; ++i) columns.data[i] = tap(i, w, out_w);
@@ -59,9 +62,8 @@ void resize(const double* in, int64_t h, int64_t w, double* out, int64_t out_h, 
     const double *top = in + y.first * w, *bottom = in + y.second * w;
     for (int64_t j = 0; j < out_w; ++j) {
       const Tap x = columns.data[j];
-      const double above = (1 - x.share) * top[x.first] + x.share * top[x.second];
-      const double below = (1 - x.share) * bottom[x.first] + x.share * bottom[x.second];
-      out[i * out_w + j] = (1 - y.share) * above + y.share * below;
+      out[i * out_w + j] = between(between(top[x.first], top[x.second], x.share),
+                                   between(bottom[x.first], bottom[x.second], x.share), y.share);
     }
   }
 }
@@ -111,6 +113,39 @@ double otsu_threshold(const double* image, int64_t pixels) {
   return (bin + 1.0) / kOtsuBins;
 }
 
+// The value of a rank in ascending order. Bytes of non-negative doubles order as the numbers do, so eight histograms
+// of the values that share the bytes found so far lead there.
+double value_of_rank(const double* image, int64_t pixels, int64_t rank) {
+  uint64_t found = 0, mask = 0;
+  for (int shift = 56; shift >= 0; shift -= 8) {
+    int64_t counts[256] = {};
+    for (int64_t i = 0; i < pixels; ++i) {
+      uint64_t bits;
+      std::memcpy(&bits, image + i, 8);
+      counts[bits >> shift & 255] += (bits & mask) == found;
+    }
+    uint64_t byte = 0;
+    while (rank >= counts[byte]) rank -= counts[byte++];
+    found |= byte << shift;
+    mask |= uint64_t(255) << shift;
+  }
+  double value;
+  std::memcpy(&value, &found, 8);
+  return value;
+}
+
+double level_of(const SubjectMaskParams& p, const double* image, int64_t pixels) {
+  switch (p.level) {
+    case SubjectMaskParams::Level::kOtsu:
+      return otsu_threshold(image, pixels);
+    case SubjectMaskParams::Level::kQuantile:
+      return value_of_rank(image, pixels, static_cast<int64_t>(p.value * static_cast<double>(pixels - 1)));
+    case SubjectMaskParams::Level::kThreshold:
+      break;
+  }
+  return p.value;
+}
+
 void mask_row(void* context, int64_t b) {
   const auto& p = *static_cast<const SubjectMaskParams*>(context);
   const int64_t in_pixels = p.h * p.w, pixels = p.out_h * p.out_w;
@@ -126,7 +161,7 @@ void mask_row(void* context, int64_t b) {
     resize(mean.data, p.h, p.w, image, p.out_h, p.out_w);
   }
   if (p.smoothing > 1) smooth(image, p.out_h, p.out_w, p.smoothing, sums.data);
-  const double level = p.otsu ? otsu_threshold(image, pixels) : p.threshold;
+  const double level = level_of(p, image, pixels);
   for (int64_t i = 0; i < pixels; ++i) out[i] = image[i] > level;
 }
 

@@ -40,22 +40,35 @@ class Scratch {
   int64_t used_ = 0;
 };
 
-// Swaps rows and columns of a square of kLanes rows in registers.
-LR_INLINE void transpose(Vec (&row)[kLanes]) {
-#pragma GCC unroll 4
-  for (int s = 1; s < kLanes; s *= 2) {
-    VecInt low, high;  // indices into the pair (first row, second row)
+// Indices into the pair (first row, second row) that exchange the off-diagonal squares of side kStep. As data: built in
+// registers they cost more than the exchange.
+template <int kStep>
+struct Exchange {
+  alignas(sizeof(VecInt)) int32_t low[kLanes] = {};
+  alignas(sizeof(VecInt)) int32_t high[kLanes] = {};
+  constexpr Exchange() {
     for (int i = 0; i < kLanes; ++i) {
-      low[i] = i & s ? kLanes + i - s : i;
-      high[i] = i & s ? kLanes + i : i + s;
+      low[i] = i & kStep ? kLanes + i - kStep : i;
+      high[i] = i & kStep ? kLanes + i : i + kStep;
     }
+  }
+};
+
+// Swaps rows and columns of a square of kLanes rows in registers.
+template <int kStep = 1>
+LR_INLINE void transpose(Vec (&row)[kLanes]) {
+  if constexpr (kStep < kLanes) {
+    static constexpr Exchange<kStep> kExchange;
+    const VecInt low = *reinterpret_cast<const VecInt*>(kExchange.low);
+    const VecInt high = *reinterpret_cast<const VecInt*>(kExchange.high);
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) {
-      if (i & s) continue;
-      const Vec a = row[i], b = row[i + s];
+      if (i & kStep) continue;
+      const Vec a = row[i], b = row[i + kStep];
       row[i] = __builtin_shuffle(a, b, low);
-      row[i + s] = __builtin_shuffle(a, b, high);
+      row[i + kStep] = __builtin_shuffle(a, b, high);
     }
+    transpose<2 * kStep>(row);
   }
 }
 

@@ -6,11 +6,12 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
+from ..coefficients import pack_columns
 from ..step_blend import step_blend
 
 
 def inversion_table(scheduler: DDIMScheduler) -> Tensor:
-    """Coefficients of the reversed DDIM steps, fp32 (steps, 1, 5), for one prediction.
+    """Coefficients of the reversed DDIM steps, fp32 (steps, 1, 10), for one prediction.
 
     Row k leads to the noise level ᾱ' of the k-th timestep from the end. It starts at the level ᾱ of the row before,
     where the model is evaluated; row 0 starts at the clean image (`final_alpha_cumprod`) with the model at its own
@@ -25,8 +26,8 @@ def inversion_table(scheduler: DDIMScheduler) -> Tensor:
         noise_of_sample, noise_of_prediction = (1 - model).sqrt(), model.sqrt()
     ratio = (levels / now).sqrt()
     noise_gain = (1 - levels).sqrt() - ratio * (1 - now).sqrt()
-    columns = [noise_gain * noise_of_prediction, ratio + noise_gain * noise_of_sample]
-    return torch.stack([*columns, *[torch.zeros_like(now)] * 3], 1)[:, None].float()
+    a, e = ratio + noise_gain * noise_of_sample, noise_gain * noise_of_prediction
+    return pack_columns(torch.ones_like(now)[:, None], a=a, e=e, s=1.0)
 
 
 def invert(

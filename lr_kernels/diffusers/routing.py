@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..attention import Source
 from ..plan import AttentionPlan, plan_attention
+from ..source import Source
 
 FOREGROUND, BACKGROUND, OWN = 1, 2, 4
 """Group bits: a target's subject, a target's surroundings, and rows that attend to themselves."""

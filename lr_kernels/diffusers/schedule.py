@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from ..checks import fail
-from ..step_blend import PREDICTION_TYPES, blend_schedule, step_coefficients
+from ..coefficients import PREDICTION_TYPES, blend_schedule, step_coefficients
 
 _OP = "layout_retouch"
 

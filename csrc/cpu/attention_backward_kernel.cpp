@@ -1,0 +1,391 @@
+// multi_source_attention backward, compiled once per instruction set.
+//
+// With P = exp(logit - lse), dP = <grad_out, V> and dS = P · (dP - <grad_out, out> + grad_lse):
+//
+//   grad_query = Σ alpha · dS · K     grad_key = Σ alpha · dS · Q     grad_value = Σ P · grad_out     grad_key_bias = Σ
+//   dS
+//
+// P is computed again from lse, so nothing of size N x M is stored. The products over keys hold queries in SIMD lanes
+// as the forward pass does; those over queries hold channels in lanes. One thread takes all batch rows that share a row
+// of a source, for one head: it alone adds to that gradient, in a fixed order. All arithmetic is fp32.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <vector>
+
+#include "cpu/attention_block.h"
+#include "cpu/scratch.h"
+#include "params.h"
+
+namespace lr::LR_ISA {
+
+void attention_backward_kernel(const AttentionBackwardParams& p, const Parallel& parallel);
+
+namespace {
+
+constexpr int kTileQueries = 128;
+constexpr int kTileSlices = kTileQueries / kSlice;
+constexpr int kBlockKeys = 120;  // a multiple of all key counts of outer_tile
+constexpr float kLog2E = 1.44269504088896340736f;
+// Channel vectors per accumulator tile of the products over queries, and how many keys fit the registers beside them.
+#if defined(__AVX512F__) || defined(__ARM_NEON)
+constexpr int kMaxVectors = 5;
+constexpr int kKeysFor[kMaxVectors + 1] = {0, 8, 8, 8, 6, 5};
+#else
+constexpr int kMaxVectors = 3;
+constexpr int kKeysFor[kMaxVectors + 1] = {0, 8, 6, 4};
+#endif
+
+struct QueryTile {
+  int64_t b, query_class, start;  // start: position in query_order
+  int count, slices;
+};
+
+struct Scratch {
+  // one tile of queries, transposed: per slice [d, kSlice]
+  float *query, *grad_out, *grad_query, *delta, *grad_lse;
+  float *lse, *lse_rest;  // [kTileQueries] log2 units; what rounding took from lse
+  // the same queries as rows: [kTileQueries, width]
+  float *query_rows, *grad_out_rows;
+  // per slice [kBlockKeys, kSlice]
+  float *p, *ds;
+  // keys and values of a block [kBlockKeys, d], and what is added to their logits in log2 units
+  float *keys, *values, *bias;
+
+  Scratch(int d, int width) {
+    Arena measure;
+    lay_out(measure, d, width);
+    Arena arena(thread_buffer(measure.used()));
+    lay_out(arena, d, width);
+  }
+
+ private:
+  void lay_out(Arena& arena, int d, int width) {
+    for (float** x : {&query, &grad_out, &grad_query}) arena.take(*x, size_t(d) * kTileQueries);
+    for (float** x : {&lse, &lse_rest, &delta, &grad_lse}) arena.take(*x, kTileQueries);
+    for (float** x : {&query_rows, &grad_out_rows}) arena.take(*x, size_t(width) * kTileQueries);
+    for (float** x : {&p, &ds}) arena.take(*x, size_t(kBlockKeys) * kTileQueries);
+    for (float** x : {&keys, &values}) arena.take(*x, size_t(kBlockKeys + kKeyTile) * d);
+    arena.take(bias, kBlockKeys + kKeyTile);
+  }
+};
+
+// out[i][c] += Σ_queries weight[i][query] · rows[query][c] for kKeys keys and kVectors vectors of channels.
+template <int kKeys, int kVectors>
+LR_INLINE void outer_tile(const float* weight, const float* rows, int64_t width, int slices, int keys, int channels,
+                          float* const* out) {
+  Vec sum[kKeys][kVectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < kKeys; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < kVectors; ++j) sum[i][j] = Vec{};
+  for (int s = 0; s < slices; ++s, weight += kBlockKeys * kSlice) {
+    for (int lane = 0; lane < kSlice; ++lane, rows += width) {
+      Vec x[kVectors];
+#pragma GCC unroll 8
+      for (int j = 0; j < kVectors; ++j) x[j] = load(rows + j * kLanes);
+#pragma GCC unroll 8
+      for (int i = 0; i < kKeys; ++i) {
+        const Vec w = set1(weight[i * kSlice + lane]);
+#pragma GCC unroll 8
+        for (int j = 0; j < kVectors; ++j) sum[i][j] += w * x[j];
+      }
+    }
+  }
+  for (int i = 0; i < std::min(kKeys, keys); ++i) {
+    alignas(64) float row[kVectors * kLanes];
+#pragma GCC unroll 8
+    for (int j = 0; j < kVectors; ++j) store(row + j * kLanes, sum[i][j]);
+    for (int c = 0; c < channels; ++c) out[i][c] += row[c];
+  }
+}
+
+// The sum of outer_tile for all keys of a block and kVectors vectors of channels from channel c on.
+template <int kVectors>
+void outer_strip(const float* weight, const float* rows, int64_t width, int slices, int keys, int c, int channels,
+                 float* const* out) {
+  constexpr int kKeys = kKeysFor[kVectors];
+  for (int k = 0; k < keys; k += kKeys) {
+    float* at[kKeys];
+    for (int i = 0; i < std::min(kKeys, keys - k); ++i) at[i] = out[k + i] + c;
+    outer_tile<kKeys, kVectors>(weight + k * kSlice, rows + c, width, slices, keys - k, channels, at);
+  }
+}
+
+template <int kVectors>
+void outer_strip_of(int vectors, const float* weight, const float* rows, int64_t width, int slices, int keys, int c,
+                    int channels, float* const* out) {
+  if constexpr (kVectors > 0) {
+    if (vectors == kVectors) return outer_strip<kVectors>(weight, rows, width, slices, keys, c, channels, out);
+    outer_strip_of<kVectors - 1>(vectors, weight, rows, width, slices, keys, c, channels, out);
+  }
+}
+
+// out[key][c] += Σ_queries weight[key][query] · rows[query][c]; the channels in strips of about equal width.
+void add_outer(const float* weight, const float* rows, int64_t width, int slices, int keys, int d, float* const* out) {
+  int vectors = int(width / kLanes);
+  for (int c = 0; vectors > 0;) {
+    const int strips = (vectors + kMaxVectors - 1) / kMaxVectors, now = (vectors + strips - 1) / strips;
+    outer_strip_of<kMaxVectors>(now, weight, rows, width, slices, keys, c, std::min(d - c, now * kLanes), out);
+    vectors -= now;
+    c += now * kLanes;
+  }
+}
+
+template <class S>
+class Backward {
+ public:
+  explicit Backward(const AttentionBackwardParams& params)
+      : g(params), p(params.forward), d(int(p.d)), width(int(round_up(d, kLanes))) {}
+
+  void run(int64_t b, int64_t h, const Scratch& scratch) const {
+    for (int64_t c = 0; c < p.c; ++c) {
+      const int32_t* start = p.class_start ? p.class_start + b * p.class_stride + c : nullptr;
+      const int64_t begin = start ? start[0] : 0, end = start ? start[1] : p.n;
+      for (int64_t i = begin; i < end; i += kTileQueries) {
+        const int count = int(std::min<int64_t>(kTileQueries, end - i));
+        run_tile({b, c, i, count, (count + kSlice - 1) / kSlice}, h, scratch);
+      }
+    }
+  }
+
+  int channels() const { return d; }
+  int row_width() const { return width; }
+
+ private:
+  const AttentionBackwardParams& g;
+  const AttentionParams& p;
+  const int d, width;  // width: d rounded up to whole vectors
+
+  int64_t query_at(const QueryTile& tile, int position) const {
+    const int64_t i = tile.start + position;
+    return p.query_order ? p.query_order[tile.b * p.order_stride + i] : i;
+  }
+
+  void run_tile(const QueryTile& tile, int64_t h, const Scratch& scratch) const {
+    load_queries(tile, h, scratch);
+    for (int i = 0; i < p.sources; ++i) {
+      const AttentionSource& source = p.source[i];
+      const int64_t row = source.rows ? source.rows[tile.b] : source.r == 1 ? 0 : tile.b;
+      if (row < 0) continue;
+      const int32_t* index = nullptr;
+      int64_t count = source.m;
+      if (source.key_index) {
+        index = source.key_index + tile.query_class * source.index_stride[0] + row * source.index_stride[1];
+        count = source.key_count[tile.query_class * source.count_stride[0] + row * source.count_stride[1]];
+      }
+      for (int64_t k = 0; k < count; k += kBlockKeys)
+        run_block(tile, h, i, row, index, k, int(std::min<int64_t>(kBlockKeys, count - k)), scratch);
+    }
+    store_grad_query(tile, h, scratch);
+  }
+
+  void load_queries(const QueryTile& tile, int64_t h, const Scratch& x) const {
+    const int padded = tile.slices * kSlice;
+    std::fill_n(x.query_rows, padded * width, 0.0f);
+    std::fill_n(x.grad_out_rows, padded * width, 0.0f);
+    std::fill_n(x.grad_query, padded * d, 0.0f);
+    const S* query = static_cast<const S*>(p.query) + tile.b * p.query_stride[0] + h * p.query_stride[2];
+    const S* out = static_cast<const S*>(p.out) + tile.b * p.out_stride[0] + h * p.out_stride[2];
+    const S* grad_out = static_cast<const S*>(g.grad_out) + tile.b * g.grad_out_stride[0] + h * g.grad_out_stride[2];
+    for (int position = 0; position < padded; ++position) {
+      double lse = INFINITY;  // P = 0
+      float delta = 0, grad_lse = 0;
+      if (position < tile.count) {
+        const int64_t i = query_at(tile, position);
+        const S *q = query + i * p.query_stride[1], *o = out + i * p.out_stride[1];
+        const S* go = grad_out + i * g.grad_out_stride[1];
+        for (int c = 0; c < d; ++c) {
+          x.query_rows[position * width + c] = to_float(q[c]);
+          x.grad_out_rows[position * width + c] = to_float(go[c]);
+          delta += to_float(go[c]) * to_float(o[c]);
+        }
+        if (g.grad_lse)
+          grad_lse = g.grad_lse[tile.b * g.grad_lse_stride[0] + i * g.grad_lse_stride[1] + h * g.grad_lse_stride[2]];
+        lse = static_cast<const double*>(p.lse)[tile.b * p.lse_stride[0] + i * p.lse_stride[1] + h * p.lse_stride[2]];
+        lse = lse == -INFINITY ? INFINITY : lse * 1.4426950408889634;  // -inf: sees nothing
+      }
+      x.lse[position] = static_cast<float>(lse);
+      x.lse_rest[position] = std::isfinite(lse) ? static_cast<float>(lse - x.lse[position]) : 0.0f;
+      x.delta[position] = delta;
+      x.grad_lse[position] = grad_lse;  // apart from delta: dP and delta nearly cancel where one key has all the weight
+    }
+    for (int s = 0; s < tile.slices; ++s)
+      for (int c = 0; c < d; ++c)
+        for (int lane = 0; lane < kSlice; ++lane) {
+          const int from = (s * kSlice + lane) * width + c, to = (s * d + c) * kSlice + lane;
+          x.query[to] = x.query_rows[from];
+          x.grad_out[to] = x.grad_out_rows[from];
+        }
+  }
+
+  // Rows of `base` for the keys of a block as fp32, zeros up to whole key tiles.
+  template <class Token>
+  void load_rows(const S* base, int64_t stride, Token token, int count, float* to) const {
+    for (int i = 0; i < count; ++i, to += d) {
+      const S* from = base + token(i) * stride;
+      for (int c = 0; c < d; ++c) to[c] = to_float(from[c]);
+    }
+    std::fill_n(to, (round_up(count, kKeyTile) - count) * d, 0.0f);
+  }
+
+  void run_block(const QueryTile& tile, int64_t h, int number, int64_t row, const int32_t* index, int64_t k, int count,
+                 const Scratch& x) const {
+    const AttentionSource& source = p.source[number];
+    const int32_t* moved = source.value_index;
+    if (moved) moved += row * source.value_index_stride[0] + tile.b * source.value_index_stride[1];
+    auto key_token = [&](int i) { return index ? int64_t(index[k + i]) : k + i; };
+    auto value_token = [&](int i) { return moved ? int64_t(moved[key_token(i)]) : key_token(i); };
+    const S* keys = static_cast<const S*>(source.key) + row * source.key_stride[0] + h * source.key_stride[2];
+    const S* values = static_cast<const S*>(source.value) + row * source.value_stride[0] + h * source.value_stride[2];
+    load_rows(keys, source.key_stride[1], key_token, count, x.keys);
+    load_rows(values, source.value_stride[1], value_token, count, x.values);
+
+    auto per_head = [&](const float* table, const int64_t (&stride)[2], float otherwise) {
+      return table ? table[tile.b * stride[0] + h * stride[1]] : otherwise;
+    };
+    const float alpha = p.scale * per_head(source.logit_scale, source.logit_scale_stride, 1.0f);
+    const float shift = per_head(source.logit_bias, source.logit_bias_stride, 0.0f) * kLog2E;
+    const float* bias = source.key_bias ? source.key_bias + row * source.bias_stride : nullptr;
+    for (int i = 0; i < round_up(count, kKeyTile); ++i) {
+      const float b = i >= count ? -INFINITY : bias ? bias[key_token(i)] : 0.0f;
+      x.bias[i] = b > -INFINITY ? std::max(b * kLog2E + shift, -FLT_MAX) : b;  // as in the forward pass
+    }
+    float* grad_bias = g.grad_key_bias[number];
+    float bias_sums[kBlockKeys] = {};
+
+    for (int s = 0; s < tile.slices; ++s) weigh(count, x, s, alpha, grad_bias ? bias_sums : nullptr);
+
+    float *key_rows[kBlockKeys], *value_rows[kBlockKeys];
+    float* grad_key = g.grad_key[number] + row * source.m * p.h * d + h * d;
+    float* grad_value = g.grad_value[number] + row * source.v * p.h * d + h * d;
+    for (int i = 0; i < count; ++i) {
+      key_rows[i] = grad_key + key_token(i) * p.h * d;
+      value_rows[i] = grad_value + value_token(i) * p.h * d;
+    }
+    add_outer(x.p, x.grad_out_rows, width, tile.slices, count, d, value_rows);
+    add_outer(x.ds, x.query_rows, width, tile.slices, count, d, key_rows);
+    if (grad_bias) {
+      const int64_t rows = source.bias_stride ? source.r : 1;
+      grad_bias += (h * rows + (source.bias_stride ? row : 0)) * source.m;
+      for (int i = 0; i < count; ++i) grad_bias[key_token(i)] += bias_sums[i];
+    }
+  }
+
+  // P and alpha · dS of one slice, and their part in grad_query.
+  void weigh(int count, const Scratch& x, int s, float alpha, float* bias_sums) const {
+    const float *query = x.query + s * d * kSlice, *grad_out = x.grad_out + s * d * kSlice;
+    const Vec l0 = load(x.lse + s * kSlice), l1 = load(x.lse + s * kSlice + kLanes);
+    const Vec d0 = load(x.delta + s * kSlice), d1 = load(x.delta + s * kSlice + kLanes);
+    const Vec g0 = load(x.grad_lse + s * kSlice), g1 = load(x.grad_lse + s * kSlice + kLanes);
+    const Vec r0 = load(x.lse_rest + s * kSlice), r1 = load(x.lse_rest + s * kSlice + kLanes);
+    const float scale = alpha * kLog2E;
+    float *p_rows = x.p + s * kBlockKeys * kSlice, *ds_rows = x.ds + s * kBlockKeys * kSlice;
+    for (int k = 0; k < count; k += kKeyTile) {
+      Vec t[kKeyTile][2];
+      score_tile<Fp32>(reinterpret_cast<const char*>(x.keys + k * d), d * 4, query, d, t);
+#pragma GCC unroll 16
+      for (int i = 0; i < kKeyTile; ++i) {
+        const Vec z0 = x.bias[k + i] - l0, z1 = x.bias[k + i] - l1;
+        // P is at most 1: what the rounding of lse adds to a huge logit must not become an infinity
+        store(p_rows + (k + i) * kSlice, exp2<6>(min(t[i][0] * scale + z0 - r0, Vec{})));
+        store(p_rows + (k + i) * kSlice + kLanes, exp2<6>(min(t[i][1] * scale + z1 - r1, Vec{})));
+      }
+      score_tile<Fp32>(reinterpret_cast<const char*>(x.values + k * d), d * 4, grad_out, d, t);
+#pragma GCC unroll 16
+      for (int i = 0; i < kKeyTile; ++i) {
+        const int at = (k + i) * kSlice;
+        const Vec e0 = load(p_rows + at) * (t[i][0] - d0 + g0), e1 = load(p_rows + at + kLanes) * (t[i][1] - d1 + g1);
+        store(ds_rows + at, e0 * alpha);
+        store(ds_rows + at + kLanes, e1 * alpha);
+        if (bias_sums && k + i < count) {
+          const Vec both = e0 + e1;
+          for (int lane = 0; lane < kLanes; ++lane) bias_sums[k + i] += both[lane];
+        }
+      }
+    }
+    float* grad_query = x.grad_query + s * d * kSlice;
+    if (kChannelTile > 8 && d % kChannelTile != 0 && d % 8 == 0)
+      add_values<Fp32, 8>(x.keys, d, ds_rows, count, d, grad_query);
+    else
+      add_values<Fp32, kChannelTile>(x.keys, d, ds_rows, count, d, grad_query);
+  }
+
+  void store_grad_query(const QueryTile& tile, int64_t h, const Scratch& x) const {
+    for (int position = 0; position < tile.count; ++position) {
+      S* row = static_cast<S*>(g.grad_query) + ((tile.b * p.n + query_at(tile, position)) * p.h + h) * d;
+      const float* from = x.grad_query + position / kSlice * d * kSlice + position % kSlice;
+      for (int c = 0; c < d; ++c) from_float(from[c * kSlice], row[c]);
+    }
+  }
+};
+
+// ---- which batch rows share a row of a source ----
+
+struct BatchRow {
+  int64_t leader;  // the first batch row that this one is joined to, directly or not
+};
+
+int64_t leader_of(std::vector<BatchRow>& rows, int64_t b) {
+  while (rows[b].leader != b) b = rows[b].leader = rows[rows[b].leader].leader;
+  return b;
+}
+
+std::vector<BatchRow> join_batch_rows(const AttentionBackwardParams& g) {
+  const AttentionParams& p = g.forward;
+  std::vector<BatchRow> rows(p.b);
+  for (int64_t b = 0; b < p.b; ++b) rows[b].leader = b;
+  for (int i = 0; i < p.sources; ++i) {
+    const AttentionSource& source = p.source[i];
+    const bool one = g.grad_key_bias[i] && source.bias_stride == 0;
+    std::vector<BatchRow> reader(std::max<int64_t>(source.r, 1), BatchRow{-1});
+    for (int64_t b = 0; b < p.b; ++b) {
+      const int64_t row = source.rows ? source.rows[b] : source.r == 1 ? 0 : b;
+      if (row < 0) continue;
+      BatchRow& first = reader[one ? 0 : row];
+      if (first.leader < 0) first.leader = b;
+      const int64_t x = leader_of(rows, first.leader), y = leader_of(rows, b);
+      rows[std::max(x, y)].leader = std::min(x, y);
+    }
+  }
+  for (int64_t b = 0; b < p.b; ++b) rows[b].leader = leader_of(rows, b);
+  return rows;
+}
+
+template <class S>
+void backward(const AttentionBackwardParams& g, const Parallel& parallel) {
+  const std::vector<BatchRow> rows = join_batch_rows(g);
+  struct Job {
+    const AttentionBackwardParams& g;
+    const std::vector<BatchRow>& rows;
+    std::atomic<int64_t> next{0};
+  } job{g, rows};
+  auto worker = [](void* context, int64_t) {
+    Job& job = *static_cast<Job*>(context);
+    const Backward<S> backward(job.g);
+    const Scratch scratch(backward.channels(), backward.row_width());
+    const int64_t h = job.g.forward.h, items = int64_t(job.rows.size()) * h;
+    for (int64_t i; (i = job.next.fetch_add(1)) < items;) {
+      const int64_t leader = i / h;
+      for (int64_t b = leader; b < int64_t(job.rows.size()); ++b)
+        if (job.rows[b].leader == leader) backward.run(b, i % h, scratch);
+    }
+  };
+  parallel.run(parallel.threads, worker, &job);
+}
+
+}  // namespace
+
+void attention_backward_kernel(const AttentionBackwardParams& p, const Parallel& parallel) {
+  if (p.forward.b == 0 || p.forward.n == 0 || p.forward.h == 0) return;
+  switch (p.forward.dtype) {
+    case DType::kFloat32:
+      return backward<float>(p, parallel);
+    case DType::kFloat16:
+      return backward<Float16>(p, parallel);
+    case DType::kBFloat16:
+      return backward<BFloat16>(p, parallel);
+  }
+}
+
+}  // namespace lr::LR_ISA

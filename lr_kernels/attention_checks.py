@@ -1,0 +1,135 @@
+"""The arguments of multi_source_attention: shapes, dtypes and devices, each error naming its argument and source."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .checks import check_memory, fail
+from .plan import AttentionPlan, check_masks
+from .source import Source
+
+OP = "multi_source_attention"
+MAX_SOURCES = 16
+MAX_HEAD_DIM = 256
+_INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def check(query: Tensor, sources: Sequence[Source], query_groups: Tensor | None, plan: AttentionPlan | None) -> None:
+    """Shapes, dtypes and devices of every argument, in the order of the signature."""
+    if query.dim() != 4:
+        fail(OP, "query", "shape (batch, tokens, heads, head_dim)", tuple(query.shape))
+    batch, tokens, _, head_dim = query.shape
+    if not query.is_floating_point():
+        fail(OP, "query", "one of float32, float16, bfloat16, float64", query.dtype, error=TypeError)
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        fail(OP, "query", f"head_dim from 1 to {MAX_HEAD_DIM}", head_dim)
+    if query.stride(3) != 1 and head_dim > 1:
+        fail(OP, "query", "a contiguous last dimension", f"stride {query.stride(3)}", "call .contiguous()")
+    if not 1 <= len(sources) <= MAX_SOURCES:
+        fail(OP, "sources", f"1 to {MAX_SOURCES}", len(sources))
+    first_of_group: dict[int, int] = {}
+    for i, source in enumerate(sources):
+        _check_source(i, source, query)
+        first = first_of_group.setdefault(source.softmax_group, i)
+        if first != i and source.weight is not None:
+            fail(
+                OP,
+                f"weight[{i}]",
+                f"None, since softmax group {source.softmax_group} takes weight[{first}]",
+                "a weight",
+            )
+    if plan is None:
+        check_masks(OP, [s.key_mask for s in sources], [s.key_groups for s in sources], query_groups)
+    else:
+        _check_plan(plan, sources, query_groups)
+    if query_groups is not None:
+        _check_table("query_groups", query_groups, query, batch, tokens)
+
+
+def _check_source(i: int, source: Source, query: Tensor) -> None:
+    batch, _, heads, head_dim = query.shape
+    for name, x in (("key", source.key), ("value", source.value)):
+        shape = x.shape
+        if len(shape) != 4:
+            fail(OP, f"{name}[{i}]", "shape (rows, keys, heads, head_dim)", tuple(shape))
+        if shape[3] != head_dim:
+            fail(OP, f"{name}[{i}]", f"head_dim {head_dim}", shape[3])
+        if shape[2] != heads:
+            fail(OP, f"{name}[{i}]", f"{heads} heads", shape[2])
+        if x.dtype != query.dtype:
+            fail(OP, f"{name}[{i}]", str(query.dtype), x.dtype, "cast all tensors to one dtype", TypeError)
+        if x.device != query.device:
+            fail(OP, f"{name}[{i}]", str(query.device), x.device)
+        if head_dim > 1 and x.stride(3) != 1:
+            fail(OP, f"{name}[{i}]", "a contiguous last dimension", f"stride {x.stride(3)}", "call .contiguous()")
+    rows, keys = source.key.shape[:2]
+    value_rows, values = source.value.shape[:2]
+    if value_rows != rows or (source.value_index is None and values != keys):
+        fail(OP, f"value[{i}]", f"{rows} rows of {keys} keys as in key[{i}]", (value_rows, values))
+    if source.rows is None:
+        if rows not in (1, batch):
+            fail(OP, f"rows[{i}]", f"a tensor, since key[{i}] has {rows} rows for a batch of {batch}", None)
+    else:
+        if source.rows.shape != (batch,):
+            fail(OP, f"rows[{i}]", f"shape ({batch},)", tuple(source.rows.shape))
+        if source.rows.dtype not in _INDEX_DTYPES:
+            fail(OP, f"rows[{i}]", "an integer dtype", source.rows.dtype, error=TypeError)
+        if source.rows.device != query.device:
+            fail(OP, f"rows[{i}]", str(query.device), source.rows.device)
+        if source.rows.device.type == "cpu" and batch > 0 and not torch.compiler.is_compiling():
+            low, high = torch.aminmax(source.rows)  # on a GPU, looking would synchronize: there it reads as -1
+            if int(low) < -1 or int(high) >= rows:
+                fail(OP, f"rows[{i}]", f"-1 to {rows - 1}", f"{int(low)} to {int(high)}")
+    if source.value_index is not None:
+        _check_value_index(i, source, query)
+    if isinstance(source.weight, Tensor) and tuple(source.weight.shape) not in ((), (batch,), (batch, query.shape[1])):
+        fail(OP, f"weight[{i}]", f"a scalar, ({batch},) or ({batch}, {query.shape[1]})", tuple(source.weight.shape))
+    tables = (("key_mask", source.key_mask), ("key_groups", source.key_groups), ("key_bias", source.key_bias))
+    for name, table in tables:
+        if table is not None:
+            _check_table(f"{name}[{i}]", table, query, rows, keys)
+    for name, strength in (("logit_scale", source.logit_scale), ("logit_bias", source.logit_bias)):
+        if isinstance(strength, Tensor) and tuple(strength.shape) not in ((), (batch,), (batch, heads)):
+            fail(OP, f"{name}[{i}]", f"a scalar, ({batch},) or ({batch}, {heads})", tuple(strength.shape))
+
+
+def _check_value_index(i: int, source: Source, query: Tensor) -> None:
+    index, (rows, keys), tokens = source.value_index, source.key.shape[:2], source.value.shape[1]
+    assert index is not None
+    if index.dtype not in _INDEX_DTYPES:
+        fail(OP, f"value_index[{i}]", "an integer dtype", index.dtype, error=TypeError)
+    if index.dim() != 2 or index.shape[0] not in (1, rows, query.shape[0]) or index.shape[1] != keys:
+        fail(OP, f"value_index[{i}]", f"shape ({rows}, {query.shape[0]} or 1, {keys})", tuple(index.shape))
+    if index.device != query.device:
+        fail(OP, f"value_index[{i}]", str(query.device), index.device)
+    if index.device.type == "cpu" and index.numel() and not torch.compiler.is_compiling():
+        low, high = torch.aminmax(index)
+        if int(low) < 0 or int(high) >= tokens:
+            fail(OP, f"value_index[{i}]", f"0 to {tokens - 1}", f"{int(low)} to {int(high)}")
+
+
+def check_reference_memory(query: Tensor, sources: Sequence[Source]) -> None:
+    """The reference stores the scores, and about three times over: scores, their concatenation, probabilities."""
+    batch, tokens, heads, _ = query.shape
+    pairs = batch * tokens * heads * sum(s.key.shape[1] for s in sources)
+    size = 8 if query.dtype == torch.float64 else 4
+    check_memory(OP, "backend 'reference'", 3 * size * pairs, query.device)
+
+
+def _check_table(name: str, table: Tensor, query: Tensor, rows: int, columns: int) -> None:
+    if table.dim() != 2 or table.shape[0] not in (1, rows) or table.shape[1] != columns:
+        fail(OP, name, f"shape ({rows} or 1, {columns})", tuple(table.shape))
+    if table.device != query.device:
+        fail(OP, name, str(query.device), table.device)
+
+
+def _check_plan(plan: AttentionPlan, sources: Sequence[Source], query_groups: Tensor | None) -> None:
+    """A plan belongs to the very masks it was built from."""
+    if len(plan.key_masks) != len(sources):
+        fail(OP, "plan", f"a plan for {len(sources)} sources", f"one for {len(plan.key_masks)}")
+    for i, source in enumerate(sources):
+        if plan.key_masks[i] is not source.key_mask or plan.key_groups[i] is not source.key_groups:
+            fail(OP, "plan", f"a plan built from key_mask[{i}] and key_groups[{i}]", "one built from other tensors")
+    if plan.query_groups is not query_groups:
+        fail(OP, "plan", "a plan built from query_groups", "one built from another tensor")

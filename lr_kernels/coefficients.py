@@ -1,0 +1,352 @@
+"""The coefficient tables of step_blend: guidance, blend of models and update of DDIM, Euler and DPM-Solver++."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .checks import fail
+
+COLUMNS = ("a", "e", "sigma", "h", "p", "q", "c", "d", "s")
+"""What follows the weights g_0 … g_{K-1} of the predictions in a row of the table; see `reference.step_blend`."""
+
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+SIGMA_PREDICTION_TYPES = (*PREDICTION_TYPES, "flow")
+SOLVERS = ("euler", "dpmpp_2m")
+BACKGROUNDS = ("latents", "clean")
+SCHEDULES = ("hard", "linear", "cosine")
+
+PerStep = float | Sequence[float] | Tensor
+"""One number, or one per step."""
+
+
+def step_coefficients(
+    alphas_cumprod: Tensor | Sequence[float],
+    timesteps: Tensor | Sequence[int],
+    *,
+    final_alpha_cumprod: float | Tensor,
+    guidance_scale: PerStep | None,
+    prediction_type: str = "epsilon",
+    eta: float = 0.0,
+    blend_weights: Sequence[float] | Tensor | None = None,
+    pag_scale: PerStep | None = None,
+    keep_background: str = "latents",
+) -> Tensor:
+    """The table of `step_blend` for DDIM, with guidance and, where asked, a blend of two models.
+
+    With ᾱ the level of a step, ᾱ' that of the next timestep (`final_alpha_cumprod` after the last), α = √ᾱ and
+    s = η·√((1 - ᾱ')/(1 - ᾱ)·(1 - ᾱ/ᾱ')), the update is
+
+        next = √ᾱ'·x0 + √(1 - ᾱ' - s²)·(sample - α·x0)/√(1 - ᾱ) + s·noise
+        epsilon: x0 = (sample - √(1 - ᾱ)·G)/α        v_prediction: x0 = α·sample - √(1 - ᾱ)·G
+
+    (J. Song et al., arXiv 2010.02502, equations 12 and 16). G is one model's guided prediction, or
+    (1 - w)·vanilla + w·personal of two (stage 1 of arXiv 2407.09779), each with guidance g (arXiv 2207.12598) and
+    perturbed-attention guidance s_pag (arXiv 2403.17377):
+
+        unconditional + g·(conditional - unconditional) + s_pag·(conditional - perturbed)
+
+    Args:
+        alphas_cumprod: (T,) the schedule's ᾱ, in (0, 1]; v_prediction also takes 0.
+        timesteps: (steps,) integers in [0, T), as the sampler visits them: ᾱ must not fall.
+        final_alpha_cumprod: ᾱ' of the last step, in (0, 1].
+        guidance_scale: g, one number or one per step. None: there is no unconditional prediction.
+        prediction_type: "epsilon" or "v_prediction".
+        eta: η in [0, 1]; above 0 the call of step_blend needs noise.
+        blend_weights: (steps,) w in [0, 1], see `blend_schedule`; at 0 and 1 the other model is not read. None: one
+            model.
+        pag_scale: s_pag, one number or one per step. None: there is no perturbed prediction.
+        keep_background: what the background of step_blend holds. "latents": latents of the next step's noise level,
+            copied (p = 1, q = 0). "clean": clean latents, noised here to that level (p = √ᾱ', q = √(1 - ᾱ')).
+
+    Returns:
+        fp32 (steps, 1, K + 9) on the CPU, computed in float64; the columns: `reference.step_blend`. The K predictions
+        are (unconditional, conditional, perturbed), without those that are not there; with blend_weights, those of the
+        vanilla model and then those of the personal one. Tables of the rows of a batch join along dimension 1.
+
+    Raises:
+        ValueError: a value outside its range, NaN included. TypeError: timesteps that are not integers.
+    """
+    op = "step_coefficients"
+    _one_of(op, "prediction_type", prediction_type, PREDICTION_TYPES)
+    _one_of(op, "keep_background", keep_background, BACKGROUNDS)
+    if not 0 <= eta <= 1:
+        fail(op, "eta", "a number in [0, 1]", eta)
+    levels = _noise_levels(op, alphas_cumprod, timesteps, final_alpha_cumprod, prediction_type)
+    now, after = levels[:-1], levels[1:]
+    # at ᾱ = 1 nothing is left to remove and 0/0 means 0
+    variance = torch.where(now < 1, (1 - after) / (1 - now) * (1 - now / after), 0)
+    return _table(
+        op,
+        "alphas_cumprod",
+        _prediction_weights(op, len(now), guidance_scale, blend_weights, pag_scale),
+        levels.sqrt(),
+        (1 - levels).sqrt(),
+        prediction_type,
+        keep_background,
+        noise=eta * variance.sqrt(),
+    )
+
+
+def sigma_coefficients(
+    sigmas: Tensor | Sequence[float],
+    *,
+    solver: str,
+    guidance_scale: PerStep | None,
+    prediction_type: str = "epsilon",
+    blend_weights: Sequence[float] | Tensor | None = None,
+    pag_scale: PerStep | None = None,
+    keep_background: str = "latents",
+    euler_at_final: bool = False,
+) -> Tensor:
+    """The table of `step_blend` for solvers on a list of σ: Euler, flow-match Euler and DPM-Solver++ 2M.
+
+    Latents are α·x0 + σ_x·ε, and a step goes from (α, σ_x) at σ to (α', σ_x') at the next σ':
+
+        next = σ_x'/σ_x·sample + (α' - α·σ_x'/σ_x)·(x0 + κ·(x0 - history))
+
+    | solver   | prediction_type       | α, σ_x             | κ            | diffusers                        |
+    |----------|-----------------------|--------------------|--------------|----------------------------------|
+    | euler    | epsilon, v_prediction | 1, σ               | 0            | EulerDiscreteScheduler           |
+    | euler    | flow                  | 1 - σ, σ           | 0            | FlowMatchEulerDiscreteScheduler  |
+    | dpmpp_2m | epsilon, v_prediction | (1, σ)/√(1 + σ²)   | Δλ/(2·Δλ_-1) | DPMSolverMultistepScheduler      |
+    | dpmpp_2m | flow                  | 1 - σ, σ           | Δλ/(2·Δλ_-1) | the same with use_flow_sigmas    |
+
+    with λ = log(α/σ_x) and Δλ its growth in this step, Δλ_-1 in the step before. κ is 0 in the first step, where σ' is
+    0, and in the last step with euler_at_final. (T. Karras et al., arXiv 2206.00364; C. Lu et al., arXiv 2211.01095,
+    algorithm 2.) For "dpmpp_2m" pass step_blend a history_out in every step and the last one as history; use two
+    tensors in turn. "euler" with epsilon or v_prediction scales the model's input: `model_input` of step_blend is
+    next/√(1 + σ'²); the first input, sample/√(1 + σ²), is the caller's.
+
+    Args:
+        sigmas: (steps + 1,), never rising, above 0 but for the last, which may be 0; at most 1 for "flow". The
+            attribute `sigmas` of the diffusers scheduler.
+        solver: "euler" or "dpmpp_2m".
+        guidance_scale: g, one number or one per step. None: there is no unconditional prediction.
+        prediction_type: "epsilon", "v_prediction" or "flow" (noise minus clean latents).
+        blend_weights, pag_scale: as in `step_coefficients`.
+        keep_background: what the background of step_blend holds. "latents": latents of the next step's noise level,
+            copied (p = 1, q = 0). "clean": clean latents, noised here to that level (p = α', q = σ_x').
+        euler_at_final: whether the last step of "dpmpp_2m" is of first order although its σ' is not 0.
+
+    Returns:
+        fp32 (steps, 1, K + 9), as `step_coefficients`.
+
+    Raises:
+        ValueError: a value outside its range, NaN included.
+    """
+    op = "sigma_coefficients"
+    _one_of(op, "solver", solver, SOLVERS)
+    _one_of(op, "prediction_type", prediction_type, SIGMA_PREDICTION_TYPES)
+    _one_of(op, "keep_background", keep_background, BACKGROUNDS)
+    levels = torch.as_tensor(sigmas, dtype=torch.float64).cpu()
+    if levels.dim() != 1 or len(levels) < 2:
+        fail(op, "sigmas", "shape (steps + 1,), at least one step", tuple(levels.shape))
+    limit = 1.0 if prediction_type == "flow" else math.inf
+    if not ((levels[:-1] > 0) & (levels[:-1] <= limit) & levels[:-1].isfinite()).all() or not levels[-1] >= 0:
+        expected = "numbers above 0" + (" and at most 1" if limit == 1 else "") + ", the last at least 0"
+        fail(op, "sigmas", expected, levels.tolist())
+    if not (levels.diff() <= 0).all():
+        fail(op, "sigmas", "numbers that do not rise", levels.tolist())
+    scaled = solver == "euler" and prediction_type != "flow"
+    norm = (1 + levels**2).sqrt()
+    if prediction_type == "flow":
+        alpha, sigma = 1 - levels, levels
+    elif scaled:
+        alpha, sigma = torch.ones_like(levels), levels
+    else:
+        alpha, sigma = 1 / norm, levels / norm
+    kappa = torch.zeros_like(levels[1:])
+    if solver == "dpmpp_2m":
+        growth = (alpha / sigma).log().diff()
+        kappa[1:] = growth[1:] / (2 * growth[:-1])
+        if euler_at_final or levels[-1] == 0:
+            kappa[-1] = 0
+    return _table(
+        op,
+        "sigmas",
+        _prediction_weights(op, len(kappa), guidance_scale, blend_weights, pag_scale),
+        alpha,
+        sigma,
+        prediction_type,
+        keep_background,
+        kappa=kappa,
+        scale=1 / norm[1:] if scaled else 1.0,
+    )
+
+
+def blend_schedule(kind: str, steps: int, layout_steps: int, *, ramp_steps: int | None = None) -> Tensor:
+    """Weight of the personal model at each step of step-blended denoising: 0 first, for the layout, then 1.
+
+        w_i = r(min(1, (i - layout_steps + 1) / (ramp_steps + 1)))   for i >= layout_steps, else 0
+
+    "hard" has no ramp: the switch of stage 1 of Layout-and-Retouch (arXiv 2407.09779), with layout_steps its λ1.
+    "linear": r(u) = u. "cosine": r(u) = (1 - cos(πu)) / 2.
+
+    Args:
+        kind: "hard", "linear" or "cosine".
+        steps: number of denoising steps. layout_steps: 0 to steps; how many use the vanilla model alone.
+        ramp_steps: how many steps after those lie strictly between 0 and 1. Default: as many as layout_steps, at most
+            the rest.
+
+    Returns:
+        fp32 (steps,) in [0, 1], for blend_weights of the tables.
+
+    Raises:
+        ValueError: an unknown kind, a count out of range, or ramp_steps with "hard".
+    """
+    op = "blend_schedule"
+    if kind not in SCHEDULES:
+        fail(op, "kind", "one of " + ", ".join(SCHEDULES), repr(kind))
+    if steps < 1:
+        fail(op, "steps", "at least 1", steps)
+    if not 0 <= layout_steps <= steps:
+        fail(op, "layout_steps", f"0 to {steps}", layout_steps)
+    if ramp_steps is not None and not 0 <= ramp_steps <= steps - layout_steps:
+        fail(op, "ramp_steps", f"0 to {steps - layout_steps}, the steps after layout_steps", ramp_steps)
+    if kind == "hard":
+        if ramp_steps:
+            fail(op, "ramp_steps", "None for kind 'hard'", ramp_steps)
+        ramp_steps = 0
+    elif ramp_steps is None:
+        ramp_steps = min(layout_steps, steps - layout_steps)
+    ramp = ((torch.arange(steps, dtype=torch.float64) - layout_steps + 1) / (ramp_steps + 1)).clamp(0, 1)
+    return (ramp if kind != "cosine" else (1 - (math.pi * ramp).cos()) / 2).float()
+
+
+def pack_columns(weights: Tensor, **columns: Tensor | float) -> Tensor:
+    """(steps, K) weights of the predictions and COLUMNS by name, (steps,) or a number each -> fp32 (steps, 1, K + 9).
+
+    A column that is not named is 0.
+    """
+    values = (torch.as_tensor(columns.get(name, 0.0), dtype=weights.dtype) for name in COLUMNS)
+    return torch.cat([weights, *(x.expand(len(weights))[:, None] for x in values)], 1)[:, None].float()
+
+
+def _table(
+    op: str,
+    levels: str,
+    weights: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    prediction_type: str,
+    keep_background: str,
+    *,
+    noise: Tensor | float = 0.0,
+    kappa: Tensor | float = 0.0,
+    scale: Tensor | float = 1.0,
+) -> Tensor:
+    """The table of all solvers. With latents α·x0 + σ·ε and x0 = c·sample + d·G,
+
+        next = r·sample + (α' - r·α)·(x0 + κ·(x0 - history)) + s·noise,   r = √(σ'² - s²)/σ
+
+    `levels` is the argument that alpha and sigma, (steps + 1,), come from; noise (s), kappa and scale: (steps,).
+    """
+    now, after, sigma_now, sigma_after = alpha[:-1], alpha[1:], sigma[:-1], sigma[1:]
+    if prediction_type == "epsilon":
+        c, d = 1 / now, -sigma_now / now
+    elif prediction_type == "v_prediction":
+        norm = (now**2 + sigma_now**2).sqrt()
+        c, d = now / norm**2, -sigma_now / norm
+    else:
+        c, d = torch.ones_like(now), -sigma_now
+    remaining = torch.where(sigma_now > 0, (sigma_after**2 - noise**2).clamp(min=0).sqrt() / sigma_now, 0)
+    gain = after - remaining * now
+    clean = keep_background == "clean"
+    table = pack_columns(
+        weights,
+        a=remaining + gain * (1 + kappa) * c,
+        e=gain * (1 + kappa) * d,
+        sigma=noise,
+        h=-gain * kappa,
+        p=after if clean else 1.0,
+        q=sigma_after if clean else 0.0,
+        c=c,
+        d=d,
+        s=scale,
+    )
+    if not table.isfinite().all():
+        fail(op, levels, "levels whose coefficients are finite in float32", (sigma / alpha).tolist())
+    return table
+
+
+def _prediction_weights(
+    op: str,
+    steps: int,
+    guidance_scale: PerStep | None,
+    blend_weights: Sequence[float] | Tensor | None,
+    pag_scale: PerStep | None,
+) -> Tensor:
+    """float64 (steps, K): G = Σ g_k·prediction_k."""
+    conditional, columns = torch.ones(steps, dtype=torch.float64), []
+    if guidance_scale is not None:
+        conditional = _finite_per_step(op, "guidance_scale", guidance_scale, steps)
+        columns.append(1 - conditional)
+    if pag_scale is None:
+        columns.append(conditional)
+    else:
+        perturbed = _finite_per_step(op, "pag_scale", pag_scale, steps)
+        columns += [conditional + perturbed, -perturbed]
+    if blend_weights is not None:
+        w = _per_step(op, "blend_weights", blend_weights, steps)
+        if not ((w >= 0) & (w <= 1)).all():
+            fail(op, "blend_weights", "numbers in [0, 1]", w.tolist())
+        columns = [(1 - w) * x for x in columns] + [w * x for x in columns]
+    weights = torch.stack(columns, 1)
+    if not weights.float().isfinite().all():
+        fail(op, "pag_scale", "a sum with guidance_scale that is finite in float32", pag_scale)
+    return weights
+
+
+def _noise_levels(
+    op: str,
+    alphas_cumprod: Tensor | Sequence[float],
+    timesteps: Tensor | Sequence[int],
+    final_alpha_cumprod: float | Tensor,
+    prediction_type: str,
+) -> Tensor:
+    """float64 (steps + 1,): ᾱ of every timestep, and the final one."""
+    alphas = torch.as_tensor(alphas_cumprod, dtype=torch.float64).cpu()
+    if alphas.dim() != 1:
+        fail(op, "alphas_cumprod", "shape (T,)", tuple(alphas.shape))
+    times = torch.as_tensor(timesteps).cpu()
+    if times.is_floating_point() or times.dtype == torch.bool:
+        fail(op, "timesteps", "an integer dtype", times.dtype, error=TypeError)
+    if times.dim() != 1 or not len(times):
+        fail(op, "timesteps", "shape (steps,), at least one step", tuple(times.shape))
+    if not ((times >= 0) & (times < len(alphas))).all():
+        fail(op, "timesteps", f"integers in [0, {len(alphas)})", times.tolist())
+    now = alphas[times.long()]
+    if not ((now >= 0) & (now <= 1)).all():
+        fail(op, "alphas_cumprod", "numbers in [0, 1]", now.tolist())
+    if not (now[1:] > 0).all() or (prediction_type == "epsilon" and not now[0] > 0):
+        fail(op, "alphas_cumprod", "numbers above 0", now.tolist(), "only v_prediction starts from pure noise")
+    if not (now.diff() >= 0).all():
+        fail(op, "timesteps", "an order in which alphas_cumprod does not fall", times.tolist())
+    final = torch.as_tensor(final_alpha_cumprod, dtype=torch.float64).cpu()
+    if final.numel() != 1 or not 0 < final <= 1:
+        fail(op, "final_alpha_cumprod", "a number in (0, 1]", final.tolist())
+    if final < now[-1]:
+        fail(op, "final_alpha_cumprod", f"at least {now[-1].item()}, the level of the last timestep", final.item())
+    return torch.cat([now, final.reshape(1)])
+
+
+def _one_of(op: str, name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        fail(op, name, "one of " + ", ".join(allowed), repr(value))
+
+
+def _per_step(op: str, name: str, x: PerStep, steps: int) -> Tensor:
+    """A number or one per step -> float64 (steps,)."""
+    result = torch.as_tensor(x, dtype=torch.float64).cpu()
+    if tuple(result.shape) not in ((), (steps,)):
+        fail(op, name, f"a number or shape ({steps},)", tuple(result.shape))
+    return result.expand(steps)
+
+
+def _finite_per_step(op: str, name: str, x: PerStep, steps: int) -> Tensor:
+    result = _per_step(op, name, x, steps)
+    if not result.float().isfinite().all():
+        fail(op, name, "finite float32 numbers", x)
+    return result

@@ -1,0 +1,35 @@
+"""Source: what queries attend to, with the row table, masks and strengths of multi_source_attention."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Source(NamedTuple):
+    """Keys and values that queries attend to, with their own number of rows R and of tokens M.
+
+    Only `key` and `value` are needed. Strided views are read in place; only the last dimension must be contiguous.
+    """
+
+    key: Tensor
+    """(R, M, H, D), the query's dtype and device"""
+    value: Tensor
+    """(R, M, H, D)"""
+    rows: Tensor | None = None
+    """int (B,): the row that each query row reads, -1: none. Default: row b, or row 0 where R = 1"""
+    key_mask: Tensor | None = None
+    """bool (R or 1, M): False leaves a key out of the softmax, for all heads"""
+    key_groups: Tensor | None = None
+    """uint8 bits (R or 1, M): a key is visible to queries that share a bit with it"""
+    key_bias: Tensor | None = None
+    """fp32 (R or 1, M): added to the logits, a log-weight per key"""
+    logit_scale: float | Tensor | None = None
+    """scalar, (B,) or (B, H): multiplies the logits of this source"""
+    logit_bias: float | Tensor | None = None
+    """scalar, (B,) or (B, H): added to the logits of this source"""
+    value_index: Tensor | None = None
+    """int (R or B, M): the value token read for key j. Default: j"""
+    softmax_group: int = 0
+    """sources with the same number share one softmax; the groups' results are added"""
+    weight: float | Tensor | None = None
+    """scalar, (B,) or (B, N): weight of the softmax group, taken from its first source"""
