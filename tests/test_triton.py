@@ -1,18 +1,23 @@
 """The Triton kernels against the float64 reference: interpreted on CPU tensors, or on the GPU where there is one."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import triton
 import triton.language as tl
+from triton._C.libtriton import native_specialize_impl
+from triton.backends.nvidia.compiler import CUDABackend
 
 from lr_kernels import Source, multi_source_attention, plan_attention, reference
+from lr_kernels.attention import _tables
+from lr_kernels.coefficients import COLUMNS
+from lr_kernels.ops import AttentionTables
 from lr_kernels.testing import CASES, AttentionCase, assert_matches, attention_inputs, check_attention, strided_randn
-from lr_kernels.triton import launch, tiles
+from lr_kernels.triton import attention, launch, tiles
 
 OPS = torch.ops.lr_kernels
-LOW_PRECISION = ("shared-reference", "d80", "d160", "d37", "groups-3-masked", "negative-logit-scale", "everything")
 MINIMUM = torch.finfo(torch.float32).min
 
 pytestmark = pytest.mark.usefixtures("device", "poisoned")
@@ -26,14 +31,9 @@ def check(case: AttentionCase, dtype: torch.dtype, device: str) -> None:
     check_attention(by_triton, attention_inputs(case, dtype, device=device))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
-def test_matches_the_reference_in_float32(case, device):
-    check(case, torch.float32, device)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", [c for c in CASES if c.id in LOW_PRECISION], ids=lambda c: c.id)
-def test_matches_the_reference_in_low_precision(case, dtype, device):
+def test_01_matches_the_reference(case, dtype, device):
     check(case, dtype, device)
 
 
@@ -206,12 +206,171 @@ def test_rows_beyond_the_source_read_nothing(device):
         out = torch.full_like(inputs.query, math.nan, memory_format=torch.contiguous_format)
         table = [torch.tensor(rows, dtype=torch.int32, device=device)]
         OPS.multi_source_attention_triton(
-            inputs.query, [source.key], [source.value], table, nothing, nothing, nothing, nothing, nothing, None, None,
-            0.2, out, None,
+            inputs.query, [source.key], [source.value], table, nothing, nothing, nothing, nothing, nothing, nothing,
+            None, None, [0], nothing, 0.2, out, None,
         )  # fmt: skip
         return out
 
     assert torch.equal(run(0, 7, -9), run(0, -1, -1))
+
+
+def by_op(query, key, value, value_index):
+    """The op of one source with values of their own, without the checks of the public function."""
+    out, nothing = torch.full_like(query, math.nan, memory_format=torch.contiguous_format), [None]
+    OPS.multi_source_attention_triton(
+        query, [key], [value], nothing, nothing, nothing, [value_index], nothing, nothing, nothing, None, None,
+        [0], nothing, 0.2, out, None,
+    )  # fmt: skip
+    return out
+
+
+def test_value_index_beyond_the_values_reads_the_nearest(device):
+    g = torch.Generator().manual_seed(8)
+    query, key = (torch.randn(2, 70, 2, 40, generator=g).to(device) for _ in range(2))
+    value = torch.randn(2, 9, 2, 40, generator=g).to(device)
+    index = torch.randint(-4, 14, (2, 70), generator=g, dtype=torch.int32).to(device)
+    index[0, 3], index[1, 69] = 2**31 - 1, -(2**31)
+    assert torch.equal(by_op(query, key, value, index), by_op(query, key, value, index.clamp(0, 8)))
+    assert (by_op(query, key, value[:, :0], index) == 0).all()  # no value to read: as if there were no key
+
+
+@pytest.mark.parametrize("values", [5, 90], ids=["fewer values than keys", "more"])
+@pytest.mark.parametrize("index_rows", ["source rows", "batch rows", "one"])
+def test_value_index_of_every_shape(index_rows, values, device):
+    g = torch.Generator().manual_seed(9)
+    query, key = (torch.randn(n, 70, 2, 24, generator=g).to(device) for n in (3, 2))
+    value = torch.randn(2, values, 2, 24, generator=g).to(device)
+    count = {"source rows": 2, "batch rows": 3, "one": 1}[index_rows]
+    index = torch.randint(values, (count, 140), generator=g).to(device)[:, ::2]
+    rows, mask = torch.tensor([1, -1, 0], device=device), (torch.rand(2, 70, generator=g) < 0.7).to(device)
+    moved = Source(key, value, rows, key_mask=mask, value_index=index)
+    plain = Source(torch.randn(1, 33, 2, 24, generator=g).to(device), torch.randn(1, 33, 2, 24, generator=g).to(device))
+    check_attention(by_triton, type(masked_inputs(device))(query, [moved, plain]))
+
+
+def test_11_nan_in_values_that_no_key_reads_changes_no_bit(device):
+    inputs = masked_inputs(device)
+    read = torch.arange(40, device=device)[None] // 2 * 2
+    source = inputs.sources[0]._replace(value_index=read)
+    unread = (torch.arange(40, device=device) % 2 == 1)[None, :, None, None]
+    dirty = source._replace(value=source.value.masked_fill(unread, math.nan))
+    others = inputs.sources[1:]
+    for a, b in zip(with_plan(inputs, [source, *others]), with_plan(inputs, [dirty, *others])):
+        assert torch.equal(a, b)
+
+
+def grouped_inputs(device: str, *weights, groups=(0, 1, 0)):
+    """Sources in softmax groups, with these weights."""
+    inputs = attention_inputs(
+        AttentionCase("", heads=1, queries=20, keys=(20, 33, 17), rows=(None, 1, None)), torch.float32, device=device
+    )
+    weights += (None,) * (3 - len(weights))
+    table = zip(inputs.sources, groups, weights)
+    inputs.sources[:] = [s._replace(softmax_group=g, weight=w) for s, g, w in table]
+    return inputs
+
+
+@pytest.mark.parametrize("groups", [(0, 0, 0), (0, 1, 0)], ids=str)
+def test_weights_of_every_shape(groups, device):
+    schedule = torch.rand(7, 2, 20, generator=torch.Generator().manual_seed(4)).to(device)
+    for weight in (0.3, schedule[3, 1, 5], schedule[1, :, 9], schedule[5], schedule.permute(1, 2, 0)[..., 3]):
+        other = (-2.0,) if groups[1] else ()
+        check_attention(by_triton, grouped_inputs(device, weight, *other, groups=groups))
+
+
+def test_10_a_softmax_group_that_sees_no_key_adds_nothing(device):
+    inputs = grouped_inputs(device, 0.7, 1e30)
+    hidden = inputs.sources[1]._replace(key_mask=torch.zeros(1, 33, dtype=torch.bool, device=device))
+    first = [inputs.sources[0], inputs.sources[2]]
+    alone = by_triton(inputs.query, first)
+    assert torch.equal(by_triton(inputs.query, [*first, hidden]), alone)
+    before = [s._replace(softmax_group=2) for s in first]
+    assert torch.equal(by_triton(inputs.query, [hidden, *before]), alone)
+    rowless = inputs.sources[1]._replace(rows=torch.tensor([-1, 0], device=device), weight=1.0)
+    both = by_triton(inputs.query, [*first, rowless])
+    assert torch.equal(both[0], alone[0]) and not torch.equal(both[1], alone[1])
+
+
+@pytest.mark.parametrize("where", ["weight", "value"])
+def test_12_live_nan_in_a_softmax_group(where, device):
+    weight = torch.rand(2, 20, generator=torch.Generator().manual_seed(4)).to(device)
+    inputs = grouped_inputs(device, None, weight)
+    if where == "weight":
+        weight[1, 3] = math.nan
+    else:
+        value = inputs.sources[1].value.clone()
+        value[0, 4, 0, 7] = math.nan
+        inputs.sources[1] = inputs.sources[1]._replace(value=value)
+    exact = inputs.to(torch.float64)
+    ref64 = reference.multi_source_attention(exact.query, exact.sources)
+    low = reference.multi_source_attention(inputs.query, inputs.sources)
+    assert ref64.isfinite().any() and not ref64.isfinite().all()
+    assert_matches(by_triton(inputs.query, inputs.sources), low, ref64)
+
+
+SMALL = AttentionCase(
+    "", 2, 20, 1, keys=(20, 33), rows=(None, 1), visible=0.6, groups=2, value_index=True, softmax_groups=(0, 1)
+)
+
+
+def test_30_several_softmax_groups_are_bitwise_deterministic(device):
+    inputs = attention_inputs(SMALL, torch.bfloat16, device=device)
+    results = [by_triton(inputs.query, inputs.sources, query_groups=inputs.query_groups) for _ in range(5)]
+    assert results[0].isfinite().all() and all(torch.equal(results[0], x) for x in results)
+
+
+def test_29_one_compilation_for_every_step_weight_and_grouping(device):
+    """Arguments of two launches are alike for Triton: same types, constants and alignments."""
+    kernel, specialize = attention.multi_source_attention_forward_kernel, native_specialize_impl
+    unspecialized = getattr(kernel, "kwargs", None) or vars(kernel)
+    g = torch.Generator().manual_seed(4)
+    schedule, strengths = torch.rand(9, 2, 70, generator=g).to(device), torch.rand(9, generator=g).to(device)
+
+    def compilation(step: int, groups: list[int]):
+        inputs = attention_inputs(
+            AttentionCase("", keys=(40, 33, 70), rows=(None, (1, 0), 1), value_index=True), torch.bfloat16
+        )
+        q, sources, weights = inputs.query, inputs.sources, [schedule[step], strengths[step].expand(2, 70), None]
+        strength = strengths[step].expand(2, 2)
+        tables = AttentionTables(
+            [s.key for s in sources],
+            [s.value for s in sources],
+            [s.rows for s in sources],
+            [None] * 3,
+            [None] * 3,
+            [s.value_index.int() for s in sources],
+            [None] * 3,
+            [strength, None, None],
+            [None, strength, strength],
+            None,
+            None,
+            groups,
+            weights[: groups[-1] + 1],
+            0.1 * (step + 1),
+        )
+        arguments, constants, _ = attention.launch_arguments(q, tables, torch.empty_like(q), None, 90)
+        kinds = [
+            specialize(CUDABackend, x, False, name not in unspecialized["do_not_specialize"], True)
+            for name, x in zip(kernel.arg_names, arguments)
+        ]
+        return kinds, constants
+
+    assert schedule[1].data_ptr() % 16 == 0 and strengths[1].data_ptr() % 16 != 0
+    first = compilation(0, [0, 0, 1])
+    assert all(compilation(step, [0, 0, 1]) == first for step in range(1, 9))
+    assert compilation(3, [0, 1, 1]) == first and compilation(3, [0, 1, 2]) == first
+    assert compilation(3, [0, 0, 0]) != first
+
+
+@pytest.mark.parametrize("softmax_groups", [None, (0, 1)], ids=["one group", "two"])
+def test_26_27_opcheck(softmax_groups, device):
+    inputs = attention_inputs(replace(SMALL, softmax_groups=softmax_groups), torch.float32, device=device)
+    query, sources = inputs.query, inputs.sources
+    plan = plan_attention([s.key_mask for s in sources], [s.key_groups for s in sources], inputs.query_groups)
+    tables = _tables(query, sources, plan, 0.3)
+    lse = None if len(tables.weight) > 1 else torch.full(query.shape[:3], math.nan, device=device)
+    out = torch.full_like(query, math.nan, memory_format=torch.contiguous_format)
+    torch.library.opcheck(OPS.multi_source_attention_triton.default, (query, *tables, out, lse))
 
 
 def test_31_permuting_the_batch_permutes_the_output(device):
@@ -295,7 +454,7 @@ def test_subject_mask_matches_the_reference(size, smoothing, layers, threshold, 
     g = torch.Generator().manual_seed(4)
     maps = torch.rand(2, layers, 16, 12, generator=g).to(device)
     out = torch.ones((2, *size), dtype=torch.bool, device=device)
-    OPS.subject_mask_triton(maps, threshold, smoothing, out)
+    OPS.subject_mask_triton(maps, threshold, None, smoothing, out)
     level = "otsu" if threshold is None else threshold
     assert torch.equal(out, reference.subject_mask(maps.double(), size=size, threshold=level, smoothing=smoothing))
 
@@ -305,37 +464,106 @@ def test_subject_mask_without_a_range_is_empty(value, device):
     maps = torch.full((1, 2, 8, 8), 0.3, device=device)
     maps[0, 0, 2, 2] = value
     out = torch.ones((1, 8, 8), dtype=torch.bool, device=device)
-    OPS.subject_mask_triton(maps, None, 1, out)
+    OPS.subject_mask_triton(maps, None, None, 1, out)
     assert not out.any()
 
 
-@pytest.mark.parametrize("predictions", [1, 2, 6])
-@pytest.mark.parametrize("noisy", [False, True], ids=["", "noise"])
-@pytest.mark.parametrize("masked", [False, True], ids=["", "mask"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_step_blend_matches_the_reference(predictions, noisy, masked, dtype, device):
+def step_blend_arguments(case: set[str], predictions: int, dtype: torch.dtype, device: str) -> dict:
+    """Arguments of the op by name; the first prediction has weight 0 in row 0 of step 3, and is NaN there."""
     g = torch.Generator().manual_seed(6)
 
-    def latents():
-        return torch.randn(3, 4, 6, 7, generator=g).to(dtype).to(device)
+    def latents(*names: str) -> list[torch.Tensor | None]:
+        return [torch.randn(3, 4, 6, 7, generator=g).to(dtype).to(device) if x in case else None for x in names]
 
-    sample, terms = latents(), [latents() for _ in range(predictions)]
-    coefficients = torch.randn(5, 3, predictions + 4, generator=g).to(device)
+    case = case | {"always"}
+    terms = latents(*["always"] * predictions)
+    sample, background, noise, history = latents("always", "background", "noise", "history")
+    coefficients = torch.randn(5, 3, predictions + len(COLUMNS), generator=g)
+    absent = [x for x, tensor in (("sigma", noise), ("q", noise), ("h", history)) if tensor is None]
+    coefficients[3, :, [predictions + COLUMNS.index(x) for x in absent]] = 0
     coefficients[3, 0, 0] = 0
-    terms[0][0] = math.nan  # weight 0: not read
-    noise = latents() if noisy else None
-    background = latents() if masked else None
-    mask = torch.rand(1, 6, 7, generator=g).mul(1.5).clamp(0, 1).to(device) if masked else None
-    step = torch.tensor([3], dtype=torch.int32, device=device)
-    out = torch.full_like(sample, math.nan)
-    OPS.step_blend_triton(sample, terms, coefficients, step, mask, background, noise, out)
+    terms[0][0] = math.nan
+    mask = torch.rand(1, 6, 7, generator=g).mul(1.5).clamp(0, 1) if "mask" in case else None
+    keep_rows = torch.tensor([False, True, False]) if "keep_rows" in case else None
+    shape = sample.shape
+    return {
+        "sample": sample,
+        "predictions": terms,
+        "coefficients": coefficients.to(device),
+        "step": torch.tensor([3], dtype=torch.int32, device=device),
+        "row": 0,
+        "mask": None if mask is None else mask.to(device),
+        "background": background,
+        "noise": noise,
+        "history": history,
+        "keep_rows": None if keep_rows is None else keep_rows.to(device),
+        "out": torch.full_like(sample, math.nan),
+        "model_input": sample.new_full((6, *shape[1:]), math.nan) if "model_input" in case else None,
+        "history_out": sample.new_full(shape, math.nan) if "history_out" in case else None,
+    }
 
-    def by_reference(to):
-        kept = {"mask": mask, "background": background, "noise": noise}
-        kept = {k: None if x is None else to(x) for k, x in kept.items()}
-        return reference.step_blend(to(sample), [to(x) for x in terms], coefficients.double(), 3, **kept)
 
-    assert_matches(out, by_reference(lambda x: x), by_reference(torch.Tensor.double))
-    OPS.step_blend_triton(sample, terms, coefficients, step + 2, mask, background, noise, out)
-    if not masked:
-        assert out.isnan().all()  # step 5 of 5
+def step_blend_by_reference(arguments: dict, dtype: torch.dtype) -> dict:
+    """The outputs by name, computed from latents in `dtype`."""
+    kept = ("coefficients", "step", "row", "mask", "keep_rows")
+    call = {k: x if k in kept or x is None or k == "predictions" else x.to(dtype) for k, x in arguments.items()}
+    call["predictions"] = [x.to(dtype) for x in arguments["predictions"]]
+    del call["out"], call["row"]
+    outputs = {k: call[k] for k in ("model_input", "history_out") if call[k] is not None}
+    call |= {k: x.clone() for k, x in outputs.items()}
+    return {"out": reference.step_blend(**call)} | {k: call[k] for k in outputs}
+
+
+STEP_BLEND_CASES = {
+    "plain": set(),
+    "noise": {"noise"},
+    "mask": {"background", "mask"},
+    "keep-rows": {"background", "keep_rows", "noise"},
+    "history": {"history", "history_out"},
+    "model-input": {"model_input"},
+    "everything": {"background", "mask", "keep_rows", "noise", "history", "history_out", "model_input"},
+}
+
+
+@pytest.mark.parametrize("predictions", [1, 6])
+@pytest.mark.parametrize("case", STEP_BLEND_CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_step_blend_matches_the_reference(predictions, case, dtype, device):
+    arguments = step_blend_arguments(STEP_BLEND_CASES[case], predictions, dtype, device)
+    low, exact = (step_blend_by_reference(arguments, x) for x in (dtype, torch.float64))
+    OPS.step_blend_triton(*arguments.values())
+    for name in low:
+        assert_matches(arguments[name], low[name], exact[name], name)
+    by_number = {k: torch.full_like(x, math.nan) if k in low else x for k, x in arguments.items()}
+    OPS.step_blend_triton(*(by_number | {"step": None, "row": 3}).values())
+    assert all(torch.equal(by_number[name], arguments[name]) for name in low)
+    arguments["step"] += 2  # step 5 of 5
+    OPS.step_blend_triton(*arguments.values())
+    assert all(arguments[name].isnan().all() for name in low if (name, case) != ("history_out", "everything"))
+
+
+@pytest.mark.parametrize(("column", "case"), [("sigma", "plain"), ("h", "plain"), ("q", "mask")])
+def test_16_step_blend_gives_nan_where_a_tensor_is_missing(column, case, device):
+    arguments = step_blend_arguments(STEP_BLEND_CASES[case], 1, torch.float32, device)
+    arguments["coefficients"][3, 2, 1 + COLUMNS.index(column)] = 1e-3
+    if case == "mask":
+        arguments["mask"].fill_(0.5)
+    OPS.step_blend_triton(*arguments.values())
+    assert arguments["out"][2].isnan().all() and arguments["out"][:2].isfinite().all()
+
+
+def test_11_step_blend_reads_nothing_of_coefficient_zero(device):
+    arguments = step_blend_arguments(STEP_BLEND_CASES["everything"], 2, torch.float32, device)
+    unread = ("sample", "predictions", "noise", "history")
+    columns = {name: arguments["coefficients"][3, 0, 2 + i : 3 + i] for i, name in enumerate(COLUMNS)}
+    for name in ("a", "e", "sigma", "h", "q", "c", "d"):
+        columns[name].fill_(0)  # of row 0, which is not kept
+    arguments["mask"] = arguments["mask"].repeat(3, 1, 1)
+    arguments["mask"][1] = math.nan  # row 1 is kept
+    for name in unread:
+        for x in arguments[name] if name == "predictions" else [arguments[name]]:
+            x[:2] = math.nan
+    arguments["coefficients"][3, 1, 2 + COLUMNS.index("q")] = 0
+    OPS.step_blend_triton(*arguments.values())
+    for name in ("out", "model_input", "history_out"):
+        assert arguments[name].isfinite().all()

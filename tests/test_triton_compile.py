@@ -33,10 +33,14 @@ def attention(table: list[Row], arch: int) -> list[Row]:
 def test_24_every_kernel_was_compiled_for_every_architecture(table):
     for arch in ARCHITECTURES:
         names = {row.kernel for row in table if row.arch == arch}
-        expected = {f"attention D{D} bf16 {kind}" for D in HEAD_DIMS for kind in ("dense", "gathered")}
-        expected |= {"attention D64 fp16 gathered", "attention D64 fp32 gathered", "attention D64 bf16 gathered biased"}
-        expected |= {"token maps D40 bf16", "token maps D160 bf16", "step_blend K4 bf16"}
+        expected = {f"attention D{D} bf16 {kind}" for D in HEAD_DIMS for kind in ("dense", "gathered", "grouped")}
+        expected |= {"attention D64 fp16 gathered", "attention D64 fp32 gathered", "attention D64 bf16 gathered warped"}
+        expected |= {f"attention D{D} bf16 gathered biased" for D in (40, 64)}
+        expected |= {"token maps D40 bf16", "token maps D160 bf16", "step_blend K4 bf16", "step_blend K6 bf16 full"}
         expected |= {f"subject_mask_{part}" for part in ("mean", "smooth", "otsu")}
+        expected |= {f"merge_attention_states K{parts} bf16" for parts in (3, 16)}
+        expected |= {f"adain_{part}{kind}" for part in ("statistics", "apply") for kind in ("", " latents")}
+        expected |= {f"correspondence_{x} {y}" for x in ("prepare", "best", "check") for y in ("bf16", "fp32")}
         assert names == expected
 
 

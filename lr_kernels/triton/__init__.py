@@ -3,7 +3,10 @@
 import torch
 
 from ..backends import interpreted
+from .adain import adain_triton
 from .attention import multi_source_attention_triton
+from .correspondence import correspondence_triton
+from .merge import merge_attention_states_triton
 from .step_blend import step_blend_triton
 from .subject_mask import subject_mask_triton
 from .token_maps import attention_with_token_maps_triton
@@ -15,6 +18,9 @@ for _launcher in (
     attention_with_token_maps_triton,
     subject_mask_triton,
     step_blend_triton,
+    merge_attention_states_triton,
+    adain_triton,
+    correspondence_triton,
 ):
     for _key in ("CUDA", "CPU") if interpreted() else ("CUDA",):
         _library.impl(_launcher.__name__, _launcher, _key)

@@ -2,13 +2,18 @@
 
 A run-time loop over the sources picks pointers by a select chain, so there is one pipelined loop over key tiles however
 many sources there are, no pointer table on the device and no host synchronization. Scores live in log2 units.
+Between softmax groups the running softmax starts anew and its result moves to a second fp32 accumulator. What a call
+does not have is None or a constant for the compiler; how its sources fall into groups and all values are run-time data.
 """
+
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..ops import AttentionTables
 from . import tiles
 from .launch import INTERPRETED, architecture, check_grid, dense_last, on_device, strides
 
@@ -64,7 +69,7 @@ def _to_log2(x):
 @triton.jit
 def _attend_tile(
     q0, q1, acc0, acc1, top, total,  # (BM, D0), (BM, D1), (BM, D0), (BM, D1), (BM,), (BM, 8)
-    key, value, tokens, ok,  # pointers at (row, 0, head, 0); (BN,) tokens to read; (BN,) which of them exist
+    key, value, tokens, value_tokens, ok,  # pointers at (row, 0, head, 0); (BN,) to read; (BN,) which of them exist
     key_stride, value_stride, alpha, shift,  # shift: scalar, or (1, BN)
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr,
     NARROW: tl.constexpr, PER_PAIR: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -73,10 +78,10 @@ def _attend_tile(
     c0 = tl.arange(0, D0)
     if NARROW:  # the launcher knows that no token offset of a source reaches 2^31: half the address registers
         k_at = key + (tokens * (key_stride.to(tl.int32) * UNIT))[:, None]
-        v_at = value + (tokens * (value_stride.to(tl.int32) * UNIT))[:, None]
+        v_at = value + (value_tokens * (value_stride.to(tl.int32) * UNIT))[:, None]
     else:
         k_at = key + (tokens.to(tl.int64) * key_stride)[:, None] * UNIT
-        v_at = value + (tokens.to(tl.int64) * value_stride)[:, None] * UNIT
+        v_at = value + (value_tokens.to(tl.int64) * value_stride)[:, None] * UNIT
     W0: tl.constexpr = D0 if D1 > 0 else D
     k0 = load_tile(k_at + c0[None, :], ok, c0, W0, D0, MASKED, UPCAST)
     s = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
@@ -118,12 +123,45 @@ def _key_tokens(index, at, index_count):
 
 
 @triton.jit
+def _value_tokens(value_index, tokens, at, index_count, last):
+    """(BN,) tokens of the values that go with key tokens; index_count is 0 where this source has no value_index. An
+    entry outside [0, last] reads the nearest token inside."""
+    if value_index is None:
+        return tokens
+    else:
+        moved = at < index_count
+        found = tl.load(value_index + tokens, mask=moved, other=0)
+        return tl.where(moved, tl.minimum(tl.maximum(found, 0), last), tokens)
+
+
+@triton.jit
 def _key_shift(bias, tokens, at, bias_count, beta):
     """beta plus the bias of each key in log2 units, (1, BN); without any bias beta alone."""
     if bias is None:
         return beta
     else:
         return (_to_log2(tl.load(bias + tokens, mask=at < bias_count, other=0.0)) + beta)[None, :]
+
+
+@triton.jit
+def _query_tokens(query_order, slot, ok):
+    """(BM,) int64: the queries at these places of the order."""
+    if query_order is None:
+        return slot.to(tl.int64)
+    else:
+        return tl.load(query_order + slot, mask=ok, other=0).to(tl.int64)
+
+
+@triton.jit
+def _group_factor(mass, weight, weight_stride, with_weight, s, b64, i, ok, S: tl.constexpr):
+    """(BM,) weight / mass of the softmax group that source s ends; 0 where a query saw no key."""
+    factor = tl.where(mass == 0, 0.0, 1.0 / mass)
+    if weight is not None:
+        has = ((with_weight >> s) & 1) != 0
+        place = _pick_int(weight_stride[0], s, S) + b64 * _pick_int(weight_stride[1], s, S)
+        places = place + i * _pick_int(weight_stride[2], s, S)
+        factor *= tl.where(has, tl.load(_pick(weight, s, S) + places, mask=ok, other=0.0), 1.0)
+    return factor
 
 
 @triton.jit
@@ -148,23 +186,29 @@ def _query_tile(class_start, tile, classes, BM: tl.constexpr):
 @triton.jit(
     do_not_specialize=[
         "N", "H", "classes", "tiles_per_head", "with_rows", "with_index", "with_bias", "with_scale", "with_shift",
+        "with_value_index", "with_weight", "group_ends",
         "query_b", "query_n", "query_h", "out_b", "out_n", "out_h", "lse_b", "lse_n", "lse_h", "order_b", "class_b",
     ]
 )  # fmt: skip
 def multi_source_attention_forward_kernel(
     query,  # (B, N, H, D)
     key, value,  # S x (R, M, H, D)
-    rows,  # S x int32 (B,); here and in the next five, None where no source has it
+    rows,  # S x int32 (B,); here and in all up to weight, None where no source has it
     key_index, key_count,  # S x int32 (C or 1, R or 1, M), S x int32 (C or 1, R or 1)
+    value_index,  # S x int32 (R or B or 1, M)
     key_bias,  # S x fp32 (R or 1, M)
     logit_scale, logit_bias,  # S x fp32 (B, H)
+    weight,  # S x fp32 (B, N), of the source's group
     query_order, class_start,  # int32 (B or 1, N), (B or 1, C + 1), or None: one class
     out, lse,  # (B, N, H, D), fp32 (B, N, H) or None
-    M, R,  # S encoded integers each, as all strides of sources
+    M, R, V,  # S encoded integers each, as all strides of sources; V, tokens of the values, None without value_index
     key_stride, value_stride,  # (row, key, head) x S, in units of UNIT elements
-    index_stride, count_stride, bias_stride, scale_stride, shift_stride,  # (class, row), same, (row,), (b, h), same
+    index_stride, count_stride, value_index_stride, bias_stride,  # (class, row), same, (row, b), (row,)
+    scale_stride, shift_stride, weight_stride,  # (start, b, h), same, (start, b, n)
     N, H, classes, tiles_per_head, scale_log2,
     with_rows, with_index, with_bias, with_scale, with_shift,  # bit s: source s has it
+    with_value_index, with_weight,  # the same, None where no source has it
+    group_ends,  # bit s: source s is the last of its softmax group; None: one group
     query_b, query_n, query_h, out_b, out_n, out_h,  # strides in units of UNIT elements
     lse_b, lse_n, lse_h, order_b, class_b,
     S: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -180,8 +224,8 @@ def multi_source_attention_forward_kernel(
     om = tl.arange(0, BM)
     c64 = tl.cast(0, tl.int64)
     if query_order is None:
-        i = tile * BM + om
-        query_ok = i < N
+        slot = tile * BM + om
+        query_ok = slot < N
     else:
         c, first, end = _query_tile(class_start + b64 * class_b, tile, classes, BM)
         if first >= end:
@@ -189,8 +233,8 @@ def multi_source_attention_forward_kernel(
         c64 = c.to(tl.int64)
         slot = first + om
         query_ok = slot < end
-        i = tl.load(query_order + b64 * order_b + slot, mask=query_ok, other=0)
-    i = i.to(tl.int64)
+        query_order += b64 * order_b
+    i = _query_tokens(query_order, slot, query_ok)
 
     # The queries stay in registers or shared memory for all sources
     c0 = tl.arange(0, D0)
@@ -206,6 +250,7 @@ def multi_source_attention_forward_kernel(
         acc1 = tl.zeros([BM, D1], tl.float32)
     top = tl.full([BM], -_MAX, tl.float32)
     total = tl.zeros([BM, 8], tl.float32)
+    sum0, sum1 = acc0, acc1  # of the groups that are done
 
     on = tl.arange(0, BN)
     for s in range(S):
@@ -230,16 +275,27 @@ def multi_source_attention_forward_kernel(
             count = tl.where(gathered, tl.load(counts, mask=gathered, other=0), count)
             index_count = tl.where(gathered, count, 0)
         count = tl.where(reads, count, 0)
+        value_list = None
+        value_count = 0
+        last = 0
+        if value_index is not None:
+            last = _pick_int(V, s, S).to(tl.int32) - 1
+            count = tl.where(last < 0, 0, count)
+            value_count = tl.where(((with_value_index >> s) & 1) != 0, count, 0)
+            value_list = _pick(value_index, s, S)
+            value_list += row * _pick_int(value_index_stride[0], s, S) + b64 * _pick_int(value_index_stride[1], s, S)
         # logit = alpha · ⟨q, k⟩ + beta + bias
         alpha = scale_log2
         if logit_scale is not None:
             has = ((with_scale >> s) & 1) != 0
-            place = b64 * _pick_int(scale_stride[0], s, S) + h64 * _pick_int(scale_stride[1], s, S)
+            place = _pick_int(scale_stride[0], s, S) + b64 * _pick_int(scale_stride[1], s, S)
+            place += h64 * _pick_int(scale_stride[2], s, S)
             alpha = scale_log2 * tl.load(_pick(logit_scale, s, S) + place, mask=has, other=1.0)
         beta = 0.0
         if logit_bias is not None:
             has = ((with_shift >> s) & 1) != 0
-            place = b64 * _pick_int(shift_stride[0], s, S) + h64 * _pick_int(shift_stride[1], s, S)
+            place = _pick_int(shift_stride[0], s, S) + b64 * _pick_int(shift_stride[1], s, S)
+            place += h64 * _pick_int(shift_stride[2], s, S)
             beta = _to_log2(tl.load(_pick(logit_bias, s, S) + place, mask=has, other=0.0))
             # fp32 loses ⟨q, k⟩ beside such a bias; without this exp2(alpha · s) could overflow
             alpha = tl.where(tl.abs(beta) > 1e30, 0.0, alpha)
@@ -259,32 +315,48 @@ def multi_source_attention_forward_kernel(
         for j in tl.range(0, full, BN):
             at = j + on
             tokens = _key_tokens(index, at, index_count)
+            value_tokens = _value_tokens(value_list, tokens, at, value_count, last)
             shift = _key_shift(bias, tokens, at, bias_count, beta)
             acc0, acc1, top, total = _attend_tile(
-                q0, q1, acc0, acc1, top, total, k, v, tokens, query_ok, k_n, v_n, alpha, shift,
+                q0, q1, acc0, acc1, top, total, k, v, tokens, value_tokens, query_ok, k_n, v_n, alpha, shift,
                 D, D0, D1, BM, BN, UNIT, NARROW, PER_PAIR, False, PRECISION, UPCAST,
             )  # fmt: skip
         if full < count:
             at = full + on
             ok = at < count
             tokens = _key_tokens(index, at, index_count)
+            value_tokens = _value_tokens(value_list, tokens, at, value_count, last)
             shift = _key_shift(bias, tokens, at, bias_count, beta)
             acc0, acc1, top, total = _attend_tile(
-                q0, q1, acc0, acc1, top, total, k, v, tokens, ok, k_n, v_n, alpha, shift,
+                q0, q1, acc0, acc1, top, total, k, v, tokens, value_tokens, ok, k_n, v_n, alpha, shift,
                 D, D0, D1, BM, BN, UNIT, NARROW, PER_PAIR, True, PRECISION, UPCAST,
             )  # fmt: skip
 
-    if query_order is not None:  # read again: cheaper than registers held through the loop
-        i = tl.load(query_order + b64 * order_b + slot, mask=query_ok, other=0).to(tl.int64)
+        if group_ends is not None:
+            if ((group_ends >> s) & 1) != 0:
+                i = _query_tokens(query_order, slot, query_ok)
+                factor = _group_factor(tl.sum(total, 1), weight, weight_stride, with_weight, s, b64, i, query_ok, S)
+                sum0 += acc0 * factor[:, None]
+                acc0 = tl.zeros([BM, D0], tl.float32)
+                if D1 > 0:
+                    sum1 += acc1 * factor[:, None]
+                    acc1 = tl.zeros([BM, D1], tl.float32)
+                top = tl.full([BM], -_MAX, tl.float32)
+                total = tl.zeros([BM, 8], tl.float32)
+
     # Normalize and store; no visible key: out 0, lse -inf; a NaN in acc stays
+    i = _query_tokens(query_order, slot, query_ok)  # read again: cheaper than registers held through the loop
     mass = tl.sum(total, 1)
-    inverse = tl.where(mass == 0, 0.0, 1.0 / mass)
+    if group_ends is None:
+        factor = _group_factor(mass, weight, weight_stride, with_weight, S - 1, b64, i, query_ok, S)
+        sum0 = acc0 * factor[:, None]
+        if D1 > 0:
+            sum1 = acc1 * factor[:, None]
     o_at = out + (b64 * out_b + h64 * out_h) * UNIT + (i * out_n)[:, None] * UNIT
-    o0 = (acc0 * inverse[:, None]).to(out.dtype.element_ty)
-    tl.store(o_at + c0[None, :], o0, mask=query_ok[:, None] & (c0[None, :] < W0))
+    tl.store(o_at + c0[None, :], sum0.to(out.dtype.element_ty), mask=query_ok[:, None] & (c0[None, :] < W0))
     if D1 > 0:
         c1 = tl.arange(0, D1)
-        o1 = (acc1 * inverse[:, None]).to(out.dtype.element_ty)
+        o1 = sum1.to(out.dtype.element_ty)
         tl.store(o_at + (D0 + c1)[None, :], o1, mask=query_ok[:, None] & (c1[None, :] < D - D0))
     if lse is not None:
         log2_mass = top + tl.log2(mass)
@@ -298,67 +370,92 @@ def _encode(integers) -> tuple[int, ...]:
     return tuple(16 * x for x in integers)
 
 
-def _optional(tensors: list[Tensor | None]) -> tuple[tuple[Tensor, ...] | None, int]:
-    """(S pointers, bit set of the sources that have one), or (None, 0); the gaps hold a pointer that is never read."""
+def _optional(tensors: Sequence[Tensor | None]) -> tuple[tuple[Tensor, ...], int]:
+    """(S pointers, bit set of the sources that have one); the gaps hold a pointer that is never read."""
     filler = next((x for x in tensors if x is not None), None)
-    if filler is None:
-        return None, 0
     bits = sum(1 << s for s, x in enumerate(tensors) if x is not None)
-    return tuple(filler if x is None else dense_last(x) for x in tensors), bits
+    return () if filler is None else tuple(filler if x is None else x for x in tensors), bits
 
 
-def _source_strides(tensors: tuple[Tensor, ...] | None, *dims: int) -> tuple[tuple[int, ...], ...] | None:
-    """(S encoded strides) per dimension."""
-    if tensors is None:
+def _tables(tensors: Sequence[Tensor | None], *dims: int) -> tuple[tuple[Tensor, ...] | None, tuple | None, int]:
+    """`_optional` of tables made contiguous in the last dimension, and the encoded strides of `dims`; None for none."""
+    pointers, bits = _optional([dense_last(x) for x in tensors])
+    if not pointers:
+        return None, None, bits
+    return pointers, tuple(_encode(x) for x in zip(*(strides(x, *dims) for x in pointers))), bits
+
+
+def _strided_tables(tensors: Sequence[Tensor | None]) -> tuple[tuple[Tensor, ...] | None, tuple | None, int]:
+    """`_optional` of fp32 (B, n) of any strides, and encoded (start, stride of B, stride of n). Triton would compile
+    anew for pointers off a 16-byte boundary, so a slice of a schedule is passed from the boundary before it on."""
+    pointers, bits = _optional(tensors)
+    if not pointers:
+        return None, None, bits
+    starts = [x.storage_offset() % 4 for x in pointers]
+    places = zip(*((start, *strides(x, 0, 1)) for start, x in zip(starts, pointers)))
+    pointers = tuple(_from_boundary(x, start) if start else x for start, x in zip(starts, pointers))
+    return pointers, tuple(_encode(x) for x in places), bits
+
+
+def _from_boundary(x: Tensor, start: int) -> Tensor:
+    """The memory of x and the `start` elements before it."""
+    span = start + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride())) + 1
+    return x.as_strided((span,), (1,), x.storage_offset() - start)
+
+
+def _value_index_strides(indices: tuple[Tensor, ...] | None, key: Sequence[Tensor]) -> tuple | None:
+    """Encoded (strides of the source row, strides of the batch row): one of the two is 0."""
+    if indices is None:
         return None
-    return tuple(_encode(x) for x in zip(*(strides(t, *dims) for t in tensors)))
+    by_row = [x.shape[0] == k.shape[0] for x, k in zip(indices, key)]
+    steps = [strides(x, 0)[0] for x in indices]
+    return tuple(_encode(x if r == wanted else 0 for x, r in zip(steps, by_row)) for wanted in (True, False))
 
 
-def multi_source_attention_triton(
-    query: Tensor, key: list[Tensor], value: list[Tensor], rows: list[Tensor | None],
-    key_index: list[Tensor | None], key_count: list[Tensor | None], key_bias: list[Tensor | None],
-    logit_scale: list[Tensor | None], logit_bias: list[Tensor | None],
-    query_order: Tensor | None, class_start: Tensor | None, scale: float, out: Tensor, lse: Tensor | None,
-) -> None:  # fmt: skip
-    """Shapes as in the schema `multi_source_attention` of lr_kernels/ops.py."""
+def multi_source_attention_triton(query: Tensor, *arguments) -> None:
+    """arguments: those of AttentionTables, out, lse; shapes as in the schema `multi_source_attention` of
+    lr_kernels/ops.py. An entry of rows outside the source reads nothing; one of value_index outside the values reads
+    the nearest token inside."""
+    *fields, out, lse = arguments
+    tables = AttentionTables(*fields)
     # Early return for trivial cases
     if out.numel() == 0:
         return
-    if not any(k.shape[1] for k in key):
+    if not any(k.shape[1] for k in tables.key):
         out.zero_()
         if lse is not None:
             lse.fill_(-torch.inf)
         return
-    arguments, constants, programs = launch_arguments(
-        query, key, value, rows, key_index, key_count, key_bias, logit_scale, logit_bias, query_order, class_start,
-        scale, out, lse, architecture(query.device),
-    )  # fmt: skip
+    arguments, constants, programs = launch_arguments(query, tables, out, lse, architecture(query.device))
     grid = check_grid("multi_source_attention", programs)
     with on_device(query.device):
         multi_source_attention_forward_kernel[grid](*arguments, **constants)
 
 
 def launch_arguments(
-    query: Tensor, key: list[Tensor], value: list[Tensor], rows: list[Tensor | None],
-    key_index: list[Tensor | None], key_count: list[Tensor | None], key_bias: list[Tensor | None],
-    logit_scale: list[Tensor | None], logit_bias: list[Tensor | None],
-    query_order: Tensor | None, class_start: Tensor | None, scale: float, out: Tensor, lse: Tensor | None, arch: int,
-) -> tuple[tuple, dict, int]:  # fmt: skip
+    query: Tensor, tables: AttentionTables, out: Tensor, lse: Tensor | None, arch: int
+) -> tuple[tuple, dict, int]:
     """(positional arguments, constants and options, number of programs) of the kernel on an architecture."""
     B, N, H, D = query.shape
+    key, value, groups = tables.key, tables.value, tables.softmax_group
     S = len(key)
-    per_pair = any(x is not None for x in (*key_bias, *logit_scale)) or not scale > 0
-    kind = "biased" if per_pair else "gathered" if any(x is not None for x in key_index) else "dense"
+    rows, _, with_rows = _tables(tables.rows)
+    index, index_strides, with_index = _tables(tables.key_index, 0, 1)
+    count, count_strides, _ = _tables(tables.key_count, 0, 1)
+    value_index, _, with_value_index = _tables(tables.value_index)
+    bias, bias_strides, with_bias = _tables(tables.key_bias, 0)
+    scales, scale_strides, with_scale = _strided_tables(tables.logit_scale)
+    shifts, shift_strides, with_shift = _strided_tables(tables.logit_bias)
+    weights, weight_strides, with_weight = _strided_tables([tables.weight[g] for g in groups])
+    order, starts = dense_last(tables.query_order), dense_last(tables.class_start)
+    grouped = groups[0] != groups[-1]
+    group_ends = sum(1 << s for s in range(S) if s == S - 1 or groups[s + 1] != groups[s]) if grouped else None
+    per_pair = bias is not None or scales is not None or not tables.scale > 0
+    biased = per_pair or value_index is not None
+    kind = "grouped" if grouped else "biased" if biased else "dense" if index is None else "gathered"
     tile = tiles.attention_tile(arch, D, query.dtype, kind)
-    classes = 1 if class_start is None else class_start.shape[1] - 1
+    classes = 1 if starts is None else starts.shape[1] - 1
     tiles_per_head = triton.cdiv(N, tile.BM) + classes - 1
-    row_tables, with_rows = _optional(rows)
-    index, with_index = _optional(key_index)
-    count, _ = _optional(key_count)
-    bias, with_bias = _optional(key_bias)
-    scales, with_scale = _optional(logit_scale)
-    shifts, with_shift = _optional(logit_bias)
-    order, starts = dense_last(query_order), dense_last(class_start)
     # 16-byte loads need every stride to be a multiple of 16 bytes; strides are then passed in those units
     unit = 16 // query.element_size()
     dims = [strides(x, 0, 1, 2) for x in (query, out, *key, *value)]
@@ -367,13 +464,16 @@ def launch_arguments(
     units = [tuple(x // unit for x in strides_) for strides_ in dims]
     query_strides, out_strides, *source_units = units
     arguments = (
-        query, tuple(key), tuple(value), row_tables, index, count, bias, scales, shifts,
+        query, tuple(key), tuple(value), rows, index, count, value_index, bias, scales, shifts, weights,
         order, starts, out, lse,
         _encode(k.shape[1] for k in key), _encode(k.shape[0] for k in key),
+        None if value_index is None else _encode(v.shape[1] for v in value),
         tuple(_encode(x) for x in zip(*source_units[:S])), tuple(_encode(x) for x in zip(*source_units[S:])),
-        _source_strides(index, 0, 1), _source_strides(count, 0, 1), _source_strides(bias, 0),
-        _source_strides(scales, 0, 1), _source_strides(shifts, 0, 1),
-        N, H, classes, tiles_per_head, scale * LOG2E, with_rows, with_index, with_bias, with_scale, with_shift,
+        index_strides, count_strides, _value_index_strides(value_index, key), bias_strides,
+        scale_strides, shift_strides, weight_strides,
+        N, H, classes, tiles_per_head, tables.scale * LOG2E,
+        with_rows, with_index, with_bias, with_scale, with_shift,
+        with_value_index or None, with_weight or None, group_ends,
         *query_strides, *out_strides, *((0, 0, 0) if lse is None else strides(lse, 0, 1, 2)),
         *((0, 0) if order is None else (*strides(order, 0), *strides(starts, 0))),
     )  # fmt: skip

@@ -18,7 +18,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import attention, step_blend, subject_mask, token_maps
+from ..ops import AttentionTables
+from . import adain, attention, correspondence, merge, step_blend, subject_mask, token_maps
 
 ARCHITECTURES = (80, 90, 100)
 HEAD_DIMS = (40, 64, 80, 128, 160)
@@ -26,6 +27,7 @@ PROCESSES = 2
 
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 _TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.bool: "i1"}
+_TYPES |= {torch.int64: "i64", torch.uint8: "u8"}
 
 
 class Row(NamedTuple):
@@ -53,9 +55,10 @@ def rows() -> list[Row]:
     bf16 = torch.bfloat16
     jobs: list[tuple] = []
     for arch in ARCHITECTURES:
-        jobs += [(attention_row, arch, D, bf16, gather) for D in HEAD_DIMS for gather in (False, True)]
-        jobs += [(attention_row, arch, 64, dtype, True) for dtype in (torch.float16, torch.float32)]
-        jobs += [(attention_row, arch, 64, bf16, True, True)]
+        jobs += [(attention_row, arch, D, bf16, kind) for D in HEAD_DIMS for kind in ("dense", "gathered", "grouped")]
+        jobs += [(attention_row, arch, 64, dtype, "gathered") for dtype in (torch.float16, torch.float32)]
+        jobs += [(attention_row, arch, D, bf16, "gathered biased") for D in (40, 64)]
+        jobs += [(attention_row, arch, 64, bf16, "gathered warped")]
         jobs += [(small_rows, arch)]
     with ProcessPoolExecutor(PROCESSES) as pool:
         futures = [pool.submit(*job) for job in jobs]
@@ -63,21 +66,36 @@ def rows() -> list[Row]:
     return [row for x in found for row in (x if isinstance(x, list) else [x])]
 
 
-def attention_row(arch: int, head_dim: int, dtype: torch.dtype, gather: bool, biased: bool = False) -> Row:
-    """The attention kernel with 3 sources that have row tables and logit biases, dense or all gathered."""
+def attention_row(arch: int, head_dim: int, dtype: torch.dtype, features: str) -> Row:
+    """The attention kernel with 3 sources that have row tables and logit biases, and what `features` names."""
     B, N, H, S = 2, 4096, 8, 3
     like = torch.empty(B, N, H, head_dim, dtype=dtype, device="meta")
     lists = torch.empty(2, 2, N, dtype=torch.int32, device="meta")
     per_head = torch.empty(B, H, device="meta")
-    bias = torch.empty(B, N, device="meta")
-    none = [None] * S
-    arguments, constants, _ = attention.launch_arguments(
-        like, [like] * S, [like] * S, [lists[0, 0, :B]] * S,
-        [lists] * S if gather else none, [lists[:, :, 0]] * S if gather else none,
-        [bias] * S if biased else none, [per_head] * S if biased else none, [per_head] * S,
-        lists[0] if gather else None, lists[0] if gather else None, head_dim**-0.5, like, like[..., 0].float(), arch,
-    )  # fmt: skip
-    name = f"attention D{head_dim} {_TYPES[dtype]} {'gathered' if gather else 'dense'}{' biased' if biased else ''}"
+    per_token = torch.empty(B, N, device="meta")
+
+    def where(feature: str, x: Tensor) -> list[Tensor | None]:
+        return [x if feature in features else None] * S
+
+    gathered, grouped = "gathered" in features, "grouped" in features
+    tables = AttentionTables(
+        key=[like] * S,
+        value=[like] * S,
+        rows=[lists[0, 0, :B]] * S,
+        key_index=where("gathered", lists),
+        key_count=where("gathered", lists[:, :, 0]),
+        value_index=where("warped", lists[0]),
+        key_bias=where("biased", per_token),
+        logit_scale=where("biased", per_head),
+        logit_bias=[per_head] * S,
+        query_order=lists[0] if gathered else None,
+        class_start=lists[0] if gathered else None,
+        softmax_group=[0, 0, 1] if grouped else [0] * S,
+        weight=[per_token] * 2 if grouped else [None],
+        scale=head_dim**-0.5,
+    )
+    arguments, constants, _ = attention.launch_arguments(like, tables, like, like[..., 0].float(), arch)
+    name = f"attention D{head_dim} {_TYPES[dtype]} {features}"
     return measure(name, arch, attention.multi_source_attention_forward_kernel, arguments, constants)
 
 
@@ -94,13 +112,45 @@ def small_rows(arch: int) -> list[Row]:
         found.append(measure(f"token maps D{head_dim} bf16", arch, kernel, arguments, constants))
     layers = torch.empty(2, 20, 32, 32, device="meta")
     mask = torch.empty(2, 64, 64, dtype=torch.bool, device="meta")
-    for kernel, arguments, constants, _ in subject_mask.launch_arguments(layers, None, 3, mask):
+    for kernel, arguments, constants, _ in subject_mask.launch_arguments(layers, None, None, 3, mask)[0]:
         found.append(measure(kernel.fn.__name__.removesuffix("_kernel"), arch, kernel, arguments, constants))
     x = torch.empty(2, 4, 64, 64, dtype=torch.bfloat16, device="meta")
-    table = torch.empty(50, 2, 8, device="meta")
+    table = torch.empty(50, 2, 15, device="meta")
     step = torch.empty(1, dtype=torch.int32, device="meta")
-    arguments, constants, _ = step_blend.launch_arguments(x, [x] * 4, table, step, layers[:, 0], x, x, x)
+    none = [None] * 5
+    arguments, constants, _ = step_blend.launch_arguments(x, [x] * 4, table, step, 0, *none, x, None, None)
     found.append(measure("step_blend K4 bf16", arch, step_blend.step_blend_kernel, arguments, constants))
+    keep = torch.empty(2, dtype=torch.bool, device="meta")
+    twice, latents = torch.cat([x, x]), torch.empty(2, 1, 64, 64, device="meta")[:, 0]
+    arguments, constants, _ = step_blend.launch_arguments(
+        x, [x] * 6, table, step, 0, latents, x, x, x, keep, x, twice, x
+    )
+    found.append(measure("step_blend K6 bf16 full", arch, step_blend.step_blend_kernel, arguments, constants))
+    return found + companion_rows(arch)
+
+
+def companion_rows(arch: int) -> list[Row]:
+    """merge_attention_states, adain and correspondence; of launches of the same kernel the first."""
+    found = []
+    for parts in (3, 16):
+        x = torch.empty(2, 4096, 8, 160, dtype=torch.bfloat16, device="meta")
+        lse = torch.empty(2, 4096, 8, device="meta")
+        arguments, constants, _ = merge.launch_arguments([x] * parts, [lse] * parts, x, lse)
+        kernel = merge.merge_attention_states_kernel
+        found.append(measure(f"merge_attention_states K{parts} bf16", arch, kernel, arguments, constants))
+    latents = torch.empty(2, 4, 4096, dtype=torch.bfloat16, device="meta").mT[..., None]
+    chosen = torch.empty(2, 4096, dtype=torch.bool, device="meta")
+    for name, x in (("", torch.empty(2, 4096, 8, 40, dtype=torch.bfloat16, device="meta")), (" latents", latents)):
+        for kernel, arguments, constants, _ in adain.launch_arguments(x, x, chosen, chosen, 1e-5, x)[1:]:
+            found.append(
+                measure(f"{kernel.fn.__name__.removesuffix('_kernel')}{name}", arch, kernel, arguments, constants)
+            )
+    for dtype in (torch.bfloat16, torch.float32):
+        x = torch.empty(2, 4096, 320, dtype=dtype, device="meta")
+        index = torch.empty(2, 4096, dtype=torch.int64, device="meta")
+        for kernel, arguments, constants, _ in correspondence.launch_arguments(x, x, 64, 4, index, chosen)[::2]:
+            name = f"{kernel.fn.__name__.removesuffix('_kernel')} {_TYPES[dtype]}"
+            found.append(measure(name, arch, kernel, arguments, constants))
     return found
 
 

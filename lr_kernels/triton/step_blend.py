@@ -3,7 +3,6 @@
 The coefficients are a device table indexed by a device step counter, so a captured graph serves every step.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,82 +13,128 @@ _BLOCK = 1024
 """elements of a program: 16-byte accesses of 4 warps"""
 
 
-@triton.jit(do_not_specialize=["C", "steps", "blocks", "coefficient_step", "coefficient_b", "mask_b"])
+@triton.jit
+def _add(total, weight, x, start, i, plane):
+    """total + weight * x[start + i]. A tensor of weight 0 is not read (no branch: loads overlap); NaN where a tensor of
+    another weight is missing, since nothing here can raise."""
+    if x is None:
+        total += tl.where(weight != 0, float("nan"), 0.0)
+    else:
+        end = tl.where(weight != 0, plane, 0)
+        total += weight * tl.load(x + start + i, mask=i < end, other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit(
+    do_not_specialize=["row", "C", "steps", "blocks", "copy_size", "coefficient_step", "coefficient_b", "mask_b"]
+)
 def step_blend_kernel(
     sample, predictions,  # (B, C, plane), K x (B, C, plane)
-    coefficients, step,  # fp32 (steps, B or 1, K + 4): w_0 .. w_{K-1}, a, sigma, p, q; int32 (1,)
-    mask, background, noise,  # fp32 (B or 1, plane) or None, (B, C, plane) or None
-    out,  # (B, C, plane)
-    plane, C, steps, blocks, coefficient_step, coefficient_b, mask_b,
-    K: tl.constexpr, BLOCK: tl.constexpr,
+    coefficients, step, row,  # fp32 (steps, B or 1, K + 9): g_0 .. g_{K-1}, a, e, sigma, h, p, q, c, d, s; int32 (1,)
+    mask, background, noise, history,  # fp32 (B or 1, plane) or None, (B, C, plane) or None
+    keep_rows,  # bool (B,) or None
+    out, model_input, history_out,  # (B, C, plane), (copies, B, C, plane) or None, (B, C, plane) or None
+    plane, C, steps, blocks, copy_size, coefficient_step, coefficient_b, mask_b,
+    K: tl.constexpr, COPIES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     channel = (pid // blocks).to(tl.int64)
     b = channel // C
     i = pid % blocks * BLOCK + tl.arange(0, BLOCK)
     ok = i < plane
-    at = channel * plane + i
-    # A step outside the table gives NaN: it cannot raise without a synchronization
-    now = tl.load(step)
+    start = channel * plane
+    at = start + i
+    zero = tl.zeros([BLOCK], tl.float32)
+    lost = float("nan")
+    now = row
+    if step is not None:
+        now = tl.load(step)
+    # A step outside the table gives NaN
     known = (now >= 0) & (now < steps)
-    c = coefficients + now.to(tl.int64) * coefficient_step + b * coefficient_b
-    result = tl.zeros([BLOCK], tl.float32)
-    for k in tl.static_range(K):
-        w = tl.load(c + k, mask=known, other=float("nan"))
-        if w != 0:
-            result += w * tl.load(predictions[k] + at, mask=ok, other=0.0).to(tl.float32)
-    a = tl.load(c + K, mask=known, other=float("nan"))
-    if a != 0:
-        result += a * tl.load(sample + at, mask=ok, other=0.0).to(tl.float32)
-    if noise is not None:
-        sigma = tl.load(c + K + 1, mask=known, other=0.0)
-        if sigma != 0:
-            result += sigma * tl.load(noise + at, mask=ok, other=0.0).to(tl.float32)
-    if mask is not None:
-        p = tl.load(c + K + 2, mask=known, other=float("nan"))
-        kept = p * tl.load(background + at, mask=ok, other=0.0).to(tl.float32)
-        if noise is not None:
-            q = tl.load(c + K + 3, mask=known, other=0.0)
-            if q != 0:
-                kept += q * tl.load(noise + at, mask=ok, other=0.0).to(tl.float32)
-        m = tl.load(mask + b * mask_b + i, mask=ok, other=0.0)
-        mixed = m * result + (1.0 - m) * kept
-        result = tl.where(m == 1, result, tl.where(m == 0, kept, mixed))
+    g = coefficients + now.to(tl.int64) * coefficient_step + b * coefficient_b
+    c = g + K
+    live = 1
+    if keep_rows is not None:
+        live = 1 - tl.load(keep_rows + b).to(tl.int32)
+    result = zero
+    clean = zero
+    if live != 0:
+        a = tl.load(c, mask=known, other=lost)
+        e = tl.load(c + 1, mask=known, other=lost)
+        sigma = tl.load(c + 2, mask=known, other=lost)
+        h = tl.load(c + 3, mask=known, other=lost)
+        used = e != 0
+        if history_out is not None:
+            d = tl.load(c + 7, mask=known, other=lost)
+            used = used | (d != 0)
+        guided = zero
+        for k in tl.static_range(K):
+            weight = tl.where(used, tl.load(g + k, mask=known, other=lost), 0.0)
+            guided = _add(guided, weight, predictions[k], start, i, plane)
+        result = _add(result, a, sample, start, i, plane)
+        result = _add(result, sigma, noise, start, i, plane)
+        result = _add(result, h, history, start, i, plane)
+        result += tl.where(e == 0, 0.0, e * guided)
+        if history_out is not None:
+            clean = _add(clean, tl.load(c + 6, mask=known, other=lost), sample, start, i, plane)
+            clean += tl.where(d == 0, 0.0, d * guided)
+    if background is not None:
+        p = tl.load(c + 4, mask=known, other=lost)
+        q = tl.load(c + 5, mask=known, other=lost)
+        if mask is None:  # then only the rows to keep take it
+            p = tl.where(live != 0, 0.0, p)
+            q = tl.where(live != 0, 0.0, q)
+        kept = _add(_add(zero, p, background, start, i, plane), q, noise, start, i, plane)
+        m = zero + live
+        if mask is not None:
+            if live != 0:
+                m = tl.load(mask + b * mask_b + i, mask=ok, other=0.0)
+        result = tl.where(m == 1, result, tl.where(m == 0, kept, m * result + (1.0 - m) * kept))
     tl.store(out + at, result.to(out.dtype.element_ty), mask=ok)
+    if history_out is not None:
+        tl.store(history_out + at, clean.to(out.dtype.element_ty), mask=ok)
+    if model_input is not None:
+        scaled = (tl.load(c + 8, mask=known, other=lost) * result).to(out.dtype.element_ty)
+        for j in tl.static_range(COPIES):
+            tl.store(model_input + at + j * tl.cast(copy_size, tl.int64), scaled, mask=ok)
 
 
 def step_blend_triton(
-    sample: Tensor, predictions: list[Tensor], coefficients: Tensor, step: Tensor,
-    mask: Tensor | None, background: Tensor | None, noise: Tensor | None, out: Tensor,
+    sample: Tensor, predictions: list[Tensor], coefficients: Tensor, step: Tensor | None, row: int,
+    mask: Tensor | None, background: Tensor | None, noise: Tensor | None, history: Tensor | None,
+    keep_rows: Tensor | None, out: Tensor, model_input: Tensor | None, history_out: Tensor | None,
 ) -> None:  # fmt: skip
-    """Shapes as in the schema `step_blend` of lr_kernels/ops.py."""
+    """Shapes as in the schema `step_blend` of lr_kernels/ops.py; the outputs are contiguous."""
     # Early return for trivial cases
     if out.numel() == 0:
         return
-    dense = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
     arguments, constants, programs = launch_arguments(
-        sample, predictions, coefficients, step, mask, background, noise, dense
-    )
+        sample, predictions, coefficients, step, row, mask, background, noise, history, keep_rows,
+        out, model_input, history_out,
+    )  # fmt: skip
     grid = check_grid("step_blend", programs)
     with on_device(sample.device):
         step_blend_kernel[grid](*arguments, **constants)
-    if dense is not out:
-        out.copy_(dense)
 
 
 def launch_arguments(
-    sample: Tensor, predictions: list[Tensor], coefficients: Tensor, step: Tensor,
-    mask: Tensor | None, background: Tensor | None, noise: Tensor | None, out: Tensor,
+    sample: Tensor, predictions: list[Tensor], coefficients: Tensor, step: Tensor | None, row: int,
+    mask: Tensor | None, background: Tensor | None, noise: Tensor | None, history: Tensor | None,
+    keep_rows: Tensor | None, out: Tensor, model_input: Tensor | None, history_out: Tensor | None,
 ) -> tuple[tuple, dict, int]:  # fmt: skip
     """(positional arguments, constants and options, number of programs) of the kernel."""
     B, C, h, w = sample.shape
     blocks = triton.cdiv(h * w, _BLOCK)
     table = dense_last(coefficients)
-    weights = None if mask is None else mask.contiguous()
+    mask, background, noise, history, keep_rows = (
+        None if x is None else x.contiguous() for x in (mask, background, noise, history, keep_rows)
+    )
     arguments = (
-        sample.contiguous(), tuple(x.contiguous() for x in predictions), table, step, weights,
-        None if mask is None else background.contiguous(), None if noise is None else noise.contiguous(), out,
-        h * w, C, table.shape[0], blocks, *strides(table, 0, 1), 0 if weights is None else strides(weights, 0)[0],
+        sample.contiguous(), tuple(x.contiguous() for x in predictions), table, step, row,
+        mask, background, noise, history, keep_rows, out, model_input, history_out,
+        h * w, C, table.shape[0], blocks, out.numel(),
+        *strides(table, 0, 1), 0 if mask is None else strides(mask, 0)[0],
     )  # fmt: skip
-    constants = {"K": len(predictions), "BLOCK": _BLOCK, "num_warps": 4, "enable_fp_fusion": True}
+    copies = 0 if model_input is None else model_input.shape[0] // B
+    constants = {"K": len(predictions), "COPIES": copies, "BLOCK": _BLOCK, "num_warps": 4, "enable_fp_fusion": True}
     return arguments, constants, B * C * blocks

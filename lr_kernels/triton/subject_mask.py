@@ -1,6 +1,9 @@
 """subject_mask: foreground of a subject from its cross-attention maps, in three launches and without a host
-synchronization: layer mean and range; resize, smoothing and histogram; threshold.
+synchronization: layer mean and range; resize, smoothing and histogram; threshold. With a quantile, a sort of the
+smoothed map takes the place of the third.
 """
+
+import math
 
 import torch
 import triton
@@ -18,27 +21,26 @@ _INF = tl.constexpr(float("inf"))
 def subject_mask_mean_kernel(
     maps,  # (B, L, P), P = h * w
     mean, limits, counts,  # fp32 (B, P), fp32 (B, 2), int32 (B, BINS)
-    L, P, BLOCK: tl.constexpr, BINS: tl.constexpr,
+    L, P, weight, BLOCK: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
-    """Mean over layers, its smallest and largest value, and an empty histogram. A NaN makes both limits NaN."""
+    """Weighted sum over layers, its smallest and largest value, and an empty histogram. A NaN or Inf makes both limits
+    NaN. The weight, which min-max drops, keeps sum and range of the largest floats finite."""
     b = tl.program_id(0).to(tl.int64)
     low = tl.full([BLOCK], _INF, tl.float32)
     high = tl.full([BLOCK], -_INF, tl.float32)
-    nans = tl.zeros([BLOCK], tl.int32)
+    broken = tl.zeros([BLOCK], tl.int32)
     for start in range(0, P, BLOCK):
         i = start + tl.arange(0, BLOCK)
         ok = i < P
         x = tl.zeros([BLOCK], tl.float32)
         for layer in range(L):
-            x += tl.load(maps + (b * L + layer) * P + i, mask=ok, other=0.0).to(tl.float32)
-        x = x / L
+            x += weight * tl.load(maps + (b * L + layer) * P + i, mask=ok, other=0.0).to(tl.float32)
         tl.store(mean + b * P + i, x, mask=ok)
         low = tl.minimum(low, tl.where(ok, x, _INF))
         high = tl.maximum(high, tl.where(ok, x, -_INF))
-        nans += tl.where(x != x, 1, 0)
-    broken = tl.sum(nans, 0) > 0
-    tl.store(limits + b * 2, tl.where(broken, float("nan"), tl.min(low, 0)))
-    tl.store(limits + b * 2 + 1, tl.where(broken, float("nan"), tl.max(high, 0)))
+        broken += tl.where(tl.abs(x) < _INF, 0, 1)
+    tl.store(limits + b * 2, tl.where(tl.sum(broken, 0) > 0, float("nan"), tl.min(low, 0)))
+    tl.store(limits + b * 2 + 1, tl.where(tl.sum(broken, 0) > 0, float("nan"), tl.max(high, 0)))
     tl.store(counts + b * BINS + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
 
 
@@ -55,9 +57,9 @@ def subject_mask_smooth_kernel(
     mean, limits,  # fp32 (B, h, w), fp32 (B, 2)
     smooth, counts, out,  # fp32 (B, H, W), int32 (B, BINS), bool (B, H, W)
     h, w, H, W, blocks, smoothing, ratio_y, ratio_x, threshold, out_b, out_y, out_x,
-    OTSU: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr,
+    FIXED: tl.constexpr, OTSU: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
-    """Resize to (H, W) and mean over a square, edges repeated; then the histogram, or with OTSU False the mask."""
+    """Resize to (H, W) and mean over a square, edges repeated; then with FIXED the mask, with OTSU the histogram."""
     pid = tl.program_id(0)
     b = (pid // blocks).to(tl.int64)
     i = pid % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -66,6 +68,7 @@ def subject_mask_smooth_kernel(
     x = i % W
     low = tl.load(limits + b * 2)
     high = tl.load(limits + b * 2 + 1)
+    span = tl.where(high > low, high - low, 1.0)
     base = mean + b * h * w
     total = tl.zeros([BLOCK], tl.float32)
     for dy in range(smoothing):
@@ -76,16 +79,18 @@ def subject_mask_smooth_kernel(
             v01 = tl.load(base + y0 * w + x1, mask=ok, other=0.0) - low
             v10 = tl.load(base + y1 * w + x0, mask=ok, other=0.0) - low
             v11 = tl.load(base + y1 * w + x1, mask=ok, other=0.0) - low
-            total += (1.0 - fy) * ((1.0 - fx) * v00 + fx * v01) + fy * ((1.0 - fx) * v10 + fx * v11)
-    total = total / (smoothing * smoothing)
-    value = tl.where(high > low, total / (high - low), 0.0)
-    if OTSU:
+            above = v00 + fx * (v01 - v00)  # exact where both are equal, as a quantile needs
+            below = v10 + fx * (v11 - v10)
+            total += (above + fy * (below - above)) / span
+    value = tl.where(high > low, total / (smoothing * smoothing), 0.0)
+    if FIXED:
+        tl.store(out + b * out_b + y.to(tl.int64) * out_y + x.to(tl.int64) * out_x, value > threshold, mask=ok)
+    else:
         tl.store(smooth + b * H * W + i, value, mask=ok)
+    if OTSU:
         bins = tl.minimum(tl.maximum((value * BINS).to(tl.int32), 0), BINS - 1)
         found = tl.histogram(bins, BINS, mask=ok)
         tl.atomic_add(counts + b * BINS + tl.arange(0, BINS), found, mask=found > 0)
-    else:
-        tl.store(out + b * out_b + y.to(tl.int64) * out_y + x.to(tl.int64) * out_x, value > threshold, mask=ok)
 
 
 @triton.jit(do_not_specialize=["H", "W", "blocks", "out_b", "out_y", "out_x"])
@@ -114,39 +119,49 @@ def subject_mask_otsu_kernel(
     tl.store(at, value > level, mask=ok)
 
 
-def subject_mask_triton(maps: Tensor, threshold: float | None, smoothing: int, out: Tensor) -> None:
+def subject_mask_triton(
+    maps: Tensor, threshold: float | None, quantile: float | None, smoothing: int, out: Tensor
+) -> None:
     """Shapes as in the schema `subject_mask` of lr_kernels/ops.py."""
     # Early return for trivial cases
     if out.numel() == 0:
         return
-    launches = launch_arguments(maps, threshold, smoothing, out)
+    launches, smooth = launch_arguments(maps, threshold, quantile, smoothing, out)
     with on_device(maps.device):
         for kernel, arguments, constants, programs in launches:
             kernel[check_grid("subject_mask", programs)](*arguments, **constants)
+    if quantile is not None:
+        rank = math.floor(quantile * (smooth.shape[1] - 1))
+        level = smooth.sort(1).values[:, rank, None, None]
+        torch.gt(smooth.view(out.shape), level, out=out)
 
 
-def launch_arguments(maps: Tensor, threshold: float | None, smoothing: int, out: Tensor) -> list[tuple]:
-    """(kernel, positional arguments, constants and options, number of programs) of each launch."""
+def launch_arguments(
+    maps: Tensor, threshold: float | None, quantile: float | None, smoothing: int, out: Tensor
+) -> tuple[list[tuple], Tensor]:
+    """(kernel, positional arguments, constants and options, number of programs) of each launch, and the smoothed map
+    fp32 (B, H * W) that they leave."""
     B, L, h, w = maps.shape
     H, W = out.shape[1:]
-    otsu = threshold is None
+    fixed = threshold is not None
+    otsu = not fixed and quantile is None
     blocks = triton.cdiv(H * W, _BLOCK)
     mean = maps.new_empty((B, h * w), dtype=torch.float32)
     limits = maps.new_empty((B, 2), dtype=torch.float32)
     counts = maps.new_empty((B, _BINS), dtype=torch.int32)
-    smooth = maps.new_empty((B, H * W), dtype=torch.float32) if otsu else None
+    smooth = maps.new_empty((B, 0 if fixed else H * W), dtype=torch.float32)
     shape = {"BLOCK": _BLOCK, "BINS": _BINS, "num_warps": 4, "enable_fp_fusion": True}
-    level = 0.0 if otsu else float(threshold)
+    level = 0.0 if threshold is None else float(threshold)
     launches = [
-        (subject_mask_mean_kernel, (maps.contiguous(), mean, limits, counts, L, h * w), shape, B),
+        (subject_mask_mean_kernel, (maps.contiguous(), mean, limits, counts, L, h * w, 0.25 / L), shape, B),
         (
             subject_mask_smooth_kernel,
             (mean, limits, smooth, counts, out, h, w, H, W, blocks, smoothing, h / H, w / W, level, *out.stride()),
-            {**shape, "OTSU": otsu},
+            {**shape, "FIXED": fixed, "OTSU": otsu},
             B * blocks,
         ),
     ]
     if otsu:
         arguments = (smooth, counts, out, H, W, blocks, *out.stride())
         launches.append((subject_mask_otsu_kernel, arguments, shape, B * blocks))
-    return launches
+    return launches, smooth

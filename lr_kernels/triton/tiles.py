@@ -23,16 +23,22 @@ class Tile(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """One row of the table. The address registers of a gather and the bias of a pair decide which tile still fits."""
+    """One row of the table: BM, BN, warps, stages by kind of call. What takes registers decides which tile still fits:
+    address registers of a gather, the bias of a pair, the second accumulator of groups, the masks of a padded D."""
 
+    head_dim: int
+    """serves head dims up to this"""
     columns: tuple[int, int]
-    """D0, D1: serves head_dim up to their sum"""
+    """D0, D1"""
     dense: tuple[int, int, int, int]
-    """BM, BN, warps, stages where every source is dense"""
+    """where every source is dense"""
     gathered: tuple[int, int, int, int]
     """where a source has an index list"""
     biased: tuple[int, int, int, int]
-    """where the softmax needs one instruction more per pair: key_bias, logit_scale, a scale that is not positive"""
+    """where the softmax needs one instruction more per pair (key_bias, logit_scale, a scale that is not positive), or
+    values have indices of their own"""
+    grouped: tuple[int, int, int, int]
+    """with several softmax groups"""
 
 
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
@@ -40,37 +46,50 @@ SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_44
 
 INTERPRETER = 0
 
+_A = (128, 64, 4, 3)  # the tiles that most rows share
+_B = (128, 64, 8, 3)
+_C = (128, 32, 8, 3)
+_D = (64, 64, 8, 3)
+_E = (64, 32, 8, 3)
+_F = (32, 32, 8, 3)
 _MMA = (  # sm_80, 86, 89, 120: queries live in registers; two parts of D spill from 160 on, one part of 256 does not
-    Tiles((16, 0), (128, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 3)),
-    Tiles((32, 0), (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
-    Tiles((64, 0), (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
-    Tiles((64, 16), (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 3)),
-    Tiles((128, 0), (128, 32, 8, 3), (64, 64, 8, 3), (64, 64, 8, 3)),
-    Tiles((256, 0), (64, 32, 8, 2), (64, 32, 8, 3), (64, 32, 8, 2)),
+    Tiles(16, (16, 0), _A, _A, _B, _B),
+    Tiles(32, (32, 0), _B, _B, _B, _B),
+    Tiles(48, (32, 16), _B, _B, _C, _B),  # one part of 64, biased: 6 spills; value_index at 128 x 64: 2
+    Tiles(63, (64, 0), _B, _B, _C, _C),  # biased at 128 x 64: 6 spills
+    Tiles(64, (64, 0), _B, _B, _B, _B),
+    Tiles(79, (64, 16), (128, 64, 8, 2), _C, _C, _C),  # gathered at 128 x 64: 20 spills
+    Tiles(80, (64, 16), (128, 64, 8, 2), _B, _B, _C),
+    Tiles(128, (128, 0), _C, _D, _D, _D),
+    Tiles(256, (256, 0), (64, 32, 8, 2), _E, (64, 32, 8, 2), _F),
 )
 _HOPPER = (  # 4 warps of 128 x 64 leave room for 2 programs per SM up to D 64; above, 8 warps hide the latency
-    Tiles((16, 0), (128, 64, 4, 3), (128, 64, 4, 3), (128, 64, 4, 3)),
-    Tiles((32, 0), (128, 64, 4, 3), (128, 64, 4, 3), (128, 64, 4, 3)),
-    Tiles((32, 16), (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3)),  # 4 warps: 22 spills, in one part of 64: 16
-    Tiles((64, 0), (128, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 3)),  # biased, dense, 4 warps: 20 spills
-    Tiles((64, 16), (128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 3)),  # gathered at 128 x 128, 3 stages: 10 spills
-    Tiles((64, 32), (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
-    Tiles((128, 0), (128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 3)),  # gathered at 128 x 128: 16 spills
-    Tiles((128, 32), (128, 64, 8, 2), (128, 32, 8, 3), (128, 32, 8, 3)),  # gathered at 128 x 64, 3 stages: 6 spills
-    Tiles((128, 64), (128, 32, 8, 3), (128, 32, 8, 3), (128, 32, 8, 3)),
-    Tiles((256, 0), (128, 64, 8, 2), (128, 32, 8, 3), (64, 32, 8, 2)),
+    Tiles(16, (16, 0), _A, _A, _A, _B),
+    Tiles(32, (32, 0), _A, _A, _A, _B),
+    Tiles(48, (32, 16), _B, _B, _B, _B),  # 4 warps: 22 spills, in one part of 64: 16
+    Tiles(63, (64, 0), _B, _B, _B, _B),  # dense, 4 warps: 16 spills
+    Tiles(64, (64, 0), _A, _A, _B, _B),  # biased, dense, 4 warps: 20 spills
+    Tiles(80, (64, 16), (128, 128, 8, 2), _B, _B, _B),  # gathered at 128 x 128, 3 stages: 10 spills
+    Tiles(96, (64, 32), _B, _B, _B, _B),
+    Tiles(127, (128, 0), _B, _B, _B, _C),  # dense at 128 x 128: 44 spills
+    Tiles(128, (128, 0), (128, 128, 8, 2), _B, _B, _C),  # gathered at 128 x 128: 16 spills
+    Tiles(160, (128, 32), (128, 64, 8, 2), _C, _C, _D),  # gathered at 128 x 64, 3 stages: 6 spills
+    Tiles(192, (128, 64), _C, _C, _C, _F),  # groups at 64 x 32: 18 spills
+    Tiles(256, (128, 128), _C, _C, _C, (32, 64, 8, 3)),  # in one part: 12 spills
 )
 _BLACKWELL = (  # sm_100: tcgen05 keeps accumulators in tensor memory, the scores still pass through registers
-    Tiles((64, 0), (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
-    Tiles((64, 16), (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
-    Tiles((128, 0), (128, 64, 8, 3), (128, 32, 8, 3), (128, 32, 8, 3)),  # gathered at 128 x 64: 16 spills
-    Tiles((128, 32), (128, 32, 8, 3), (64, 32, 8, 2), (64, 32, 8, 2)),  # gathered at 128 x 32, 3 stages: 4 spills
-    Tiles((256, 0), (128, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
+    Tiles(64, (64, 0), _B, _B, _B, _B),
+    Tiles(80, (64, 16), _B, _B, _B, _C),
+    Tiles(128, (128, 0), _B, _C, _C, _D),  # gathered at 128 x 64: 16 spills
+    Tiles(159, (128, 32), (128, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), _E),  # dense, 3 stages: 18 spills
+    Tiles(160, (128, 32), _C, (64, 32, 8, 2), (64, 32, 8, 2), _E),  # gathered at 128 x 32, 3 stages: 4 spills
+    Tiles(192, (128, 64), _D, _E, _E, (32, 64, 8, 3)),
+    Tiles(256, (128, 128), _E, _E, _E, (32, 64, 8, 3)),  # in one part: 36 spills
 )
 _FLOAT32 = (  # exact fp32 products run on the FMA units and keep their operands in registers
-    Tiles((64, 0), (32, 16, 4, 2), (32, 16, 4, 2), (32, 16, 4, 2)),  # 32 x 32: 116 spills
-    Tiles((128, 0), (16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 8, 2)),
-    Tiles((256, 0), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+    Tiles(64, (64, 0), (32, 16, 4, 2), (32, 16, 4, 2), (32, 16, 4, 2), (32, 16, 4, 2)),  # 32 x 32: 116 spills
+    Tiles(128, (128, 0), (16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 8, 2)),
+    Tiles(256, (256, 0), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
 )
 
 
@@ -82,7 +101,7 @@ def split_head_dim(head_dim: int) -> tuple[int, int]:
 
 
 def attention_tile(arch: int, head_dim: int, dtype: torch.dtype, kind: str) -> Tile:
-    """The tile of an architecture (major * 10 + minor) for kind "dense", "gathered" or "biased"."""
+    """The tile of an architecture (major * 10 + minor) for a kind that `Tiles` names."""
     if arch == INTERPRETER:
         return Tile(64, 64, 4, 1, *split_head_dim(head_dim))
     if dtype == torch.float32:
@@ -91,5 +110,5 @@ def attention_tile(arch: int, head_dim: int, dtype: torch.dtype, kind: str) -> T
         table = _BLACKWELL
     else:
         table = _HOPPER if arch == 90 else _MMA
-    tiles = next(t for t in table if sum(t.columns) >= head_dim)
+    tiles = next(t for t in table if t.head_dim >= head_dim)
     return Tile(*getattr(tiles, kind), *tiles.columns)
