@@ -1,80 +1,91 @@
-"""`python -m benchmarks`: the attention layers of SD1.5 and SDXL against their peers; a table, and a CSV if asked."""
+"""`python -m benchmarks`: the kernels against their peers; one Markdown table, and a CSV if asked.
+
+Cases: attention (self-attention of a retouch step in the layers of SD1.5 and SDXL), backward (training through it),
+step_blend (one denoising step), sweep (time over tokens, visible share and sources, for the plot).
+"""
 
 import argparse
-import csv
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
-from . import attention, harness
+from . import attention, backward, harness, step_blend, sweep, table
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-def run(layers: list[attention.Layer], dtypes: list[str], repeats: int, naive: bool) -> list[dict[str, str]]:
-    """One row per layer, dtype, visibility and contender."""
-    rows = []
-    cases = [(layer, dtype, masked) for layer in layers for dtype in dtypes for masked in (False, True)]
-    for layer, dtype, masked in track(cases, description="measuring", transient=True):
-        problem = attention.problem(layer, DTYPES[dtype], masked, naive)
-        attention.check(problem)
-        results = harness.measure(problem.contenders, repeats)
-        ours = results["lr_kernels"]
-        for name, result in results.items():
-            rows.append(
-                {
-                    "layer": layer.id,
-                    "model": layer.model,
-                    "shape": f"{layer.tokens}x{layer.heads}x{layer.head_dim}",
-                    "dtype": dtype,
-                    "visible": "67%" if masked else "100%",
-                    "contender": name,
-                    "ms": f"{result.seconds * 1e3:.2f}",
-                    "gflops": f"{problem.flops / result.seconds * 1e-9:.1f}",
-                    "peak_mib": f"{result.peak_bytes / 2**20:.1f}",
-                    "ours_is_faster": f"{result.seconds / ours.seconds:.2f}",
-                }
-            )
-    return rows
+CASES = ("attention", "backward", "step_blend", "sweep")
+FLEX_LAYERS = ("sd32", "xl32")
+SMALL_LAYERS = ("sd32", "sd16", "xl32")
+SWEEP_REPEATS = 3
+"""Rounds of the sweep: its longest points take seconds a call."""
+ERROR_LIMIT = 1.5
+"""Times SDPA's error that ours may be."""
 
 
-def show(rows: list[dict[str, str]]) -> None:
-    columns = ["layer", "dtype", "visible", "contender", "ms", "gflops", "peak_mib", "ours_is_faster"]
-    table = Table(*columns, title=f"self-attention of a retouch step, {torch.get_num_threads()} CPU threads")
-    for row in rows:
-        faster = "" if row["contender"] == "lr_kernels" else row["ours_is_faster"] + "x"
-        table.add_row(*(row[c] for c in columns[:-1]), faster, style="bold" if not faster else None)
-    Console(width=110).print(table)
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    names = [layer.id for layer in attention.LAYERS]
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES, help="default: all")
+    parser.add_argument("--layers", nargs="+", choices=names, default=names, help="of attention and backward")
+    parser.add_argument("--dtypes", nargs="+", choices=list(harness.DTYPES), default=list(harness.DTYPES))
+    shares = list(attention.VISIBLE)
+    parser.add_argument("--visible", nargs="+", choices=shares, default=shares, help="of attention")
+    parser.add_argument("--repeats", type=int, default=7, help="rounds; the median is reported (default 7; sweep: 3)")
+    parser.add_argument("--threads", type=int, help="default: torch's")
+    parser.add_argument("--naive", action="store_true", help="also the explicit softmax, which stores all N x M scores")
+    parser.add_argument("--flex", action="store_true", help=f"also FlexAttention, in {', '.join(FLEX_LAYERS)}")
+    parser.add_argument("--flex-layers", nargs="+", choices=names, help="FlexAttention in these; it compiles slowly")
+    parser.add_argument("--scaling", action="store_true", help="also our kernel on one thread, with every key visible")
+    parser.add_argument("--quick", action="store_true", help="attention in the smaller layers and step_blend, 5 rounds")
+    parser.add_argument("--csv", type=Path, help="write the rows there, with machine, versions and commit")
+    parser.add_argument("--markdown", type=Path, help="write the table there instead of printing it")
+    options = parser.parse_args()
+    if options.quick:
+        options.cases, options.layers, options.repeats = ("attention", "step_blend"), SMALL_LAYERS, 5
+        options.visible = ["100%", "67%", "10%"]
+    if options.flex_layers is None:
+        options.flex_layers = FLEX_LAYERS if options.flex else ()
+    return options
+
+
+def groups(options: argparse.Namespace) -> list[tuple[Callable[[], list[harness.Problem]], int]]:
+    """Builders of problems that are measured together, with their rounds, in the order of the table."""
+    layers = [layer for layer in attention.LAYERS if layer.id in options.layers]
+    found = []
+    if "attention" in options.cases:
+        extra = dict(with_naive=options.naive, flex_layers=options.flex_layers, scaling=options.scaling)
+        found += attention.problems(layers, options.dtypes, options.visible, **extra)
+    if "backward" in options.cases:
+        found += backward.problems(layers)
+    if "step_blend" in options.cases:
+        found += step_blend.problems(options.dtypes)
+    rounds = [(build, options.repeats) for build in found]
+    if "sweep" in options.cases:
+        rounds += [(build, min(SWEEP_REPEATS, options.repeats)) for build in sweep.problems(options.dtypes)]
+    return rounds
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    names = [layer.id for layer in attention.LAYERS]
-    parser.add_argument("--layers", nargs="+", choices=names, default=names)
-    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
-    parser.add_argument("--repeats", type=int, default=7, help="rounds; the median is reported (default 7)")
-    parser.add_argument("--threads", type=int, help="default: torch's")
-    parser.add_argument("--naive", action="store_true", help="also the explicit softmax, which stores all N x M scores")
-    parser.add_argument("--quick", action="store_true", help="the three smaller layers, 5 rounds")
-    parser.add_argument("--csv", type=Path, help="write the rows there, with machine, versions and commit")
-    options = parser.parse_args()
+    options = arguments()
     if options.threads:
         torch.set_num_threads(options.threads)
-    if options.quick:
-        options.layers, options.repeats = ["sd32", "sd16", "xl32"], 5
-    layers = [layer for layer in attention.LAYERS if layer.id in options.layers]
-    rows = run(layers, options.dtypes, options.repeats, options.naive)
-    show(rows)
+    rows: list[dict[str, str]] = []
+    for build, repeats in track(groups(options), "measuring", transient=True, console=Console(stderr=True)):
+        rows += harness.measure(build(), repeats)
+    machine = harness.machine()
+    harness.finish(rows)
     if options.csv:
-        machine = harness.machine()
-        with options.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*rows[0], *machine])
-            writer.writeheader()
-            writer.writerows({**row, **machine} for row in rows)
-        print(f"wrote {options.csv}")
+        table.write_csv(options.csv, rows, machine)
+    text = table.markdown(rows, machine)
+    if options.markdown:
+        options.markdown.write_text(text + "\n")
+    else:
+        print(text)
+    over = [r for r in rows if r["contender"] == harness.OURS and float(r["error_vs_sdpa"] or 0) > ERROR_LIMIT]
+    if over:
+        names = ", ".join(f"{r['op']} {r['layer']} {r['dtype']} {r['visible']}" for r in over)
+        raise SystemExit(f"error more than {ERROR_LIMIT} times SDPA's: {names}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,80 @@
+"""One denoising step with two models and guidance, DDIM: step_blend against the lines that a user writes, as they are
+and compiled."""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from lr_kernels import reference, step_blend, step_coefficients
+
+from .harness import DTYPES, OURS, Contender, Problem, checked_error, relative_error
+
+SHAPES = {"SD1.5 64²": (2, 4, 64, 64), "SDXL 128²": (8, 4, 128, 128), "16 channels 256²": (8, 16, 256, 256)}
+GUIDANCE, WEIGHT = 7.5, 0.4
+LEVELS = torch.linspace(0.999, 0.005, 1000)
+TIMESTEPS = (600, 580)
+
+
+def by_hand(
+    sample: Tensor,
+    vanilla_uncond: Tensor,
+    vanilla_cond: Tensor,
+    personal_uncond: Tensor,
+    personal_cond: Tensor,
+    level: Tensor,
+    next_level: Tensor,
+) -> Tensor:
+    """Guidance of both models, their blend, and DDIM's step from ᾱ = level to next_level."""
+    vanilla = vanilla_uncond + GUIDANCE * (vanilla_cond - vanilla_uncond)
+    personal = personal_uncond + GUIDANCE * (personal_cond - personal_uncond)
+    noise = (1 - WEIGHT) * vanilla + WEIGHT * personal
+    clean = (sample - (1 - level) ** 0.5 * noise) / level**0.5
+    return next_level**0.5 * clean + (1 - next_level) ** 0.5 * noise
+
+
+def problems(dtypes: Sequence[str]) -> list[Callable[[], list[Problem]]]:
+    """One builder per shape and dtype."""
+    return [functools.partial(_build, model, shape, dtype) for model, shape in SHAPES.items() for dtype in dtypes]
+
+
+def _build(model: str, shape: tuple[int, ...], dtype: str) -> list[Problem]:
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(shape, generator=generator).to(DTYPES[dtype]) for _ in range(5)]
+    sample, predictions = tensors[0], tensors[1:]
+    now, after = (LEVELS[t] for t in TIMESTEPS)
+    table = step_coefficients(
+        LEVELS, TIMESTEPS, final_alpha_cumprod=1.0, guidance_scale=GUIDANCE, blend_weights=[WEIGHT, WEIGHT]
+    )
+    out = torch.empty_like(sample)
+    torch._dynamo.reset()
+    compiled = torch.compile(by_hand, dynamic=False, fullgraph=True)
+
+    def ours() -> None:  # into memory of the caller, as a sampling loop does
+        step_blend(sample, predictions, table, 0, out=out, backend="cpu")
+
+    doubles = [x.double() for x in tensors]
+    truth = reference.step_blend(doubles[0], doubles[1:], table, 0)
+    low = reference.step_blend(sample, predictions, table, 0)
+    checked_error("by_hand", by_hand(*(x.float() for x in tensors), now, after), low, truth)
+
+    def error(name: str, result: Tensor | None) -> float:
+        # In bf16 the lines round after every operation, at 7.5 times the size of the result: only their fp32 is checked
+        return checked_error(name, out, low, truth) if result is None else relative_error(result, truth)
+
+    problem = Problem(
+        op="step_blend",
+        layer="x".join(map(str, shape)),
+        model=model,
+        shape="x".join(map(str, shape)),
+        dtype=dtype,
+        flops=2.0 * len(tensors) * sample.numel(),
+        contenders={
+            OURS: Contender(ours),
+            "eager": Contender(lambda: by_hand(*tensors, now, after)),
+            "torch.compile": Contender(lambda: compiled(*tensors, now, after)),
+        },
+        error=error,
+    )
+    return [problem]

@@ -1,0 +1,72 @@
+"""What the benchmarks measure and write, on work of known size."""
+
+import csv
+import subprocess
+import sys
+
+import torch
+
+from benchmarks import harness, table
+from benchmarks.harness import OURS, Contender, NotRun, Problem
+
+
+def refuse():
+    raise NotRun("no such thing here")
+
+
+def problem(visible="100%", share=1.0):
+    contenders = {
+        OURS: Contender(lambda: None),
+        "peer": Contender(lambda: None, threads=1),
+        "absent": Contender(refuse),
+    }
+    return Problem(
+        "op", "layer", "model", "1x1", "fp32", 1e9, contenders, lambda *_: 0.5, visible, share, baseline="peer"
+    )
+
+
+def test_rows_table_and_csv(tmp_path):
+    rows = harness.measure([problem(), problem("50%", 0.5)], repeats=3)
+    machine = harness.machine()
+    harness.finish(rows)
+    ours, peer, absent = rows[:3]
+    assert float(ours["gflops"]) > 0 and float(ours["percent_of_peak"]) > 0 and ours["error_vs_sdpa"] == "1.00"
+    assert peer["threads"] == "1" and float(peer["ours_is_faster"]) > 0
+    assert absent["not_run"] == "no such thing here" and absent["ms"] == ""
+    assert ours["time_vs_share"] == "" and float(rows[3]["time_vs_share"]) > 0
+    text = table.markdown(rows, machine)
+    assert "absent: not run: no such thing here" in text and len(text.splitlines()) == 6
+    table.write_csv(tmp_path / "rows.csv", rows, machine)
+    with (tmp_path / "rows.csv").open() as file:
+        assert [r["contender"] for r in csv.DictReader(file)] == [OURS, "peer", "absent"] * 2
+
+
+def test_when_ours_does_not_run_the_peers_still_count():
+    alone = problem()
+    alone.contenders[OURS] = Contender(refuse)
+    rows = harness.measure([alone], repeats=1)
+    machine = harness.machine()
+    harness.finish(rows)
+    assert rows[1]["ours_is_faster"] == "" and float(rows[1]["ms"]) > 0
+    assert "not run: no such thing here, peer takes" in table.markdown(rows, machine)
+
+
+def test_peak_memory_leaves_out_the_result_and_counts_kept_scratch():
+    """In a fresh process; 64 MiB are needed for a while, 32 MiB are returned. The call before the measured ones, which
+    the harness makes too, brings torch's code into memory: megabytes that are none of the call's."""
+    code = (
+        "import torch\n"
+        "from benchmarks.harness import peak_memory\n"
+        "call = lambda: torch.ones(2**24).view(2, -1).sum(0)\n"
+        "call()\n"
+        "for _ in range(2):\n"
+        "    print(peak_memory(call))\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert all(60 << 20 < int(line) < 72 << 20 for line in run.stdout.split()), run.stdout
+
+
+def test_peak_is_that_of_the_threads():
+    threads = torch.get_num_threads()
+    assert harness.sample_peak("fp32", 1) > 1
+    assert torch.get_num_threads() == threads
