@@ -15,6 +15,7 @@
 
 #include "cpu/attention_block.h"
 #include "cpu/scratch.h"
+#include "cpu/transpose.h"
 #include "params.h"
 
 namespace lr::LR_ISA {
@@ -210,13 +211,13 @@ class Backward {
       x.delta[position] = delta;
       x.grad_lse[position] = grad_lse;  // apart from delta: dP and delta nearly cancel where one key has all the weight
     }
-    for (int s = 0; s < tile.slices; ++s)
-      for (int c = 0; c < d; ++c)
-        for (int lane = 0; lane < kSlice; ++lane) {
-          const int from = (s * kSlice + lane) * width + c, to = (s * d + c) * kSlice + lane;
-          x.query[to] = x.query_rows[from];
-          x.grad_out[to] = x.grad_out_rows[from];
-        }
+    for (int s = 0; s < tile.slices; ++s) {
+      auto rows_of = [&](const float* rows) {
+        return [=](int64_t lane) { return rows + (s * kSlice + lane) * width; };
+      };
+      rows_to_columns(rows_of(x.query_rows), kSlice, d, x.query + s * d * kSlice);
+      rows_to_columns(rows_of(x.grad_out_rows), kSlice, d, x.grad_out + s * d * kSlice);
+    }
   }
 
   // Rows of `base` for the keys of a block as fp32, zeros up to whole key tiles.
@@ -312,11 +313,10 @@ class Backward {
   }
 
   void store_grad_query(const QueryTile& tile, int64_t h, const Scratch& x) const {
-    for (int position = 0; position < tile.count; ++position) {
-      S* row = static_cast<S*>(g.grad_query) + ((tile.b * p.n + query_at(tile, position)) * p.h + h) * d;
-      const float* from = x.grad_query + position / kSlice * d * kSlice + position % kSlice;
-      for (int c = 0; c < d; ++c) from_float(from[c * kSlice], row[c]);
-    }
+    S* grad = static_cast<S*>(g.grad_query) + (tile.b * p.n * p.h + h) * d;
+    for (int s = 0; s < tile.slices; ++s)
+      columns_to_rows(x.grad_query + s * d * kSlice, kSlice, std::min(kSlice, tile.count - s * kSlice), d,
+                      [&](int64_t lane) { return grad + query_at(tile, s * kSlice + int(lane)) * p.h * d; });
   }
 };
 

@@ -16,6 +16,7 @@
 #include "cpu/attention_block.h"
 #include "cpu/attention_tiles.h"
 #include "cpu/scratch.h"
+#include "cpu/transpose.h"
 #include "params.h"
 
 namespace lr::LR_ISA {
@@ -57,6 +58,21 @@ LR_INLINE void pack_values(const S* even, [[maybe_unused]] const S* odd, int d, 
   } else {
     for (int c = 0; c < d; ++c) to[c] = even[c].bits;
   }
+}
+
+// Two channels that move as the bits of one float.
+struct Pair {
+  uint16_t bits[2];
+};
+LR_INLINE float to_float(const Pair& x) {
+  float bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+LR_INLINE Vec load_as_float(const Pair* p) {
+  Vec bits;
+  std::memcpy(&bits, p, sizeof(bits));
+  return bits;
 }
 
 // ---- one tile of queries ----
@@ -165,23 +181,21 @@ class Attention {
     return p.query_order ? p.query_order[tile.b * p.order_stride + i] : i;
   }
 
+  // Lanes past the end of the tile repeat its last query.
   void load_queries(const QueryTile& tile, int64_t h, int slice, const Slice<C>& s) const {
     const S* base = static_cast<const S*>(p.query) + tile.b * p.query_stride[0] + h * p.query_stride[2];
-    const int units = units_of<C>(d);
-    for (int lane = 0; lane < kSlice; ++lane) {
-      const int position = slice * kSlice + lane;
-      if (position >= tile.count) {
-        for (int u = 0; u < units; ++u) s.query[u * kSlice + lane] = 0;
-        continue;
-      }
-      const S* row = base + query_at(tile, position) * p.query_stride[1];
-      if constexpr (std::is_same_v<C, Fp32>) {
-        for (int c = 0; c < d; ++c) s.query[c * kSlice + lane] = to_float(row[c]);
-      } else {
-        for (int u = 0; u < d / 2; ++u) std::memcpy(&s.query[u * kSlice + lane], row + 2 * u, 4);
-        for (int u = d / 2; u < units; ++u) s.query[u * kSlice + lane] = 0;
-        if (d % 2) s.query[d / 2 * kSlice + lane] = row[d - 1].bits;
-      }
+    auto row = [&](int64_t lane) {
+      const int position = std::min(slice * kSlice + int(lane), tile.count - 1);
+      return base + query_at(tile, position) * p.query_stride[1];
+    };
+    if constexpr (std::is_same_v<C, Fp32>) {
+      rows_to_columns(row, kSlice, d, s.query);
+    } else {
+      rows_to_columns([&](int64_t lane) { return reinterpret_cast<const Pair*>(row(lane)); }, kSlice, d / 2,
+                      reinterpret_cast<float*>(s.query));
+      std::fill(s.query + d / 2 * kSlice, s.query + units_of<C>(d) * kSlice, 0);
+      if (d % 2)
+        for (int lane = 0; lane < kSlice; ++lane) s.query[d / 2 * kSlice + lane] = row(lane)[d - 1].bits;
     }
     if (p.softmax_groups > 1) std::fill_n(s.total, d * kSlice, 0.0f);
     start_group(s);
@@ -272,19 +286,18 @@ class Attention {
     const int lanes = std::min(kSlice, tile.count - slice * kSlice);
     const float* result = p.softmax_groups > 1 ? s.total : s.out;
     S* out = static_cast<S*>(p.out) + tile.b * p.out_stride[0] + h * p.out_stride[2];
+    auto row = [&](int64_t lane) { return out + query_at(tile, slice * kSlice + int(lane)) * p.out_stride[1]; };
+    columns_to_rows(result, kSlice, lanes, d, row);
+    if (!p.lse) return;
     for (int lane = 0; lane < lanes; ++lane) {
+      const double top = s.max[lane] == -FLT_MAX ? -FLT_MAX : s.max[lane] * kLn2;  // the clamp of load_block, undone
+      const double lse = s.sum[lane] == 0 ? -INFINITY : top + std::log(double(s.sum[lane]));
       const int64_t i = query_at(tile, slice * kSlice + lane);
-      S* row = out + i * p.out_stride[1];
-      for (int c = 0; c < d; ++c) from_float(result[c * kSlice + lane], row[c]);
-      if (p.lse) {
-        const double top = s.max[lane] == -FLT_MAX ? -FLT_MAX : s.max[lane] * kLn2;  // the clamp of load_block, undone
-        const double lse = s.sum[lane] == 0 ? -INFINITY : top + std::log(double(s.sum[lane]));
-        const int64_t at = tile.b * p.lse_stride[0] + i * p.lse_stride[1] + h * p.lse_stride[2];
-        if (p.lse_is_double)
-          static_cast<double*>(p.lse)[at] = lse;
-        else
-          static_cast<float*>(p.lse)[at] = static_cast<float>(lse);
-      }
+      const int64_t at = tile.b * p.lse_stride[0] + i * p.lse_stride[1] + h * p.lse_stride[2];
+      if (p.lse_is_double)
+        static_cast<double*>(p.lse)[at] = lse;
+      else
+        static_cast<float*>(p.lse)[at] = static_cast<float>(lse);
     }
   }
 };

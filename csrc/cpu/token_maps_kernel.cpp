@@ -4,7 +4,7 @@
 #include <cstdlib>
 #include <new>
 
-#include "cpu/simd_convert.h"
+#include "cpu/transpose.h"
 #include "params.h"
 
 namespace lr::LR_ISA {
@@ -39,83 +39,6 @@ class Scratch {
   float* data_;
   int64_t used_ = 0;
 };
-
-// Indices into the pair (first row, second row) that exchange the off-diagonal squares of side kStep. As data: built in
-// registers they cost more than the exchange.
-template <int kStep>
-struct Exchange {
-  alignas(sizeof(VecInt)) int32_t low[kLanes] = {};
-  alignas(sizeof(VecInt)) int32_t high[kLanes] = {};
-  constexpr Exchange() {
-    for (int i = 0; i < kLanes; ++i) {
-      low[i] = i & kStep ? kLanes + i - kStep : i;
-      high[i] = i & kStep ? kLanes + i : i + kStep;
-    }
-  }
-};
-
-// Swaps rows and columns of a square of kLanes rows in registers.
-template <int kStep = 1>
-LR_INLINE void transpose(Vec (&row)[kLanes]) {
-  if constexpr (kStep < kLanes) {
-    static constexpr Exchange<kStep> kExchange;
-    const VecInt low = *reinterpret_cast<const VecInt*>(kExchange.low);
-    const VecInt high = *reinterpret_cast<const VecInt*>(kExchange.high);
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) {
-      if (i & kStep) continue;
-      const Vec a = row[i], b = row[i + kStep];
-      row[i] = __builtin_shuffle(a, b, low);
-      row[i + kStep] = __builtin_shuffle(a, b, high);
-    }
-    transpose<2 * kStep>(row);
-  }
-}
-
-// Calls visit(first) for groups of kLanes channels that cover [0, d), the last one overlapping where d is no multiple.
-template <class F>
-LR_INLINE void channel_groups(int64_t d, F visit) {
-  for (int64_t first = 0; first < d; first += kLanes) visit(std::min(first, d - kLanes));
-}
-
-// Rows of queries [n, d] -> [d, kQueries]; lanes past n repeat the last query.
-template <class T>
-void gather_queries(const T* query, int64_t stride, int64_t n, int64_t d, float* out) {
-  const auto row = [&](int64_t i) { return query + std::min(i, n - 1) * stride; };
-  if (d < kLanes) {
-    for (int64_t i = 0; i < kQueries; ++i)
-      for (int64_t j = 0; j < d; ++j) out[j * kQueries + i] = to_float(row(i)[j]);
-    return;
-  }
-  for (int64_t lane = 0; lane < kQueries; lane += kLanes)
-    channel_groups(d, [&](int64_t first) {
-      Vec x[kLanes];
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) x[i] = load_as_float(row(lane + i) + first);
-      transpose(x);
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) store(out + (first + i) * kQueries + lane, x[i]);
-    });
-}
-
-// [d, kQueries] -> rows of n queries [n, d].
-template <class T>
-void scatter_queries(const float* in, int64_t n, int64_t d, T* out, int64_t stride) {
-  if (d < kLanes) {
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t j = 0; j < d; ++j) from_float(in[j * kQueries + i], out[i * stride + j]);
-    return;
-  }
-  for (int64_t lane = 0; lane < n; lane += kLanes)
-    channel_groups(d, [&](int64_t first) {
-      Vec x[kLanes];
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) x[i] = load(in + (first + i) * kQueries + lane);
-      transpose(x);
-      const int64_t rows = std::min<int64_t>(kLanes, n - lane);
-      for (int64_t i = 0; i < rows; ++i) store_from_float(out + (lane + i) * stride + first, x[i]);
-    });
-}
 
 // Keys or values of one head as floats: in place, or converted to [m, d].
 struct Rows {
@@ -279,8 +202,9 @@ void attend(const TokenMapsParams& p, Buffers& buffer, int64_t b, int64_t first,
     const Rows value = float_rows(head(p.value, p.value_stride), p.value_stride[1], p.m, p.d, buffer.value);
     for (int64_t start = 0; start < count; start += kQueries) {
       const int64_t n = std::min<int64_t>(kQueries, count - start);
-      gather_queries(head(p.query, p.query_stride) + (first + start) * p.query_stride[1], p.query_stride[1], n, p.d,
-                     buffer.query);
+      const T* query = head(p.query, p.query_stride) + (first + start) * p.query_stride[1];
+      rows_to_columns([&](int64_t i) { return query + std::min(i, n - 1) * p.query_stride[1]; }, kQueries, p.d,
+                      buffer.query);
 
       Vec most[2] = {set1(-INFINITY), set1(-INFINITY)}, inverse[2];
       score_keys<kTile>(key, p.m, buffer.query, p.d, sign, buffer.scores, most);
@@ -301,7 +225,8 @@ void attend(const TokenMapsParams& p, Buffers& buffer, int64_t b, int64_t first,
           store(o, load(o) * inverse[v]);
         }
       T* out = static_cast<T*>(p.out) + b * p.out_stride[0] + h * p.out_stride[2];
-      scatter_queries(buffer.out, n, p.d, out + (first + start) * p.out_stride[1], p.out_stride[1]);
+      columns_to_rows(buffer.out, kQueries, n, p.d,
+                      [&](int64_t i) { return out + (first + start + i) * p.out_stride[1]; });
     }
   }
   for (int64_t i = 0; i < count; ++i)
