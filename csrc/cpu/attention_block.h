@@ -147,13 +147,13 @@ void add_values(const typename C::Unit* values, int64_t value_stride, const type
 
 // ---- one block of keys for one slice of queries ----
 
-// A packed block: keys as rows of units, values as rows of units (a row holds kPack keys).
+// A packed block, of one source or several whose logits have one form: keys as rows of units, values as rows of units
+// (a row holds kPack keys).
 template <class C>
 struct Block {
   const char* keys;                // keys x units, padded with zeros to whole key tiles
-  const typename C::Unit* values;  // [keys / kPack, d], row after value_stride units; Bf16Tiles: transposed
+  const typename C::Unit* values;  // [keys / kPack, d]; Bf16Tiles: transposed
   const float* bias;               // [keys] key_bias + shift, padded with -inf to whole key tiles, log2 units
-  int64_t value_stride;
   int keys_count;
   bool biased;  // whether the logits need bias; else scale > 0 and shift are enough
   float scale;  // logit factor in log2 units
@@ -282,9 +282,9 @@ void attend_block(const Slice<C>& s, const Block<C>& block, int units, int d, ty
   // A channel tile that divides d leaves no remainder; 8 does for most head dims where kChannelTile does not.
   const int key_units = (block.keys_count + C::kPack - 1) / C::kPack;
   if (kChannelTile > 8 && d % kChannelTile != 0 && d % 8 == 0)
-    add_values<C, 8>(block.values, block.value_stride, p, key_units, d, s.out);
+    add_values<C, 8>(block.values, d, p, key_units, d, s.out);
   else
-    add_values<C, kChannelTile>(block.values, block.value_stride, p, key_units, d, s.out);
+    add_values<C, kChannelTile>(block.values, d, p, key_units, d, s.out);
 }
 
 }  // namespace

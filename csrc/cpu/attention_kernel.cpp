@@ -129,10 +129,24 @@ class Attention {
   void run(const QueryTile& tile, int64_t h, Scratch<C>& scratch) const {
     const int slices = (tile.count + kSlice - 1) / kSlice;
     for (int s = 0; s < slices; ++s) load_queries(tile, h, s, scratch.slices[s]);
+    KeyList list;
     bool first = true;
+    auto attend_list = [&] {
+      if (list.count == 0) return;
+      const Block<C> block = pack_block(list, scratch);
+      for (int s = 0; s < slices; ++s) {
+        if (block.biased)
+          attend_slice<true>(scratch, s, block, first);
+        else
+          attend_slice<false>(scratch, s, block, first);
+      }
+      list.count = 0;
+      first = false;
+    };
     for (int i = 0; i < p.sources; ++i) {
       const AttentionSource& source = p.source[i];
       if (i > 0 && source.softmax_group != p.source[i - 1].softmax_group) {
+        attend_list();
         for (int s = 0; s < slices; ++s) finish_group(tile, s, scratch, p.source[i - 1].softmax_group);
         first = true;
       }
@@ -144,18 +158,17 @@ class Attention {
         index = source.key_index + tile.query_class * source.index_stride[0] + row * source.index_stride[1];
         count = source.key_count[tile.query_class * source.count_stride[0] + row * source.count_stride[1]];
       }
-      for (int64_t k = 0; k < count; k += C::kBlock) {
-        const Block<C> block =
-            load_block(source, tile.b, h, row, index, k, int(std::min<int64_t>(C::kBlock, count - k)), scratch);
-        for (int s = 0; s < slices; ++s) {
-          if (block.biased)
-            attend_slice<true>(scratch, s, block, first);
-          else
-            attend_slice<false>(scratch, s, block, first);
-        }
-        first = false;
+      const Logits logits = logits_of(source, tile.b, h);
+      if (!(logits == list.logits)) attend_list();
+      list.logits = logits;
+      for (int64_t k = 0; k < count;) {
+        const int n = int(std::min<int64_t>(C::kBlock - list.count, count - k));
+        append_keys(source, tile.b, h, row, index, k, n, list, scratch.bias);
+        k += n;
+        if (list.count == C::kBlock) attend_list();
       }
     }
+    attend_list();
     for (int s = 0; s < slices; ++s) {
       finish_group(tile, s, scratch, p.softmax_groups - 1);
       store_out(tile, h, s, scratch.slices[s]);
@@ -207,55 +220,75 @@ class Attention {
     std::fill_n(s.sum, kSlice, 0.0f);
   }
 
-  // Keys k .. k + count of a source's row, for head h, packed: rows that lie a large power of two apart would meet in a
-  // few sets of the L1 cache.
-  Block<C> load_block(const AttentionSource& source, int64_t b, int64_t h, int64_t row, const int32_t* index, int64_t k,
-                      int count, Scratch<C>& scratch) const {
-    const S* keys = static_cast<const S*>(source.key) + row * source.key_stride[0] + h * source.key_stride[2];
-    const S* values = static_cast<const S*>(source.value) + row * source.value_stride[0] + h * source.value_stride[2];
-    auto token = [&](int i) { return index ? int64_t(index[k + i]) : k + i; };
-    auto key_row = [&](int i) { return keys + token(i) * source.key_stride[1]; };
-    const int32_t* moved = source.value_index;
-    if (moved) moved += row * source.value_index_stride[0] + b * source.value_index_stride[1];
-    auto value_row = [&](int i) { return values + (moved ? moved[token(i)] : token(i)) * source.value_stride[1]; };
-    const int units = scratch.units;
-    Block<C> block{};
-    block.keys_count = count;
-
-    for (int i = 0; i < count; ++i) pack_row<S, C>(key_row(i), d, scratch.keys + int64_t(i) * units);
-    std::fill_n(scratch.keys + int64_t(count) * units, (round_up(count, C::kKeys) - count) * units, 0);
-    block.keys = reinterpret_cast<const char*>(scratch.keys);
-#if defined(__AMX_BF16__)
-    if constexpr (std::is_same_v<C, Bf16Tiles>) {
-      for (int i = 0; i < count; i += C::kKeys)
-        transpose_values([&](int j) { return reinterpret_cast<const uint16_t*>(value_row(i + j)); },
-                         std::min(count - i, C::kKeys), d, scratch.values + i / 2);
-      block.values = scratch.values;
+  // How the scores of a source become logits, in log2 units: score · scale + shift, or + the key's own bias.
+  struct Logits {
+    float scale, shift;
+    bool biased;
+    bool operator==(const Logits& other) const {
+      return scale == other.scale && biased == other.biased && (biased || shift == other.shift);
     }
-#endif
-    if (!block.values) {
-      for (int i = 0; i < count; i += C::kPack)
-        pack_values<S, C>(value_row(i), i + 1 < count ? value_row(i + 1) : nullptr, d,
-                          scratch.values + int64_t(i / C::kPack) * d);
-      block.values = scratch.values;
-      block.value_stride = d;
-    }
+  };
 
+  Logits logits_of(const AttentionSource& source, int64_t b, int64_t h) const {
     auto per_head = [&](const float* x, const int64_t (&stride)[2], float otherwise) {
       return x ? x[b * stride[0] + h * stride[1]] : otherwise;
     };
-    block.scale = p.scale * per_head(source.logit_scale, source.logit_scale_stride, 1.0f) * kLog2E;
-    block.shift = per_head(source.logit_bias, source.logit_bias_stride, 0.0f) * kLog2E;
-    block.biased =
-        source.key_bias || !(block.scale > 0);  // the lazy form needs a positive factor: max and factor commute
-    block.bias = scratch.bias;
+    const float scale = p.scale * per_head(source.logit_scale, source.logit_scale_stride, 1.0f) * kLog2E;
+    const float shift = per_head(source.logit_bias, source.logit_bias_stride, 0.0f) * kLog2E;
+    return {scale, shift, source.key_bias || !(scale > 0)};  // unbiased: max and the factor commute
+  }
+
+  // The keys of the next block: short sources share one.
+  struct KeyList {
+    const S *key[C::kBlock], *value[C::kBlock];
+    Logits logits{};
+    int count = 0;
+  };
+
+  // Appends keys k .. k + n of a source's row, for head h.
+  void append_keys(const AttentionSource& source, int64_t b, int64_t h, int64_t row, const int32_t* index, int64_t k,
+                   int n, KeyList& list, float* biases) const {
+    const S* keys = static_cast<const S*>(source.key) + row * source.key_stride[0] + h * source.key_stride[2];
+    const S* values = static_cast<const S*>(source.value) + row * source.value_stride[0] + h * source.value_stride[2];
+    const int32_t* moved = source.value_index;
+    if (moved) moved += row * source.value_index_stride[0] + b * source.value_index_stride[1];
     const float* bias = source.key_bias ? source.key_bias + row * source.bias_stride : nullptr;
-    for (int i = 0; i < C::kBlock + C::kKeys; ++i) {
-      const float x = i >= count ? -INFINITY : bias ? bias[token(i)] : 0.0f;
+    for (int64_t i = k; i < k + n; ++i, ++list.count) {
+      const int64_t token = index ? index[i] : i;
+      list.key[list.count] = keys + token * source.key_stride[1];
+      list.value[list.count] = values + (moved ? moved[token] : token) * source.value_stride[1];
+      const float x = bias ? bias[token] : 0.0f;
       // finfo.min, times log2(e), would become -inf and hide a key that only has a low weight
-      scratch.bias[i] = x > -INFINITY ? std::max(x * kLog2E + block.shift, -FLT_MAX) : x;
+      biases[list.count] = x > -INFINITY ? std::max(x * kLog2E + list.logits.shift, -FLT_MAX) : x;
     }
-    return block;
+  }
+
+  // The listed keys and values, packed: rows that lie a large power of two apart would meet in a few sets of the L1
+  // cache.
+  Block<C> pack_block(const KeyList& list, Scratch<C>& scratch) const {
+    const int count = list.count, units = scratch.units;
+    for (int i = 0; i < count; ++i) pack_row<S, C>(list.key[i], d, scratch.keys + int64_t(i) * units);
+    std::fill_n(scratch.keys + int64_t(count) * units, (round_up(count, C::kKeys) - count) * units, 0);
+    std::fill(scratch.bias + count, scratch.bias + C::kBlock + C::kKeys, -INFINITY);
+#if defined(__AMX_BF16__)
+    if constexpr (std::is_same_v<C, Bf16Tiles>) {
+      for (int i = 0; i < count; i += C::kKeys)
+        transpose_values([&](int j) { return reinterpret_cast<const uint16_t*>(list.value[i + j]); },
+                         std::min(count - i, C::kKeys), d, scratch.values + i / 2);
+    }
+#endif
+    if constexpr (!std::is_same_v<C, Bf16Tiles>) {
+      for (int i = 0; i < count; i += C::kPack)
+        pack_values<S, C>(list.value[i], i + 1 < count ? list.value[i + 1] : nullptr, d,
+                          scratch.values + int64_t(i / C::kPack) * d);
+    }
+    return {reinterpret_cast<const char*>(scratch.keys),
+            scratch.values,
+            scratch.bias,
+            count,
+            list.logits.biased,
+            list.logits.scale,
+            list.logits.shift};
   }
 
   // Divides by the sum and multiplies by the group's weight; where several groups are added, into total.
