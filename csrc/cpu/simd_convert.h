@@ -60,9 +60,13 @@ LR_INLINE void store_from_float(float* p, Vec x) {
 
 template <bool kStream = false>
 LR_INLINE void store_from_float(BFloat16* p, Vec x) {  // to nearest even; NaN stays NaN
+#if defined(__AVX512BF16__)
+  put<kStream>(p, (__m256i)_mm512_cvtneps_pbh(x));  // subnormal numbers become 0
+#else
   const VecBits u = (VecBits)x;
   const VecBits rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
   put<kStream>(p, __builtin_convertvector(x == x ? rounded : VecBits{} + 0x7fc0, VecHalf));
+#endif
 }
 
 template <bool kStream = false>
