@@ -45,8 +45,9 @@ def multi_source_attention(
         out (B, N, H, D) in the query's dtype, or (out, lse). A query that sees no key gets out 0, lse -inf.
         CPU scratch: per thread at most 1 MiB, whatever N and M.
 
-    Gradients: of query, key, value and key_bias on "cpu" (P is computed again from the lse: no N x M memory; gradients
-        of keys and values are summed in fp32 buffers of their shapes), of every floating argument on "reference".
+    Gradients: of query, key, value and key_bias on "cpu" and, without value_index, "triton" (P is computed again from
+        the lse: no N x M memory; gradients of keys and values are summed in fp32 buffers of their shapes, in the same
+        order every time); of every floating argument on "reference".
 
     Raises:
         ValueError, TypeError: an argument that does not fit, named with its source: `key[2]: expected …, got …`.
@@ -140,15 +141,14 @@ def _per_query(x: float | Tensor | None, query: Tensor) -> Tensor | None:
 def _lacking(sources: Sequence[Source], gradients: bool) -> dict[str, list[str]]:
     """What each kernel backend lacks of this call; the reference implements all."""
     cpu, triton = [], []
-    for i, source in enumerate(sources):
-        if gradients:
-            for name in ("logit_scale", "logit_bias", "weight"):
-                x = getattr(source, name)
-                if isinstance(x, Tensor) and x.requires_grad:
-                    cpu.append(f"gradients of {name}[{i}]")
-    if gradients:
-        triton.append("gradients")
-    return {"cpu": cpu, "triton": triton}
+    for i, source in enumerate(sources if gradients else ()):
+        for name in ("logit_scale", "logit_bias", "weight"):
+            x = getattr(source, name)
+            if isinstance(x, Tensor) and x.requires_grad:
+                cpu.append(f"gradients of {name}[{i}]")
+        if source.value_index is not None:
+            triton.append(f"gradients through value_index[{i}]")
+    return {"cpu": cpu, "triton": [*cpu, *triton]}
 
 
 def _requires_grad(source: Source) -> bool:

@@ -17,7 +17,6 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _OPERATORS_WITH_CUDA: frozenset[str] = frozenset()
-_OPERATORS_WITHOUT_TRITON = frozenset({"multi_source_attention_backward"})
 
 
 def interpreted() -> bool:
@@ -33,8 +32,6 @@ def unavailable(backend: str, op: str, device_type: str | None = None) -> str | 
                 return ops.extension_error
             return "runs on cpu tensors only" if device_type not in (None, "cpu") else None
         case "triton":
-            if op in _OPERATORS_WITHOUT_TRITON:
-                return f"{op} has no Triton kernel"
             if not _HAS_TRITON:
                 return "the package triton is not installed"
             if device_type == "cuda" or (interpreted() and device_type in (None, "cpu")):

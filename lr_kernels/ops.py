@@ -93,16 +93,18 @@ class AttentionTables(NamedTuple):
 
 def attention_op(backend: str) -> Callable[..., None]:
     """multi_source_attention of a kernel backend."""
-    if backend == "triton":
-        from . import triton  # noqa: F401  (registers the Triton implementations)
-
-        return torch.ops.lr_kernels.multi_source_attention_triton
-    return torch.ops.lr_kernels.multi_source_attention_cpu
+    return _kernel("multi_source_attention", backend)
 
 
 def attention_backward_op(backend: str) -> Callable[..., None]:
-    """multi_source_attention_backward of a kernel backend that has it."""
-    return torch.ops.lr_kernels.multi_source_attention_backward_cpu
+    """multi_source_attention_backward of a kernel backend."""
+    return _kernel("multi_source_attention_backward", backend)
+
+
+def _kernel(operator: str, backend: str) -> Callable[..., None]:
+    if backend == "triton":
+        from . import triton  # noqa: F401  (registers the Triton implementations)
+    return getattr(torch.ops.lr_kernels, f"{operator}_{backend}")
 
 
 def _load_extension(folder: Path) -> str | None:

@@ -67,7 +67,7 @@ def plan_attention(
                 fail("plan_attention", "query_classes", "integers from 0 to 255", c)
         classes = classes or [0]  # no queries at all
         query_order, class_start = _order_queries(query_groups, classes)
-    lists = [_visible_lists(mask, groups, classes) for mask, groups in zip(key_masks, key_groups)]
+    lists = [visible_lists(mask, groups, classes) for mask, groups in zip(key_masks, key_groups)]
     return AttentionPlan(
         tuple(key_masks),
         tuple(key_groups),
@@ -116,7 +116,7 @@ def _order_queries(query_groups: Tensor, classes: Sequence[int]) -> tuple[Tensor
     return order.int(), start.int()
 
 
-def _visible_lists(
+def visible_lists(
     mask: Tensor | None, groups: Tensor | None, classes: Sequence[int]
 ) -> tuple[Tensor | None, Tensor | None]:
     """key_index (C or 1, R or 1, M) and key_count (C or 1, R or 1) of one source; None where all keys are seen."""

@@ -204,8 +204,23 @@ def assert_lse_matches(lse: Tensor, lowp: Tensor, ref64: Tensor, dtype: torch.dt
         assert error <= 2 * (allowed + torch.finfo(dtype).eps * scale_of_lse), f"lse: error {error:.3e}"
 
 
-def check_attention_backward(run: Callable[..., Tensor], inputs: AttentionInputs, seed: int = 0, **kwargs) -> None:
-    """Compare the gradients of run(query, sources, query_groups=…, return_lse=…) with the reference's formula.
+def check_attention_backward(run: Callable[..., Tensor], *problems: AttentionInputs, **kwargs) -> None:
+    """Compare the gradients of run(query, sources, query_groups=…, return_lse=…) with the reference's formula, those of
+    all problems (of one case) and all sources of one kind together: the largest error of few elements is mostly luck.
+    """
+    found: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    for seed, inputs in enumerate(problems):
+        for kind, *tensors in _gradients(run, inputs, seed, kwargs):
+            found.setdefault(kind, []).append(tuple(x.flatten() for x in tensors))
+    for kind, parts in found.items():
+        ours, lowp, ref64 = (torch.cat(column) for column in zip(*parts))
+        assert_matches(ours, lowp, ref64, f"grad_{kind}", problems[0].query.dtype)
+
+
+def _gradients(
+    run: Callable[..., Tensor], inputs: AttentionInputs, seed: int, kwargs: dict
+) -> list[tuple[str, Tensor, Tensor, Tensor]]:
+    """(kind of tensor, its gradient by run, by the formula in the working dtype, by the formula in float64) of each.
 
     In the working dtype the formula starts from the same rounded out as the kernel: where few keys carry all the
     weight, dP and <grad_out, out> cancel, and the rounding of out is what remains.
@@ -216,7 +231,7 @@ def check_attention_backward(run: Callable[..., Tensor], inputs: AttentionInputs
     g = torch.Generator().manual_seed(seed)
     grad_out = torch.randn(inputs.query.shape, generator=g).to(inputs.query)
     grad_lse = torch.randn(inputs.query.shape[:3], generator=g).to(grad_out.device) if one_group else None
-    kwargs["query_groups"] = inputs.query_groups
+    kwargs = {**kwargs, "query_groups": inputs.query_groups}
 
     def expected(x: AttentionInputs, out: Tensor | None = None) -> list[Tensor]:
         lse = None if grad_lse is None else grad_lse.to(torch.promote_types(x.query.dtype, torch.float32))
@@ -237,16 +252,8 @@ def check_attention_backward(run: Callable[..., Tensor], inputs: AttentionInputs
         grads = torch.autograd.grad((result[0], result[1][seen]), leaves, (grad_out, grad_lse[seen]))
     else:
         grads = torch.autograd.grad(result, leaves, grad_out)
-    # one comparison per kind of tensor, all sources together: the largest error of few elements is mostly luck
-    kinds = ["query", *(k for s in sources for k in ("key", "value", "key_bias") if getattr(s, k) is not None)]
-    low = expected(inputs, result[0].detach() if one_group else None)
-    exact = expected(inputs.to(torch.float64))
-    assert len(grads) == len(low) == len(exact) == len(kinds)
-    for kind in sorted(set(kinds)):
-        ours, lowp, ref64 = (
-            torch.cat([x.flatten() for name, x in zip(kinds, tensors) if name == kind])
-            for tensors in (grads, low, exact)
-        )
-        assert_matches(ours, lowp, ref64, f"grad_{kind}", inputs.query.dtype)
     for leaf_, grad in zip(leaves, grads):
         assert grad.shape == leaf_.shape and grad.dtype == leaf_.dtype
+    kinds = ["query", *(k for s in sources for k in ("key", "value", "key_bias") if getattr(s, k) is not None)]
+    low = expected(inputs, result[0].detach() if one_group else None)
+    return list(zip(kinds, grads, low, expected(inputs.to(torch.float64)), strict=True))

@@ -232,6 +232,21 @@ def test_12_live_nan_reaches_only_queries_that_see_it(dtype, where, poison):
     assert truth.isfinite().any() and (poison != math.nan or not truth.isfinite().all())
 
 
+@pytest.mark.parametrize("keys", [1, 31, 200])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_12_an_infinite_query_meets_no_padding(dtype, biased, keys):
+    """All its logits are -inf: it sees nothing. Against the zeros of a padded block it would get NaN."""
+    query = torch.ones(1, 40, 1, 1, dtype=dtype)
+    query[0, 3] = math.inf
+    source = Source(torch.full((1, keys, 1, 1), -1.0, dtype=dtype), torch.ones(1, keys, 1, 1, dtype=dtype))
+    if biased:
+        source = source._replace(key_bias=torch.zeros(1, keys))
+    out, lse = on("cpu")(query, [source], return_lse=True)
+    assert out[0, 3] == 0 and lse[0, 3] == -math.inf
+    assert (out[0, :3] == 1).all() and (out[0, 4:] == 1).all() and lse[0, 4:].isfinite().all()
+
+
 @pytest.mark.parametrize("head_dim", [16, 37])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_13_garbage_past_the_tail_is_not_read(dtype, head_dim):

@@ -26,7 +26,7 @@ constexpr int kKeyTile = 8, kChannelTile = 8;
 // to whole tiles; a block has kBlock keys.
 struct Fp32 {
   using Unit = float;
-  static constexpr int kPack = 1, kUnits = 1, kKeys = kKeyTile, kChannels = 1, kBlock = 192;
+  static constexpr int kPack = 1, kUnits = 1, kKeys = kKeyTile, kChannels = 1, kBlock = 96;
 };
 struct Bf16Pairs {
   using Unit = uint32_t;
@@ -194,7 +194,8 @@ LR_INLINE void tile_logits(const Block<C>& block, int tile, const typename C::Un
       x[i][0] = x[i][0] * block.scale + bias;
       x[i][1] = x[i][1] * block.scale + bias;
     }
-  } else if (partial) {
+  }
+  if (partial) {  // here and not by a bias of -inf: an infinite query times the zeros of the padding is NaN
 #pragma GCC unroll 16
     for (int i = 0; i < kKeyTile; ++i)
       if (i >= rest) x[i][0] = x[i][1] = set1(-INFINITY);
@@ -239,16 +240,19 @@ void attend_block(const Slice<C>& s, const Block<C>& block, int units, int d, ty
       tile_logits<C, kBiased>(block, t, s.query, units, x);
       typename C::Unit* row = p + t * (kKeyTile / C::kPack) * kSlice;
       if constexpr (std::is_same_v<C, Fp32>) {
+        Vec part0 = Vec{}, part1 = Vec{};  // a sum of sums: less rounding than one chain over the block
 #pragma GCC unroll 16
         for (int i = 0; i < kKeyTile; ++i) {
           top0 = max(top0, x[i][0]);
           top1 = max(top1, x[i][1]);
           const Vec e0 = exp2<6>(x[i][0] * scale + z0), e1 = exp2<6>(x[i][1] * scale + z1);
-          sum0 += e0;
-          sum1 += e1;
+          part0 += e0;
+          part1 += e1;
           store(row + i * kSlice, e0);
           store(row + i * kSlice + kLanes, e1);
         }
+        sum0 += part0;
+        sum1 += part1;
       } else {
 #if LR_HAS_BF16_DOT
 #pragma GCC unroll 16

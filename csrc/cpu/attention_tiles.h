@@ -168,6 +168,9 @@ class TileBlock {
     _tile_stored(1, to + kTileRow, kSlice * 4);
     _tile_stored(2, to + kTileRow * kSlice, kSlice * 4);
     _tile_stored(3, to + kTileRow * kSlice + kTileRow, kSlice * 4);
+    // past the last key: an infinite query times the zeros of the padding is NaN, which no bias of -inf would hide
+    const int first = std::clamp(block_.keys_count - g * kGroup, 0, kGroup);
+    std::fill(to + first * kSlice, to + kGroup * kSlice, 0.0f);
   }
 
   // out += weighted values of the previous span for 16-channel tiles t and, where it exists, t + 1: transposed values

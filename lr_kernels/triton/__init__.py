@@ -5,6 +5,7 @@ import torch
 from ..backends import interpreted
 from .adain import adain_triton
 from .attention import multi_source_attention_triton
+from .attention_backward import multi_source_attention_backward_triton
 from .correspondence import correspondence_triton
 from .merge import merge_attention_states_triton
 from .step_blend import step_blend_triton
@@ -15,6 +16,7 @@ _library = torch.library.Library("lr_kernels", "IMPL")
 
 for _launcher in (
     multi_source_attention_triton,
+    multi_source_attention_backward_triton,
     attention_with_token_maps_triton,
     subject_mask_triton,
     step_blend_triton,

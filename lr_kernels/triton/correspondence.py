@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention import dot_precision
 from .launch import INTERPRETED, check_grid, on_device, strides
+from .sources import dot_precision
 
 _INF = tl.constexpr(float("inf"))
 _PROGRAMS = 264

@@ -93,6 +93,22 @@ _FLOAT32 = (  # exact fp32 products run on the FMA units and keep their operands
 )
 
 
+_BACKWARD = (  # head dims up to, BM (queries), BN (keys), warps, stages: of the query kernel, of the source kernel
+    (64, (64, 64, 8, 2), (64, 64, 8, 2)),
+    (128, (64, 32, 8, 2), (32, 64, 8, 2)),
+    (256, (32, 32, 8, 1), (32, 32, 8, 1)),
+)
+
+
+def backward_tile(arch: int, head_dim: int, dtype: torch.dtype, kernel: str) -> Tile:
+    """The tile of the backward kernels, "query" or "source"."""
+    columns = split_head_dim(head_dim)
+    if arch == INTERPRETER:
+        return Tile(32, 32, 4, 1, *columns)
+    row = next(t for t in _BACKWARD if t[0] >= head_dim)
+    return Tile(*row[1 if kernel == "query" else 2], *columns)
+
+
 def split_head_dim(head_dim: int) -> tuple[int, int]:
     """(D0, D1): the next power of two, from 65 on two of them where that is less work (80 = 64 + 16 instead of 128)."""
     whole = max(16, 1 << (head_dim - 1).bit_length())

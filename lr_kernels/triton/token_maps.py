@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention import LOG2E, dot_precision, load_tile
 from .launch import INTERPRETED, architecture, check_grid, dense_last, on_device, strides
+from .sources import LOG2E, dot_precision, load_tile
 from .tiles import split_head_dim
 
 _INF = tl.constexpr(float("inf"))

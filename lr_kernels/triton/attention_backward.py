@@ -1,0 +1,490 @@
+"""multi_source_attention, backward of one softmax group, without atomic operations: the same bits every time.
+
+With P = exp2(logit - lse) computed again, dP = ⟨grad_out, V⟩ and dS = P · (dP - ⟨grad_out, out⟩ + grad_lse):
+
+    grad_query = Σ α · dS · K     grad_key = Σ α · dS · Q     grad_value = Σ P · grad_out     grad_key_bias = Σ dS
+
+The first kernel walks the keys of all sources for a tile of queries, as the forward pass does. The second runs once per
+source: a program owns a tile of keys of one source row and one head, and walks the queries of all batch rows that read
+that row. Logits and lse are in log2 units; lse has two fp32 parts, since a huge logit and a rounded lse do not cancel.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..ops import AttentionTables
+from ..plan import visible_lists
+from . import tiles
+from .launch import INTERPRETED, architecture, check_grid, dense_last, on_device, strides
+from .sources import (
+    INF,
+    LOG2E,
+    dot_precision,
+    encode,
+    key_list,
+    key_shift,
+    key_tokens,
+    load_tile,
+    per_head,
+    pick,
+    pick_int,
+    query_tile,
+    query_tokens,
+    source_row,
+    strided_tables,
+    tables_of,
+    to_log2,
+)
+
+
+@triton.jit
+def _load_parts(at, ok, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UPCAST: tl.constexpr):
+    """Columns [0, D0) and [D0, D0 + D1) of the rows `ok` at these pointers; zeros elsewhere."""
+    c0 = tl.arange(0, D0)
+    W0: tl.constexpr = D0 if D1 > 0 else D
+    x0 = load_tile(at + c0[None, :], ok, c0, W0, D0, True, UPCAST)
+    x1 = x0
+    if D1 > 0:
+        c1 = tl.arange(0, D1)
+        x1 = load_tile(at + (D0 + c1)[None, :], ok, c1, D - D0, D1, True, UPCAST)
+    return x0, x1
+
+
+@triton.jit
+def _products(a0, a1, b0, b1, D1: tl.constexpr, PRECISION: tl.constexpr):
+    """a · bᵀ of tensors in two parts."""
+    s = tl.dot(a0, tl.trans(b0), input_precision=PRECISION)
+    if D1 > 0:
+        s = tl.dot(a1, tl.trans(b1), s, input_precision=PRECISION)
+    return s
+
+
+@triton.jit
+def _add_products(acc0, acc1, w, x0, x1, D1: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + w · x of tensors in two parts."""
+    w = w.to(x0.dtype)
+    acc0 = tl.dot(w, x0, acc0, input_precision=PRECISION)
+    if D1 > 0:
+        acc1 = tl.dot(w, x1, acc1, input_precision=PRECISION)
+    return acc0, acc1
+
+
+@triton.jit
+def _store_parts(at, x0, x1, ok, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    c0 = tl.arange(0, D0)
+    W0: tl.constexpr = D0 if D1 > 0 else D
+    tl.store(at + c0[None, :], x0.to(at.dtype.element_ty), mask=ok[:, None] & (c0[None, :] < W0))
+    if D1 > 0:
+        c1 = tl.arange(0, D1)
+        tl.store(at + (D0 + c1)[None, :], x1.to(at.dtype.element_ty), mask=ok[:, None] & (c1[None, :] < D - D0))
+
+
+@triton.jit
+def _load_lse(lse, places, ok):
+    """fp64 natural-log lse -> fp32 (log2 units, what rounding took); inf, which makes P 0, where no key was seen."""
+    exact = tl.load(lse + places, mask=ok, other=-INF) * 1.4426950408889634
+    top = exact.to(tl.float32)
+    rest = (exact - top.to(tl.float64)).to(tl.float32)
+    return tl.where(top == -INF, INF, top), tl.where(tl.abs(top) < INF, rest, 0.0)
+
+
+@triton.jit
+def _weights(scores, alpha, shift, top, rest):
+    """P, at most 1: what the rounding of lse adds to a huge logit must not become an infinity."""
+    t = tl.fma(scores, alpha, shift - top) - rest
+    return tl.exp2(tl.minimum(t, 0.0, propagate_nan=tl.PropagateNan.ALL))
+
+
+@triton.jit(
+    do_not_specialize=[
+        "N", "H", "classes", "tiles_per_head", "with_rows", "with_index", "with_bias", "with_scale", "with_shift",
+        "query_b", "query_n", "query_h", "out_b", "out_n", "out_h", "grad_b", "grad_n", "grad_h",
+        "lse_b", "lse_n", "lse_h", "order_b", "class_b",
+    ]
+)  # fmt: skip
+def attention_backward_query_kernel(
+    grad_out, grad_lse,  # (B, N, H, D), fp32 (B, N, H) or None
+    query,  # (B, N, H, D)
+    key, value,  # S x (R, M, H, D)
+    rows, key_index, key_count, key_bias, logit_scale, logit_bias,  # as in the forward kernel
+    query_order, class_start,
+    out, lse,  # (B, N, H, D), fp64 (B, N, H) contiguous
+    grad_query, delta,  # results: (B, N, H, D), and <grad_out, out> fp32 (B, N, H), both contiguous
+    M, R, key_stride, value_stride, index_stride, count_stride, bias_stride, scale_stride, shift_stride,
+    N, H, classes, tiles_per_head, scale_log2, scale,
+    with_rows, with_index, with_bias, with_scale, with_shift,
+    query_b, query_n, query_h, out_b, out_n, out_h, grad_b, grad_n, grad_h,  # in units of UNIT elements
+    lse_b, lse_n, lse_h,  # of grad_lse
+    order_b, class_b,
+    S: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    UNIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """grad_query of BM queries of one class and head, and their delta for the other kernel."""
+    pid = tl.program_id(0)
+    tile = pid % tiles_per_head
+    h = pid // tiles_per_head % H
+    b = pid // tiles_per_head // H
+    h64 = h.to(tl.int64)
+    b64 = b.to(tl.int64)
+    om = tl.arange(0, BM)
+    c64 = tl.cast(0, tl.int64)
+    if query_order is None:
+        slot = tile * BM + om
+        query_ok = slot < N
+    else:
+        c, first, end = query_tile(class_start + b64 * class_b, tile, classes, BM)
+        if first >= end:
+            return
+        c64 = c.to(tl.int64)
+        slot = first + om
+        query_ok = slot < end
+        query_order += b64 * order_b
+    i = query_tokens(query_order, slot, query_ok)
+
+    q_at = query + (b64 * query_b + h64 * query_h) * UNIT + (i * query_n)[:, None] * UNIT
+    q0, q1 = _load_parts(q_at, query_ok, D, D0, D1, UPCAST)
+    g_at = grad_out + (b64 * grad_b + h64 * grad_h) * UNIT + (i * grad_n)[:, None] * UNIT
+    g0, g1 = _load_parts(g_at, query_ok, D, D0, D1, UPCAST)
+    o_at = out + (b64 * out_b + h64 * out_h) * UNIT + (i * out_n)[:, None] * UNIT
+    o0, o1 = _load_parts(o_at, query_ok, D, D0, D1, UPCAST)
+    # the diagonal of a product: rounded as dP is, so that the two cancel where one key has all the weight
+    crossed = _products(g0, g1, o0, o1, D1, PRECISION)
+    sums = tl.sum(tl.where(om[:, None] == om[None, :], crossed, 0.0), 1)
+    places = (b64 * N + i) * H + h
+    tl.store(delta + places, sums, mask=query_ok)
+    top, rest = _load_lse(lse, places, query_ok)
+    added = tl.zeros([BM], tl.float32)
+    if grad_lse is not None:
+        added = tl.load(grad_lse + b64 * lse_b + i * lse_n + h64 * lse_h, mask=query_ok, other=0.0)
+    acc0 = tl.zeros([BM, D0], tl.float32)
+    acc1 = 0.0
+    if D1 > 0:
+        acc1 = tl.zeros([BM, D1], tl.float32)
+
+    on = tl.arange(0, BN)
+    for s in range(S):
+        row, reads = source_row(rows, with_rows, R, s, b, S)
+        index, index_count, count = key_list(
+            key_index, key_count, index_stride, count_stride, with_index, M, s, c64, row, reads, S
+        )
+        alpha = scale_log2  # rounded as in the forward pass: P must fit its lse
+        factor = scale  # of the natural logit
+        if logit_scale is not None:
+            own = per_head(logit_scale, scale_stride, with_scale, s, b64, h64, 1.0, S)
+            alpha = scale_log2 * own
+            factor = scale * own
+        beta = 0.0
+        if logit_bias is not None:
+            beta = to_log2(per_head(logit_bias, shift_stride, with_shift, s, b64, h64, 0.0, S))
+            alpha = tl.where(tl.abs(beta) > 1e30, 0.0, alpha)  # as in the forward pass
+        bias = count
+        bias_count = 0
+        if key_bias is not None:
+            bias_count = tl.where(((with_bias >> s) & 1) != 0, count, 0)
+            bias = pick(key_bias, s, S) + row * pick_int(bias_stride[0], s, S)
+        k_n = pick_int(key_stride[1], s, S)
+        v_n = pick_int(value_stride[1], s, S)
+        k = pick(key, s, S)
+        k += (row * pick_int(key_stride[0], s, S) + h64 * pick_int(key_stride[2], s, S)) * UNIT
+        v = pick(value, s, S)
+        v += (row * pick_int(value_stride[0], s, S) + h64 * pick_int(value_stride[2], s, S)) * UNIT
+        for j in tl.range(0, count, BN):
+            at = j + on
+            ok = at < count
+            tokens = key_tokens(key_index, index, at, index_count)
+            shift = key_shift(key_bias, bias, tokens, at, bias_count, beta)
+            k0, k1 = _load_parts(k + (tokens.to(tl.int64) * k_n)[:, None] * UNIT, ok, D, D0, D1, UPCAST)
+            v0, v1 = _load_parts(v + (tokens.to(tl.int64) * v_n)[:, None] * UNIT, ok, D, D0, D1, UPCAST)
+            p = _weights(_products(q0, q1, k0, k1, D1, PRECISION), alpha, shift, top[:, None], rest[:, None])
+            p = tl.where(ok[None, :], p, 0.0)
+            ds = p * (_products(g0, g1, v0, v1, D1, PRECISION) - sums[:, None] + added[:, None])
+            acc0, acc1 = _add_products(acc0, acc1, ds * factor, k0, k1, D1, PRECISION)
+
+    i = query_tokens(query_order, slot, query_ok)  # read again: cheaper than registers held through the loop
+    _store_parts(grad_query + (((b64 * N + i) * H + h) * D)[:, None], acc0, acc1, query_ok, D, D0, D1)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "M", "R", "B", "N", "H", "classes", "key_tiles", "key_b", "key_n", "key_h", "value_b", "value_n", "value_h",
+        "index_r", "count_r", "visible_c", "visible_r", "bias_r",
+        "query_b", "query_n", "query_h", "grad_b", "grad_n", "grad_h", "lse_b", "lse_n", "lse_h",
+        "scale_start", "scale_b", "scale_h", "shift_start", "shift_b", "shift_h", "order_b", "class_b",
+    ]
+)  # fmt: skip
+def attention_backward_source_kernel(
+    grad_out, grad_lse,  # (B, N, H, D), fp32 (B, N, H) or None
+    query,  # (B, N, H, D)
+    key, value,  # (R, M, H, D) of one source
+    rows,  # int32 (B,) or None
+    key_index, key_count,  # int32 (R or 1, M), (R or 1,): the keys that some class sees; None: all
+    visible,  # uint8 (C, R or 1, M): which class sees which of them; None: every class all
+    key_bias,  # fp32 (R or 1, M) or None
+    logit_scale, logit_bias,  # fp32 (B, H) or None
+    query_order, class_start,
+    lse, delta,  # fp64 and fp32 (B, N, H) contiguous
+    grad_key, grad_value,  # fp32 (R, M, H, D) contiguous, added to
+    grad_key_bias,  # fp32 (H, R, M) contiguous, added to, or None
+    M, R, B, N, H, classes, key_tiles, scale_log2, scale,
+    key_b, key_n, key_h, value_b, value_n, value_h,  # in units of UNIT elements
+    index_r, count_r, visible_c, visible_r, bias_r,
+    query_b, query_n, query_h, grad_b, grad_n, grad_h,  # in units of UNIT elements
+    lse_b, lse_n, lse_h,  # of grad_lse
+    scale_start, scale_b, scale_h, shift_start, shift_b, shift_h, order_b, class_b,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    UNIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """grad_key, grad_value and grad_key_bias of BN keys of one row of a source, one head; BM queries a step."""
+    pid = tl.program_id(0)
+    tile = pid % key_tiles
+    h = pid // key_tiles % H
+    r = pid // key_tiles // H
+    h64 = h.to(tl.int64)
+    r64 = r.to(tl.int64)
+    om = tl.arange(0, BM)
+    at = tile * BN + tl.arange(0, BN)
+    count = M
+    if key_index is not None:
+        count = tl.load(key_count + r64 * count_r)
+    if tile * BN >= count:
+        return
+    ok = at < count
+    tokens = at
+    if key_index is not None:
+        tokens = tl.load(key_index + r64 * index_r + at, mask=ok, other=0)
+    tokens = tokens.to(tl.int64)
+    k_at = key + (r64 * key_b + h64 * key_h) * UNIT + (tokens * key_n)[:, None] * UNIT
+    k0, k1 = _load_parts(k_at, ok, D, D0, D1, UPCAST)
+    v_at = value + (r64 * value_b + h64 * value_h) * UNIT + (tokens * value_n)[:, None] * UNIT
+    v0, v1 = _load_parts(v_at, ok, D, D0, D1, UPCAST)
+    bias = tl.zeros([BN], tl.float32)
+    if key_bias is not None:
+        bias = to_log2(tl.load(key_bias + r64 * bias_r + tokens, mask=ok, other=0.0))
+    key0 = tl.zeros([BN, D0], tl.float32)
+    value0 = tl.zeros([BN, D0], tl.float32)
+    key1 = 0.0
+    value1 = 0.0
+    if D1 > 0:
+        key1 = tl.zeros([BN, D1], tl.float32)
+        value1 = tl.zeros([BN, D1], tl.float32)
+    bias_sums = tl.zeros([BN], tl.float32)
+
+    # The batch rows that read this row: one of the same number, all, or those that name it
+    first_b = tl.where(R == 1, 0, r)
+    last_b = tl.where(R == 1, B, r + 1)
+    if rows is not None:
+        first_b = 0
+        last_b = B
+    for b in range(first_b, last_b):
+        b64 = tl.cast(b, tl.int64)
+        reads = True
+        if rows is not None:
+            reads = tl.load(rows + b) == r
+        alpha = scale_log2
+        factor = scale
+        if logit_scale is not None:
+            own = tl.load(logit_scale + scale_start + b64 * scale_b + h64 * scale_h)
+            alpha = scale_log2 * own
+            factor = scale * own
+        shift = bias
+        if logit_bias is not None:
+            beta = to_log2(tl.load(logit_bias + shift_start + b64 * shift_b + h64 * shift_h))
+            alpha = tl.where(tl.abs(beta) > 1e30, 0.0, alpha)  # as in the forward pass
+            shift = bias + beta
+        q = query + (b64 * query_b + h64 * query_h) * UNIT
+        g = grad_out + (b64 * grad_b + h64 * grad_h) * UNIT
+        order = query_order
+        if query_order is not None:
+            order += b64 * order_b
+        for c in range(classes):
+            low = 0
+            high = tl.cast(N, tl.int32)
+            if query_order is not None:
+                low = tl.load(class_start + b64 * class_b + c)
+                high = tl.load(class_start + b64 * class_b + c + 1)
+            seen = ok
+            if visible is not None:
+                flags = tl.load(visible + c * visible_c + r64 * visible_r + tokens, mask=ok, other=0).to(tl.int32)
+                seen = flags != 0
+                high = tl.where(tl.max(flags, 0) != 0, high, low)
+            high = tl.where(reads, high, low)
+            for j in tl.range(low, high, BM):
+                query_ok = j + om < high
+                i = query_tokens(order, j + om, query_ok)
+                q0, q1 = _load_parts(q + (i * query_n)[:, None] * UNIT, query_ok, D, D0, D1, UPCAST)
+                g0, g1 = _load_parts(g + (i * grad_n)[:, None] * UNIT, query_ok, D, D0, D1, UPCAST)
+                places = (b64 * N + i) * H + h
+                top, rest = _load_lse(lse, places, query_ok)
+                sums = tl.load(delta + places, mask=query_ok, other=0.0)
+                p = _weights(
+                    _products(k0, k1, q0, q1, D1, PRECISION), alpha, shift[:, None], top[None, :], rest[None, :]
+                )
+                p = tl.where(seen[:, None], p, 0.0)
+                value0, value1 = _add_products(value0, value1, p, g0, g1, D1, PRECISION)
+                ds = _products(v0, v1, g0, g1, D1, PRECISION) - sums[None, :]
+                if grad_lse is not None:
+                    lse_at = grad_lse + b64 * lse_b + i * lse_n + h64 * lse_h
+                    ds += tl.load(lse_at, mask=query_ok, other=0.0)[None, :]
+                ds = p * ds
+                key0, key1 = _add_products(key0, key1, ds * factor, q0, q1, D1, PRECISION)
+                if grad_key_bias is not None:
+                    bias_sums += tl.sum(ds, 1)
+
+    # No other program has these keys
+    place = ((r64 * M + tokens) * H + h) * D
+    _add_to_rows(grad_key + place[:, None], key0, key1, ok, D, D0, D1)
+    _add_to_rows(grad_value + place[:, None], value0, value1, ok, D, D0, D1)
+    if grad_key_bias is not None:
+        bias_at = grad_key_bias + (h64 * R + r) * M + tokens
+        tl.store(bias_at, tl.load(bias_at, mask=ok, other=0.0) + bias_sums, mask=ok)
+
+
+@triton.jit
+def _add_to_rows(at, x0, x1, ok, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    old0, old1 = _load_parts(at, ok, D, D0, D1, False)
+    if D1 > 0:
+        x1 += old1
+    _store_parts(at, x0 + old0, x1, ok, D, D0, D1)
+
+
+def multi_source_attention_backward_triton(
+    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, *arguments
+) -> None:
+    """Arguments as in the schema `multi_source_attention_backward` of lr_kernels/ops.py, without value_index."""
+    *fields, scale, out, lse, grad_query, grad_key, grad_value, grad_key_bias = arguments
+    tables = AttentionTables(*fields, softmax_group=[0] * len(grad_key), weight=[None], scale=scale)
+    # Early return for trivial cases
+    if query.numel() == 0:
+        return
+    if not any(k.shape[1] for k in tables.key):
+        grad_query.zero_()
+        return
+    arch = architecture(query.device)
+    delta = torch.empty_like(lse, dtype=torch.float32)
+    with on_device(query.device):
+        arguments, constants, programs = query_launch(
+            grad_out, grad_lse, query, tables, out, lse, grad_query, delta, arch
+        )
+        grid = check_grid("multi_source_attention_backward", programs)
+        attention_backward_query_kernel[grid](*arguments, **constants)
+        for s, bias in enumerate(grad_key_bias):
+            if tables.key[s].numel() == 0:
+                continue
+            # a bias that all rows share still gets one sum per row here, so that no two programs add to one place
+            shared = bias.numel() > 0 and bias.shape[1] != tables.key[s].shape[0]
+            by_row = bias.new_zeros(bias.shape[0], tables.key[s].shape[0], bias.shape[2]) if shared else bias
+            arguments, constants, programs = source_launch(
+                grad_out, grad_lse, query, tables, s, lse, delta, grad_key[s], grad_value[s],
+                by_row if bias.numel() else None, arch,
+            )  # fmt: skip
+            grid = check_grid("multi_source_attention_backward", programs)
+            attention_backward_source_kernel[grid](*arguments, **constants)
+            if shared:
+                bias += by_row.sum(1, keepdim=True)
+
+
+def query_launch(
+    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, tables: AttentionTables, out: Tensor, lse: Tensor,
+    grad_query: Tensor, delta: Tensor, arch: int,
+) -> tuple[tuple, dict, int]:  # fmt: skip
+    """(positional arguments, constants and options, number of programs) of attention_backward_query_kernel."""
+    B, N, H, D = query.shape
+    key, value = tables.key, tables.value
+    S = len(key)
+    tile = tiles.backward_tile(arch, D, query.dtype, "query")
+    rows, _, with_rows = tables_of(tables.rows)
+    index, index_strides, with_index = tables_of(tables.key_index, 0, 1)
+    count, count_strides, _ = tables_of(tables.key_count, 0, 1)
+    bias, bias_strides, with_bias = tables_of(tables.key_bias, 0)
+    scales, scale_strides, with_scale = strided_tables(tables.logit_scale)
+    shifts, shift_strides, with_shift = strided_tables(tables.logit_bias)
+    order, starts = dense_last(tables.query_order), dense_last(tables.class_start)
+    classes = 1 if starts is None else starts.shape[1] - 1
+    tiles_per_head = triton.cdiv(N, tile.BM) + classes - 1
+    unit, units = _in_units(query, out, grad_out, *key, *value)
+    query_strides, out_strides, grad_strides, *source_strides = units
+    arguments = (
+        grad_out, grad_lse, query, tuple(key), tuple(value), rows, index, count, bias, scales, shifts, order, starts,
+        out, lse, grad_query, delta,
+        encode(k.shape[1] for k in key), encode(k.shape[0] for k in key),
+        tuple(encode(x) for x in zip(*source_strides[:S])), tuple(encode(x) for x in zip(*source_strides[S:])),
+        index_strides, count_strides, bias_strides, scale_strides, shift_strides,
+        N, H, classes, tiles_per_head, tables.scale * LOG2E, tables.scale,
+        with_rows, with_index, with_bias, with_scale, with_shift,
+        *query_strides, *out_strides, *grad_strides,
+        *((0, 0, 0) if grad_lse is None else strides(grad_lse, 0, 1, 2)),
+        *((0, 0) if order is None else (*strides(order, 0), *strides(starts, 0))),
+    )  # fmt: skip
+    return arguments, {"S": S, **_constants(tile, D, unit, query.dtype)}, B * H * tiles_per_head
+
+
+def source_launch(
+    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, tables: AttentionTables, s: int, lse: Tensor,
+    delta: Tensor, grad_key: Tensor, grad_value: Tensor, grad_key_bias: Tensor | None, arch: int,
+) -> tuple[tuple, dict, int]:  # fmt: skip
+    """(positional arguments, constants and options, number of programs) of attention_backward_source_kernel."""
+    B, N, H, D = query.shape
+    key, value, bias = tables.key[s], tables.value[s], dense_last(tables.key_bias[s])
+    R, M = key.shape[:2]
+    tile = tiles.backward_tile(arch, D, query.dtype, "source")
+    index, count, visible = _keys_of_any_class(tables.key_index[s], tables.key_count[s])
+    scales, scale_strides, _ = strided_tables([tables.logit_scale[s]])
+    shifts, shift_strides, _ = strided_tables([tables.logit_bias[s]])
+    order, starts = dense_last(tables.query_order), dense_last(tables.class_start)
+    classes = 1 if starts is None else starts.shape[1] - 1
+    key_tiles = triton.cdiv(M, tile.BN)
+    unit, units = _in_units(query, grad_out, key, value)
+    query_strides, grad_strides, key_strides, value_strides = units
+
+    def plain(encoded: tuple | None) -> tuple[int, ...]:
+        return (0, 0, 0) if encoded is None else tuple(x[0] // 16 for x in encoded)
+
+    arguments = (
+        grad_out, grad_lse, query, key, value, tables.rows[s], index, count, visible, bias,
+        None if scales is None else scales[0], None if shifts is None else shifts[0], order, starts,
+        lse, delta, grad_key, grad_value, grad_key_bias,
+        M, R, B, N, H, classes, key_tiles, tables.scale * LOG2E, tables.scale, *key_strides, *value_strides,
+        *((0, 0) if index is None else (*strides(index, 0), *strides(count, 0))),
+        *((0, 0) if visible is None else strides(visible, 0, 1)), 0 if bias is None else strides(bias, 0)[0],
+        *query_strides, *grad_strides, *((0, 0, 0) if grad_lse is None else strides(grad_lse, 0, 1, 2)),
+        *plain(scale_strides), *plain(shift_strides),
+        *((0, 0) if order is None else (*strides(order, 0), *strides(starts, 0))),
+    )  # fmt: skip
+    return arguments, _constants(tile, D, unit, query.dtype), R * H * key_tiles
+
+
+def _keys_of_any_class(
+    index: Tensor | None, count: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Lists (C or 1, R or 1, M) of the classes -> one list (R or 1, M) of the keys that any class sees, its count, and
+    uint8 (C, R or 1, M) which class sees a key (None: they all see the same)."""
+    if index is None or count is None:
+        return None, None, None
+    if index.shape[0] == 1:
+        return dense_last(index[0]), count[0], None
+    keys = index.shape[2]
+    listed = torch.arange(keys, device=index.device) < count[..., None]
+    visible = index.new_zeros(*index.shape[:2], keys + 1, dtype=torch.uint8)
+    visible = visible.scatter_(2, torch.where(listed, index, keys).long(), 1)[..., :keys]
+    joint, joint_count = visible_lists(visible.amax(0) > 0, None, ())
+    assert joint is not None and joint_count is not None
+    return dense_last(joint[0]), joint_count[0], visible
+
+
+def _in_units(*tensors: Tensor) -> tuple[int, list[tuple[int, ...]]]:
+    """(unit, strides of B, N, H of each tensor in units): 16 bytes where all strides allow it, else one element."""
+    unit = 16 // tensors[0].element_size()
+    found = [strides(x, 0, 1, 2) for x in tensors]
+    if any(x % unit for steps in found for x in steps):
+        unit = 1
+    return unit, [tuple(x // unit for x in steps) for steps in found]
+
+
+def _constants(tile: tiles.Tile, head_dim: int, unit: int, dtype: torch.dtype) -> dict:
+    return {
+        "D": head_dim, "D0": tile.D0, "D1": tile.D1, "BM": tile.BM, "BN": tile.BN, "UNIT": unit,
+        "PRECISION": dot_precision(dtype), "UPCAST": INTERPRETED,
+        "num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True,
+    }  # fmt: skip

@@ -1,0 +1,190 @@
+"""What the attention kernels, forward and backward, know of sources, key lists and query classes; and how their
+launchers turn the tables of the op into kernel arguments."""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import dense_last, strides
+
+LOG2E = 1.4426950408889634
+_LOG2E = tl.constexpr(LOG2E)
+MAX = tl.constexpr(3.4028234663852886e38)
+INF = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def pick(options, s, S: tl.constexpr):
+    """options[s] of an S-tuple for a run-time s."""
+    picked = options[0]
+    for i in tl.static_range(1, S):
+        picked = tl.where(s == i, options[i], picked)
+    return picked
+
+
+@triton.jit
+def pick_int(options, s, S: tl.constexpr):
+    """int64 options[s] of integers that came through `encode`."""
+    return (pick(options, s, S) >> 4).to(tl.int64)
+
+
+@triton.jit
+def load_tile(
+    pointers, ok, columns, WIDTH: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr
+):
+    """(tokens, PADDED) of which WIDTH columns, and with MASKED only the rows `ok`, are read; zeros elsewhere."""
+    if WIDTH < PADDED:
+        if MASKED:
+            x = tl.load(pointers, mask=ok[:, None] & (columns[None, :] < WIDTH), other=0.0)
+        else:
+            x = tl.load(pointers, mask=columns[None, :] < WIDTH, other=0.0)
+    elif MASKED:
+        x = tl.load(pointers, mask=ok[:, None], other=0.0)
+    else:
+        x = tl.load(pointers)
+    if UPCAST:
+        x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
+def to_log2(x):
+    """Natural-log weight -> log2 units. What is finite stays finite: finfo.min must not turn into -inf."""
+    y = tl.minimum(x * _LOG2E, MAX, propagate_nan=tl.PropagateNan.ALL)
+    y = tl.maximum(y, -MAX, propagate_nan=tl.PropagateNan.ALL)
+    return tl.where(tl.abs(x) == INF, x, y)
+
+
+@triton.jit
+def source_row(rows, with_rows, R, s, b, S: tl.constexpr):
+    """(row of source s that query row b reads, int64; whether it reads one). A row outside [0, R) reads nothing."""
+    row = b.to(tl.int64)
+    reads = True
+    if rows is not None:
+        has = ((with_rows >> s) & 1) != 0
+        r = tl.load(pick(rows, s, S) + b, mask=has, other=0).to(tl.int64)
+        reads = (r >= 0) & (r < pick_int(R, s, S))
+        row = tl.where(has, tl.where(reads, r, 0), row)
+    return row, reads
+
+
+@triton.jit
+def key_list(key_index, key_count, index_stride, count_stride, with_index, M, s, c64, row, reads, S: tl.constexpr):
+    """(list of the keys of source s that class c64 sees, entries of it, number of keys): all of them without a list,
+    else the count read from the device; 0 entries where this source has no list."""
+    count = pick_int(M, s, S).to(tl.int32)
+    index = count
+    index_count = 0
+    if key_index is not None:
+        gathered = ((with_index >> s) & 1) != 0
+        index = pick(key_index, s, S)
+        index += c64 * pick_int(index_stride[0], s, S) + row * pick_int(index_stride[1], s, S)
+        counts = pick(key_count, s, S)
+        counts += c64 * pick_int(count_stride[0], s, S) + row * pick_int(count_stride[1], s, S)
+        count = tl.where(gathered, tl.load(counts, mask=gathered, other=0), count)
+        index_count = tl.where(gathered, count, 0)
+    return index, index_count, tl.where(reads, count, 0)
+
+
+@triton.jit
+def per_head(table, table_stride, with_table, s, b64, h64, otherwise: tl.constexpr, S: tl.constexpr):
+    """Entry (b, h) of the table of source s; `otherwise` where it has none."""
+    has = ((with_table >> s) & 1) != 0
+    place = pick_int(table_stride[0], s, S) + b64 * pick_int(table_stride[1], s, S)
+    place += h64 * pick_int(table_stride[2], s, S)
+    return tl.load(pick(table, s, S) + place, mask=has, other=otherwise)
+
+
+@triton.jit
+def key_tokens(key_index, index, at, index_count):
+    """(BN,) tokens of the keys at places `at` of the list; index_count is 0 where this source has no list."""
+    if key_index is None:
+        return at
+    else:
+        listed = at < index_count
+        return tl.where(listed, tl.load(index + at, mask=listed, other=0), at)
+
+
+@triton.jit
+def key_shift(key_bias, bias, tokens, at, bias_count, beta):
+    """beta plus the bias of each key in log2 units, (1, BN); without any bias beta alone."""
+    if key_bias is None:
+        return beta
+    else:
+        return (to_log2(tl.load(bias + tokens, mask=at < bias_count, other=0.0)) + beta)[None, :]
+
+
+@triton.jit
+def query_tokens(query_order, slot, ok):
+    """(BM,) int64: the queries at these places of the order."""
+    if query_order is None:
+        return slot.to(tl.int64)
+    else:
+        return tl.load(query_order + slot, mask=ok, other=0).to(tl.int64)
+
+
+@triton.jit
+def query_tile(class_start, tile, classes, BM: tl.constexpr):
+    """Tile number -> (class, first place, end place) in query_order; past the last tile (0, 0, 0). No tile straddles
+    classes."""
+    c_found = 0
+    first = 0
+    end = 0
+    for c in range(classes):
+        low = tl.load(class_start + c)
+        high = tl.load(class_start + c + 1)
+        count = tl.cdiv(high - low, BM)
+        here = (tile >= 0) & (tile < count)
+        c_found = tl.where(here, c, c_found)
+        first = tl.where(here, low + tile * BM, first)
+        end = tl.where(here, high, end)
+        tile -= count
+    return c_found, first, end
+
+
+def encode(integers) -> tuple[int, ...]:
+    """Integers for a tuple argument. Triton (3.6 to 3.9) compiles anew for tuple elements that are 1 or that become
+    divisible by 16, whatever do_not_specialize says; times 16 they all look alike."""
+    return tuple(16 * x for x in integers)
+
+
+def optional(tensors: Sequence[Tensor | None]) -> tuple[tuple[Tensor, ...], int]:
+    """(S pointers, bit set of the sources that have one); the gaps hold a pointer that is never read."""
+    filler = next((x for x in tensors if x is not None), None)
+    bits = sum(1 << s for s, x in enumerate(tensors) if x is not None)
+    return () if filler is None else tuple(filler if x is None else x for x in tensors), bits
+
+
+def tables_of(tensors: Sequence[Tensor | None], *dims: int) -> tuple[tuple[Tensor, ...] | None, tuple | None, int]:
+    """`optional` of tables made contiguous in the last dimension, and the encoded strides of `dims`; None for none."""
+    pointers, bits = optional([dense_last(x) for x in tensors])
+    if not pointers:
+        return None, None, bits
+    return pointers, tuple(encode(x) for x in zip(*(strides(x, *dims) for x in pointers))), bits
+
+
+def strided_tables(tensors: Sequence[Tensor | None]) -> tuple[tuple[Tensor, ...] | None, tuple | None, int]:
+    """`optional` of fp32 (B, n) of any strides, and encoded (start, stride of B, stride of n). Triton would compile
+    anew for pointers off a 16-byte boundary, so a slice of a schedule is passed from the boundary before it on."""
+    pointers, bits = optional(tensors)
+    if not pointers:
+        return None, None, bits
+    starts = [x.storage_offset() % 4 for x in pointers]
+    places = zip(*((start, *strides(x, 0, 1)) for start, x in zip(starts, pointers)))
+    pointers = tuple(_from_boundary(x, start) if start else x for start, x in zip(starts, pointers))
+    return pointers, tuple(encode(x) for x in places), bits
+
+
+def _from_boundary(x: Tensor, start: int) -> Tensor:
+    """The memory of x and the `start` elements before it."""
+    span = start + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride())) + 1
+    return x.as_strided((span,), (1,), x.storage_offset() - start)
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """How tl.dot multiplies fp32: exactly, unless PyTorch was told that TF32 is good enough."""
+    allowed = torch.backends.cuda.matmul.allow_tf32 or torch.get_float32_matmul_precision() != "highest"
+    return "tf32" if dtype == torch.float32 and allowed else "ieee"

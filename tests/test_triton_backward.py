@@ -1,0 +1,78 @@
+"""Gradients of multi_source_attention in Triton: the interpreter with checked accesses, or a GPU where there is one.
+Numbers in names: the fault list of DESIGN.md."""
+
+import math
+
+import pytest
+import torch
+
+from lr_kernels import Source, multi_source_attention
+from lr_kernels.testing import CASES, AttentionCase, attention_inputs, check_attention_backward
+
+SEEDS = {torch.float32: 2, torch.bfloat16: 1, torch.float16: 1}
+"""Problems compared together: in fp32 the largest errors are luck, in 16 bits the rounding of the result decides."""
+
+
+def by_triton(*args, **kwargs):
+    return multi_source_attention(*args, backend="triton", **kwargs)
+
+
+@pytest.mark.parametrize("dtype", SEEDS, ids=str)
+@pytest.mark.parametrize("case", [c for c in CASES if not c.value_index], ids=lambda c: c.id)
+def test_28_gradients_match_the_formula(case, dtype, device):
+    check_attention_backward(by_triton, *(attention_inputs(case, dtype, i, device) for i in range(SEEDS[dtype])))
+
+
+def test_28_classes_of_several_tiles(device):
+    case = AttentionCase("", batch=2, queries=150, heads=1, head_dim=16, keys=(140, 70), groups=3, visible=0.6)
+    check_attention_backward(by_triton, attention_inputs(case, torch.bfloat16, device=device))
+
+
+def test_28_every_source_row_is_summed_over_its_readers(device):
+    """One row for six batch rows, and a table that leaves rows out: gradients of rows that nobody reads are 0."""
+    query = torch.randn(6, 9, 2, 16, device=device)
+    key, value = (torch.randn(4, 40, 2, 16, device=device, requires_grad=True) for _ in range(2))
+    table = torch.tensor([2, 2, -1, 0, 2, -1], dtype=torch.int32, device=device)
+    grads = torch.autograd.grad(by_triton(query, [Source(key, value, table)]).square().sum(), (key, value))
+    expected = torch.autograd.grad(
+        multi_source_attention(query, [Source(key, value, table)], backend="reference").square().sum(), (key, value)
+    )
+    for got, wanted in zip(grads, expected):
+        assert (got[[1, 3]] == 0).all()
+        torch.testing.assert_close(got, wanted)
+
+
+def test_11_nan_in_hidden_keys_leaves_gradients_alone(device):
+    inputs = attention_inputs(AttentionCase("masked", visible=0.5, groups=2), torch.float32, device=device)
+
+    def gradients(poison):
+        leaves, sources = [], []
+        for s in inputs.sources:
+            hidden = ~s.key_mask.expand(s.key.shape[0], -1)
+            parts = [x.clone() for x in (s.key, s.value)]
+            if poison:
+                parts[0][hidden], parts[1][hidden] = math.nan, math.inf
+            leaves += [x.requires_grad_() for x in parts]
+            sources.append(s._replace(key=parts[0], value=parts[1]))
+        out = by_triton(inputs.query, sources, query_groups=inputs.query_groups)
+        return torch.autograd.grad(out.square().sum(), leaves)
+
+    for clean, poisoned in zip(gradients(False), gradients(True)):
+        assert torch.equal(clean, poisoned)
+
+
+@pytest.mark.parametrize("keys", [0, 9])
+def test_10_what_sees_nothing_gets_and_gives_no_gradient(keys, device):
+    query = torch.randn(2, 6, 2, 16, device=device, requires_grad=True)
+    key, value = (torch.randn(2, keys, 2, 16, device=device, requires_grad=True) for _ in range(2))
+    nobody = Source(key, value, key_mask=torch.zeros(1, keys, dtype=torch.bool, device=device))
+    grads = torch.autograd.grad(by_triton(query, [nobody]).sum(), (query, key, value))
+    assert all((g == 0).all() for g in grads)
+
+
+def test_28_gradients_through_value_index_are_refused_by_name(device):
+    query, key, value = (torch.randn(1, 5, 1, 16, device=device, requires_grad=True) for _ in range(3))
+    source = Source(key, value, value_index=torch.zeros(1, 5, dtype=torch.int32, device=device))
+    message = r"gradients through value_index\[0\]: not supported by backend 'triton'; supported by 'cpu', 'reference'"
+    with pytest.raises(NotImplementedError, match=message):
+        by_triton(query, [source])
