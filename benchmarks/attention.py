@@ -96,12 +96,12 @@ def naive(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Ten
 class Flex:
     """FlexAttention, compiled, with a block mask over the concatenated keys where some are hidden."""
 
-    def __init__(self, queries: int, visible: Tensor | None, keys: int) -> None:
+    def __init__(self, queries: int, visible: Tensor | None, keys: int, device: str = "cpu") -> None:
         self.block_mask = None
         if visible is not None:
             hidden_or_not = visible[0]
             self.block_mask = create_block_mask(
-                lambda b, h, q, kv: hidden_or_not[kv], None, None, queries, keys, device="cpu"
+                lambda b, h, q, kv: hidden_or_not[kv], None, None, queries, keys, device=device
             )
         torch._dynamo.reset()  # a recompilation too many would silently run uncompiled
         self.compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)

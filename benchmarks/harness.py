@@ -214,6 +214,12 @@ def checked_error(name: str, result: Tensor, low: Tensor, truth: Tensor) -> floa
     return relative_error(result, truth)
 
 
+def commit() -> str:
+    """What is measured: the commit, "-dirty" with changes on top."""
+    run = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return run.stdout.strip() or "unknown"
+
+
 def machine() -> dict[str, str]:
     """Device, instruction set, peaks, versions and commit: written into every CSV."""
     cpu = platform.processor() or platform.machine()
@@ -221,7 +227,6 @@ def machine() -> dict[str, str]:
         if line.startswith("model name"):
             cpu = line.split(":", 1)[1].strip()
             break
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     peaks = {f"peak_gflops_{dtype}": f"{sample_peak(dtype, torch.get_num_threads()):.0f}" for dtype in DTYPES}
-    about = {"device": cpu, "isa": instruction_set() or "-", **peaks, "commit": commit or "unknown"}
+    about = {"device": cpu, "isa": instruction_set() or "-", **peaks, "commit": commit()}
     return {**about, **versions()}

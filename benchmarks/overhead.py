@@ -32,7 +32,8 @@ def main() -> None:
     table = step_coefficients(levels, [900, 800], final_alpha_cumprod=1.0, guidance_scale=7.5)
 
     def attention_op(count: int) -> Callable[[], object]:
-        arguments = (x, [x] * count, [x] * count, *([None] * count,) * 6, None, None, 1.0, out, None)
+        none = [None] * count
+        arguments = (x, [x] * count, [x] * count, *(none,) * 7, None, None, [0] * count, [None], 1.0, out, None)
         return lambda: op(*arguments)
 
     calls = {

@@ -36,6 +36,7 @@ def test_24_every_kernel_was_compiled_for_every_architecture(table):
         expected = {f"attention D{D} bf16 {kind}" for D in HEAD_DIMS for kind in ("dense", "gathered", "grouped")}
         expected |= {"attention D64 fp16 gathered", "attention D64 fp32 gathered", "attention D64 bf16 gathered warped"}
         expected |= {f"attention D{D} bf16 gathered biased" for D in (40, 64)}
+        expected |= {f"backward {part} D{D} bf16" for part in ("query", "source") for D in HEAD_DIMS}
         expected |= {"token maps D40 bf16", "token maps D160 bf16", "step_blend K4 bf16", "step_blend K6 bf16 full"}
         expected |= {f"subject_mask_{part}" for part in ("mean", "smooth", "otsu")}
         expected |= {f"merge_attention_states K{parts} bf16" for parts in (3, 16)}

@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ..ops import AttentionTables
-from . import adain, attention, correspondence, merge, step_blend, subject_mask, token_maps
+from . import adain, attention, attention_backward, correspondence, merge, step_blend, subject_mask, token_maps
 
 ARCHITECTURES = (80, 90, 100)
 HEAD_DIMS = (40, 64, 80, 128, 160)
@@ -27,7 +27,7 @@ PROCESSES = 2
 
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 _TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.bool: "i1"}
-_TYPES |= {torch.int64: "i64", torch.uint8: "u8"}
+_TYPES |= {torch.int64: "i64", torch.uint8: "u8", torch.float64: "fp64"}
 
 
 class Row(NamedTuple):
@@ -59,6 +59,7 @@ def rows() -> list[Row]:
         jobs += [(attention_row, arch, 64, dtype, "gathered") for dtype in (torch.float16, torch.float32)]
         jobs += [(attention_row, arch, D, bf16, "gathered biased") for D in (40, 64)]
         jobs += [(attention_row, arch, 64, bf16, "gathered warped")]
+        jobs += [(backward_rows, arch, D, bf16) for D in HEAD_DIMS]
         jobs += [(small_rows, arch)]
     with ProcessPoolExecutor(PROCESSES) as pool:
         futures = [pool.submit(*job) for job in jobs]
@@ -68,6 +69,14 @@ def rows() -> list[Row]:
 
 def attention_row(arch: int, head_dim: int, dtype: torch.dtype, features: str) -> Row:
     """The attention kernel with 3 sources that have row tables and logit biases, and what `features` names."""
+    like, tables = attention_case(head_dim, dtype, features)
+    arguments, constants, _ = attention.launch_arguments(like, tables, like, like[..., 0].float(), arch)
+    name = f"attention D{head_dim} {_TYPES[dtype]} {features}"
+    return measure(name, arch, attention.multi_source_attention_forward_kernel, arguments, constants)
+
+
+def attention_case(head_dim: int, dtype: torch.dtype, features: str) -> tuple[Tensor, AttentionTables]:
+    """(a query, the tables of a call with what `features` names)"""
     B, N, H, S = 2, 4096, 8, 3
     like = torch.empty(B, N, H, head_dim, dtype=dtype, device="meta")
     lists = torch.empty(2, 2, N, dtype=torch.int32, device="meta")
@@ -78,7 +87,7 @@ def attention_row(arch: int, head_dim: int, dtype: torch.dtype, features: str) -
         return [x if feature in features else None] * S
 
     gathered, grouped = "gathered" in features, "grouped" in features
-    tables = AttentionTables(
+    return like, AttentionTables(
         key=[like] * S,
         value=[like] * S,
         rows=[lists[0, 0, :B]] * S,
@@ -94,9 +103,25 @@ def attention_row(arch: int, head_dim: int, dtype: torch.dtype, features: str) -
         weight=[per_token] * 2 if grouped else [None],
         scale=head_dim**-0.5,
     )
-    arguments, constants, _ = attention.launch_arguments(like, tables, like, like[..., 0].float(), arch)
-    name = f"attention D{head_dim} {_TYPES[dtype]} {features}"
-    return measure(name, arch, attention.multi_source_attention_forward_kernel, arguments, constants)
+
+
+def backward_rows(arch: int, head_dim: int, dtype: torch.dtype) -> list[Row]:
+    """Both backward kernels with every argument that takes registers: index lists, classes, biases, a gradient of lse."""
+    like, tables = attention_case(head_dim, dtype, "gathered biased")
+    lse = like[..., 0].double()
+    single, sums = lse.float(), like.float()
+    name = f"D{head_dim} {_TYPES[dtype]}"
+    arguments, constants, _ = attention_backward.query_launch(like, single, like, tables, like, lse, like, single, arch)
+    query = measure(
+        f"backward query {name}", arch, attention_backward.attention_backward_query_kernel, arguments, constants
+    )
+    arguments, constants, _ = attention_backward.source_launch(
+        like, single, like, tables, 0, lse, single, sums, sums, single, arch
+    )
+    source = measure(
+        f"backward source {name}", arch, attention_backward.attention_backward_source_kernel, arguments, constants
+    )
+    return [query, source]
 
 
 def small_rows(arch: int) -> list[Row]:

@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one command on a bare machine with torch, triton and, for some peers, wheels of its own:
+#   benchmarks/gpu_run.sh [--dry] [PART ...]
+# Parts: build tests sanitizer tiles attention rows backward step_blend (default: all, about 9 minutes).
+# Results go to $OUT (default: a dated folder under benchmarks/results): a CSV and a log per part, and parts.csv, which
+# says of every part whether it ran, how long it took, and why not. --dry: on a machine without a GPU, every part runs
+# except the launches: kernels are interpreted at toy sizes and nothing is timed.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+WHEELS=${WHEELS:-wheels}
+OUT=${OUT:-benchmarks/results/gpu-$(date +%Y-%m-%d-%H%M)}
+DRY=()
+PARTS=()
+for argument in "$@"; do
+  if [ "$argument" = --dry ]; then DRY=(--dry); else PARTS+=("$argument"); fi
+done
+[ ${#PARTS[@]} -gt 0 ] || PARTS=(build tests sanitizer tiles attention rows backward step_blend)
+mkdir -p "$OUT"
+echo "part,status,seconds,reason" > "$OUT/parts.csv"
+
+not_run() { echo "$1,not run,0,$2" >> "$OUT/parts.csv"; echo "== $1: not run: $2"; }
+
+# run PART SECONDS COMMAND...: log under $OUT, one line in parts.csv
+run() {
+  local part=$1 limit=$2 start=$SECONDS status
+  shift 2
+  echo "== $part"
+  timeout "$limit" "$@" > "$OUT/$part.log" 2>&1
+  status=$?
+  if [ $status -eq 0 ]; then
+    echo "$part,ok,$((SECONDS - start))," >> "$OUT/parts.csv"
+  elif [ $status -eq 124 ]; then
+    echo "$part,failed,$((SECONDS - start)),longer than $limit s" >> "$OUT/parts.csv"
+  else
+    echo "$part,failed,$((SECONDS - start)),exit status $status; see $part.log" >> "$OUT/parts.csv"
+  fi
+  tail -n 3 "$OUT/$part.log"
+}
+
+GPU=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")' 2> /dev/null)
+[ -n "$GPU" ] || [ ${#DRY[@]} -gt 0 ] || { echo "no CUDA device here; --dry runs everything but the launches"; exit 1; }
+echo "device: ${GPU:-none}, results: $OUT"
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+
+for part in "${PARTS[@]}"; do
+  case $part in
+    build)
+      if [ -d "$WHEELS" ]; then "$PYTHON" -m pip install -q --no-index --no-deps "$WHEELS"/*.whl > "$OUT/wheels.log" 2>&1 || not_run wheels "see wheels.log"; fi
+      run build 150 "$PYTHON" setup.py -q build_ext --inplace ;;
+    tests)
+      if ! "$PYTHON" -c "import pytest, hypothesis" 2> /dev/null; then not_run tests "pytest or hypothesis is missing: put wheels into $WHEELS"; continue; fi
+      GPU_TESTS=(tests/test_triton.py tests/test_triton_backward.py tests/test_gpu.py)
+      if [ ${#DRY[@]} -gt 0 ]; then
+        run tests 300 "$PYTHON" -m pytest -p no:cacheprovider "${GPU_TESTS[@]}" --collect-only -q
+      else
+        run tests 240 "$PYTHON" -m pytest -p no:cacheprovider "${GPU_TESTS[@]}" -x --maxfail=20
+      fi ;;
+    sanitizer)
+      if ! command -v compute-sanitizer > /dev/null; then not_run sanitizer "compute-sanitizer is not installed"; continue; fi
+      if [ ${#DRY[@]} -gt 0 ]; then not_run sanitizer "needs a GPU"; continue; fi
+      run sanitizer 120 compute-sanitizer --error-exitcode 1 "$PYTHON" -m pytest -p no:cacheprovider tests/test_gpu.py -k sanitizer ;;
+    tiles)
+      run tiles 120 "$PYTHON" -m benchmarks.tiles "${DRY[@]}" --out "$OUT" ;;
+    attention | rows | backward | step_blend)
+      run "$part" 150 "$PYTHON" -m benchmarks.gpu "$part" "${DRY[@]}" --out "$OUT" ;;
+    *) not_run "$part" "no such part" ;;
+  esac
+done
+echo "== $OUT/parts.csv"
+cat "$OUT/parts.csv"
+! grep -q ",failed," "$OUT/parts.csv"

@@ -1,0 +1,117 @@
+"""What only a GPU can show: streams, graphs, large offsets, the order of launches. Numbers in names: DESIGN.md's fault
+list. Everything else that runs there is in test_triton.py and test_triton_backward.py, which use a GPU where one is."""
+
+import pytest
+import torch
+
+from lr_kernels import Source, multi_source_attention, plan_attention, step_blend, step_coefficients
+from lr_kernels.testing import AttentionCase, attention_inputs, check_attention
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+LEVELS = torch.linspace(0.999, 0.005, 1000)
+
+
+def attend(*args, **kwargs):
+    return multi_source_attention(*args, backend="triton", **kwargs)
+
+
+def case(dtype=torch.bfloat16, **keywords) -> tuple:
+    inputs = attention_inputs(AttentionCase("gpu", queries=256, keys=(256, 128), **keywords), dtype, device="cuda")
+    plan = plan_attention(
+        [s.key_mask for s in inputs.sources], [s.key_groups for s in inputs.sources], inputs.query_groups
+    )
+    return inputs, plan
+
+
+@pytest.mark.parametrize("head_dim", [8, 40, 64, 80, 128, 160, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_01_sanitizer_set(head_dim, dtype):
+    """Few and small: compute-sanitizer runs these 50 times slower."""
+    for keywords in ({}, {"visible": 0.4, "groups": 2}, {"key_bias": True}, {"softmax_groups": (0, 1)}):
+        check_attention(attend, case(dtype, head_dim=head_dim, **keywords)[0])
+
+
+def test_graph_of_a_layer_serves_new_inputs_and_masks():
+    inputs, plan = case(visible=0.5, head_dim=64)
+    query, sources = inputs.query.contiguous(), inputs.sources
+    attend(query, sources, plan=plan)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attend(query, sources, plan=plan)
+    for _ in range(2):
+        query.normal_()
+        for s in sources:
+            s.key.normal_()
+        for count in plan.key_count:  # fewer keys: the count is read from the device
+            count.sub_(1)
+        graph.replay()
+        assert torch.equal(out, attend(query, sources, plan=plan))
+
+
+def test_graph_of_a_denoising_step_counts_by_itself():
+    table = step_coefficients(LEVELS, [900, 600, 300], final_alpha_cumprod=1.0, guidance_scale=5.0).cuda()
+    step = torch.zeros(1, dtype=torch.int32, device="cuda")
+    sample, *predictions = (torch.randn(2, 4, 64, 64, device="cuda") for _ in range(3))
+    start, out = sample.clone(), torch.empty_like(sample)
+    step_blend(sample, predictions, table, step, out=out)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step_blend(sample, predictions, table, step, out=out)
+        sample.copy_(out)
+        step += 1
+    step.zero_()
+    sample.copy_(start)
+    expected = start
+    for i in range(3):
+        graph.replay()
+        expected = step_blend(expected, predictions, table, i)
+        assert torch.equal(sample, expected)
+
+
+def test_a_side_stream_is_used():
+    inputs, plan = case(head_dim=64)
+    expected = attend(inputs.query, inputs.sources, plan=plan)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        late = torch.zeros_like(inputs.query)
+        torch.cuda._sleep(50_000_000)
+        late.copy_(inputs.query)
+        out = attend(late, inputs.sources, plan=plan)
+    stream.synchronize()
+    assert torch.equal(out, expected)
+
+
+def test_no_host_synchronization():
+    inputs, plan = case(visible=0.5, groups=2)
+    attend(inputs.query, inputs.sources, query_groups=inputs.query_groups, plan=plan)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        attend(inputs.query, inputs.sources, query_groups=inputs.query_groups, plan=plan)
+        plan_attention(
+            [s.key_mask for s in inputs.sources], [s.key_groups for s in inputs.sources], inputs.query_groups,
+            query_classes=range(8),
+        )  # fmt: skip
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_02_offsets_beyond_int32():
+    """Keys of a view whose last rows lie 2^31 elements behind the first."""
+    rows, tokens = 2, 2**21
+    wide = torch.empty(rows, tokens, 8, 80, dtype=torch.bfloat16, device="cuda")
+    assert wide.numel() > 2**31
+    key = wide[:, -64:].normal_()
+    query = torch.randn(rows, 64, 8, 80, device="cuda").bfloat16()
+    expected = attend(query, [Source(key.contiguous(), key.contiguous())])
+    assert torch.equal(attend(query, [Source(key, key)]), expected)
+
+
+def test_30_the_same_bits_every_time():
+    inputs, plan = case(visible=0.5, groups=2, key_bias=True)
+    leaves = [x.clone().requires_grad_() for s in inputs.sources for x in (s.key, s.value)]
+    sources = [s._replace(key=leaves[2 * i], value=leaves[2 * i + 1]) for i, s in enumerate(inputs.sources)]
+    runs = []
+    for _ in range(5):
+        out = attend(inputs.query, sources, query_groups=inputs.query_groups)
+        runs.append((out, *torch.autograd.grad(out.float().square().sum(), leaves)))
+    assert all(torch.equal(a, b) for other in runs[1:] for a, b in zip(runs[0], other))
