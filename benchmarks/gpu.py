@@ -20,7 +20,6 @@ if DRY:  # Triton decides at import whether it interprets
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lr_kernels import Source, multi_source_attention, plan_attention, reference, step_blend, step_coefficients

@@ -1,17 +1,17 @@
-"""`python -m benchmarks.tiles --out FOLDER`: times the attention kernel with other tiles than lr_kernels/triton/tiles.py
-has for this GPU, and prints the fastest beside the table's: what to write into the table."""
+"""`python -m benchmarks.tiles --out FOLDER`: times the attention kernel with other tiles than those that
+lr_kernels/triton/tiles.py has for this GPU, and prints the fastest beside the table's: what to write into the table."""
 
 import argparse
 import csv
+import functools
 import itertools
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
 if "--dry" in sys.argv:
-    import os
-
     os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
@@ -69,7 +69,7 @@ def main() -> None:
                 with mock.patch.object(tiles, "attention_tile", lambda *_, tile=tile: tile):
                     try:
                         ms = milliseconds(
-                            lambda: multi_source_attention(q, sources, plan=plan, backend="triton"), args.dry
+                            functools.partial(multi_source_attention, q, sources, plan=plan, backend="triton"), args.dry
                         )
                     except Exception as reason:  # out of shared memory or registers: not for this card
                         writer.writerow([arch, head_dim, kind, *tile, "", str(reason).splitlines()[0]])

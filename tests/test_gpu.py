@@ -107,7 +107,7 @@ def test_02_offsets_beyond_int32():
 
 
 def test_30_the_same_bits_every_time():
-    inputs, plan = case(visible=0.5, groups=2, key_bias=True)
+    inputs, _ = case(visible=0.5, groups=2, key_bias=True)
     leaves = [x.clone().requires_grad_() for s in inputs.sources for x in (s.key, s.value)]
     sources = [s._replace(key=leaves[2 * i], value=leaves[2 * i + 1]) for i, s in enumerate(inputs.sources)]
     runs = []

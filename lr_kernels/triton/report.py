@@ -106,7 +106,7 @@ def attention_case(head_dim: int, dtype: torch.dtype, features: str) -> tuple[Te
 
 
 def backward_rows(arch: int, head_dim: int, dtype: torch.dtype) -> list[Row]:
-    """Both backward kernels with every argument that takes registers: index lists, classes, biases, a gradient of lse."""
+    """Both backward kernels with every argument that takes registers: lists, classes, biases, a gradient of lse."""
     like, tables = attention_case(head_dim, dtype, "gathered biased")
     lse = like[..., 0].double()
     single, sums = lse.float(), like.float()

@@ -4,7 +4,7 @@ Chosen by cross-compiling with Triton 3.9 (`python -m lr_kernels.triton.report`)
 sources with row tables and logit biases. Not timed yet on the GPUs themselves.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -40,6 +40,8 @@ class Tiles(NamedTuple):
     grouped: tuple[int, int, int, int]
     """with several softmax groups"""
 
+
+_Table = TypeVar("_Table", bound=tuple)
 
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 """Bytes a program can have, per architecture."""
@@ -93,20 +95,67 @@ _FLOAT32 = (  # exact fp32 products run on the FMA units and keep their operands
 )
 
 
-_BACKWARD = (  # head dims up to, BM (queries), BN (keys), warps, stages: of the query kernel, of the source kernel
-    (64, (64, 64, 8, 2), (64, 64, 8, 2)),
-    (128, (64, 32, 8, 2), (32, 64, 8, 2)),
-    (256, (32, 32, 8, 1), (32, 32, 8, 1)),
+class BackwardTiles(NamedTuple):
+    """One row of a backward table: BM (queries), BN (keys), warps, stages of the two kernels."""
+
+    head_dim: int
+    """serves head dims up to this"""
+    columns: tuple[int, int]
+    """D0, D1"""
+    query: tuple[int, int, int, int]
+    source: tuple[int, int, int, int]
+
+
+_G = (64, 64, 8, 2)
+_H = (64, 32, 8, 2)
+_I = (32, 64, 8, 2)
+_J = (32, 32, 8, 2)
+_MMA_BACKWARD = (
+    BackwardTiles(32, (32, 0), _G, _H),
+    BackwardTiles(64, (64, 0), _G, _H),  # source at 64 x 64: 438 spills
+    BackwardTiles(80, (64, 16), _H, _J),  # source at 32 x 64: 151
+    BackwardTiles(128, (128, 0), _H, _H),
+    BackwardTiles(256, (256, 0), (64, 32, 8, 1), _J),  # D 160 in two parts: 10 spills
+)
+_HOPPER_BACKWARD = (
+    BackwardTiles(32, (32, 0), _G, _G),
+    BackwardTiles(64, (64, 0), _G, _G),
+    BackwardTiles(80, (64, 16), _H, _I),
+    BackwardTiles(128, (128, 0), _H, _I),
+    BackwardTiles(160, (128, 32), _G, _I),
+    BackwardTiles(256, (256, 0), _H, _J),
+)
+_BLACKWELL_BACKWARD = (
+    BackwardTiles(32, (32, 0), _H, _G),
+    BackwardTiles(64, (64, 0), _G, _G),
+    BackwardTiles(80, (64, 16), _H, _I),
+    BackwardTiles(128, (128, 0), _H, _H),  # source at 32 x 64: 28 spills
+    BackwardTiles(256, (256, 0), (32, 32, 4, 2), _J),
+)
+_FLOAT32_BACKWARD = (  # on sm_90 the query kernel has 4 spills at D 64, the source kernel 11 at 128
+    BackwardTiles(64, (64, 0), (16, 16, 4, 1), (16, 16, 4, 2)),
+    BackwardTiles(128, (128, 0), (16, 16, 8, 2), (16, 16, 8, 1)),
+    BackwardTiles(256, (256, 0), (16, 16, 8, 1), (16, 16, 8, 1)),
 )
 
 
 def backward_tile(arch: int, head_dim: int, dtype: torch.dtype, kernel: str) -> Tile:
-    """The tile of the backward kernels, "query" or "source"."""
-    columns = split_head_dim(head_dim)
+    """The tile of a backward kernel, "query" or "source"."""
     if arch == INTERPRETER:
-        return Tile(32, 32, 4, 1, *columns)
-    row = next(t for t in _BACKWARD if t[0] >= head_dim)
-    return Tile(*row[1 if kernel == "query" else 2], *columns)
+        return Tile(32, 32, 4, 1, *split_head_dim(head_dim))
+    table = _of_family(arch, dtype, _FLOAT32_BACKWARD, _BLACKWELL_BACKWARD, _HOPPER_BACKWARD, _MMA_BACKWARD)
+    tiles = next(t for t in table if t.head_dim >= head_dim)
+    return Tile(*getattr(tiles, kernel), *tiles.columns)
+
+
+def _of_family(
+    arch: int, dtype: torch.dtype, float32: _Table, blackwell: _Table, hopper: _Table, mma: _Table
+) -> _Table:
+    if dtype == torch.float32:
+        return float32
+    if 100 <= arch < 120:
+        return blackwell
+    return hopper if arch == 90 else mma
 
 
 def split_head_dim(head_dim: int) -> tuple[int, int]:
@@ -120,11 +169,6 @@ def attention_tile(arch: int, head_dim: int, dtype: torch.dtype, kind: str) -> T
     """The tile of an architecture (major * 10 + minor) for a kind that `Tiles` names."""
     if arch == INTERPRETER:
         return Tile(64, 64, 4, 1, *split_head_dim(head_dim))
-    if dtype == torch.float32:
-        table = _FLOAT32
-    elif 100 <= arch < 120:
-        table = _BLACKWELL
-    else:
-        table = _HOPPER if arch == 90 else _MMA
+    table = _of_family(arch, dtype, _FLOAT32, _BLACKWELL, _HOPPER, _MMA)
     tiles = next(t for t in table if t.head_dim >= head_dim)
     return Tile(*getattr(tiles, kind), *tiles.columns)
