@@ -27,7 +27,7 @@ from lr_kernels.info import versions
 
 from . import attention as layers
 from . import step_blend as blending
-from .harness import OURS, NotRun, checked_error, commit
+from .harness import OURS, NotRun, checked_error, commit, relative_error
 from .table import write_csv
 
 DEVICE = "cpu" if DRY else "cuda"
@@ -250,6 +250,7 @@ def step_blending(timer: Timer) -> Iterator[dict[str, str]]:
             spare = torch.empty_like(halves)
             compiled = blending.by_hand if DRY else torch.compile(blending.by_hand, dynamic=False, fullgraph=True)
             truth = reference.step_blend(tensors[0].double(), [x.double() for x in tensors[1:]], table, 0)
+            low = reference.step_blend(tensors[0], tensors[1:], table, 0)
             contenders = {
                 OURS: lambda t=tensors, c=table, o=out: step_blend(t[0], t[1:], c, 0, out=o, backend="triton"),
                 "eager": lambda t=tensors, n=now, a=after: blending.by_hand(*t, n, a),
@@ -257,11 +258,11 @@ def step_blending(timer: Timer) -> Iterator[dict[str, str]]:
                 "copy of the same bytes": lambda x=halves, y=spare: y.copy_(x),
             }
 
-            def error(name: str, result: object, truth: Tensor = truth) -> float:
+            def error(name: str, result: object, low: Tensor = low, truth: Tensor = truth) -> float:
                 assert isinstance(result, Tensor)
                 if name.startswith("copy"):
                     return 0.0
-                return ((result.double() - truth).norm() / truth.norm()).item()
+                return checked_error(name, result, low, truth) if name == OURS else relative_error(result, truth)
 
             about = {"op": "step_blend", "layer": "x".join(map(str, shape)), "model": model, "dtype": dtype}
             about |= {"shape": about["layer"], "visible": "", "rows": str(shape[0])}

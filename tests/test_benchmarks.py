@@ -1,8 +1,10 @@
 """What the benchmarks measure and write, on work of known size."""
 
 import csv
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 
@@ -70,3 +72,17 @@ def test_peak_is_that_of_the_threads():
     threads = torch.get_num_threads()
     assert harness.sample_peak("fp32", 1) > 1
     assert torch.get_num_threads() == threads
+
+
+def test_the_gpu_script_runs_dry(tmp_path):
+    """Without a GPU, at toy sizes: every contender is called, nothing is timed, and the CSV says so."""
+    root = Path(__file__).parent.parent
+    environment = {**os.environ, "OUT": str(tmp_path), "PYTHON": sys.executable}
+    command = [str(root / "benchmarks" / "gpu_run.sh"), "--dry", "step_blend", "sanitizer"]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    with (tmp_path / "parts.csv").open() as file:
+        parts = {row["part"]: row["status"] for row in csv.DictReader(file)}
+    assert parts == {"step_blend": "ok", "sanitizer": "not run"}
+    with (tmp_path / "step_blend.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 24 and all(row["ms"] == "" and row["not_run"] == "dry run" for row in rows)
