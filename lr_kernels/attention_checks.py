@@ -31,6 +31,8 @@ def check(query: Tensor, sources: Sequence[Source], query_groups: Tensor | None,
     first_of_group: dict[int, int] = {}
     for i, source in enumerate(sources):
         _check_source(i, source, query)
+        if not isinstance(source.softmax_group, int):
+            fail(OP, f"softmax_group[{i}]", "an int", repr(source.softmax_group), error=TypeError)
         first = first_of_group.setdefault(source.softmax_group, i)
         if first != i and source.weight is not None:
             fail(

@@ -26,17 +26,27 @@ class _Attention(torch.autograd.Function):
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         lse = query.new_empty(query.shape[:3], dtype=torch.float64) if plain or return_lse else None
         attention_op(backend)(query, *tables, out, lse)
-        ctx.save_for_backward(query, *parts, *((out, lse) if plain else (None, None)))
-        ctx.backend, ctx.tables = backend, tables._replace(key=[], value=[], key_bias=[])
+        strengths = (*tables.logit_scale, *tables.logit_bias, *tables.weight)  # saved: a change in place is an error
+        ctx.save_for_backward(query, *parts, *((out, lse) if plain else (None, None)), *strengths)
+        rest = tables._replace(key=[], value=[], key_bias=[], logit_scale=[], logit_bias=[], weight=[])
+        ctx.backend, ctx.tables = backend, rest
         ctx.set_materialize_grads(False)
         return out, lse if lse is None else lse.float()
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        query, *parts, out, lse = ctx.saved_tensors
         count = len(ctx.tables.rows)
+        query, *parts = ctx.saved_tensors[: 1 + 3 * count]
+        out, lse, *strengths = ctx.saved_tensors[1 + 3 * count :]
         key, value, key_bias = parts[:count], parts[count : 2 * count], parts[2 * count :]
-        tables = ctx.tables._replace(key=key, value=value, key_bias=key_bias)
+        tables = ctx.tables._replace(
+            key=key,
+            value=value,
+            key_bias=key_bias,
+            logit_scale=strengths[:count],
+            logit_bias=strengths[count : 2 * count],
+            weight=strengths[2 * count :],
+        )
         bias_wanted = ctx.needs_input_grad[4 + 2 * count :]
         if grad_out is None:
             grad_out = torch.zeros_like(query)

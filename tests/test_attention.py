@@ -232,6 +232,22 @@ def test_12_live_nan_reaches_only_queries_that_see_it(dtype, where, poison):
     assert truth.isfinite().any() and (poison != math.nan or not truth.isfinite().all())
 
 
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_15_a_logit_bias_of_minus_infinity_hides_the_source(dtype, biased):
+    """For batch row 0 alone: it sees nothing, or only the other source; no gradient is NaN."""
+    query, key, value = (torch.randn(2, 37, 2, 16).to(dtype).requires_grad_() for _ in range(3))
+    bias = torch.zeros(1, 37) if biased else None
+    off = Source(key, value, key_bias=bias, logit_bias=torch.tensor([-math.inf, 0.0]))
+    for sources in ([off], [off, Source(key, value, key_mask=torch.zeros(1, 37, dtype=torch.bool))]):
+        out, lse = on("cpu")(query, sources, return_lse=True)
+        assert (out[0] == 0).all() and (lse[0] == -math.inf).all() and lse[1].isfinite().all()
+        grads = torch.autograd.grad(out.sum(), (query, key, value))
+        assert all(g.isfinite().all() and (g[0] == 0).all() for g in grads)
+    with torch.no_grad():
+        check_attention(on("cpu"), AttentionInputs(query, [off, Source(key, value)]))
+
+
 @pytest.mark.parametrize("keys", [1, 31, 200])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -112,6 +112,15 @@ def test_28_a_gradient_that_the_kernel_lacks_is_refused_or_goes_to_the_reference
     assert grad.isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["logit_scale", "logit_bias", "weight"])
+def test_28_strengths_changed_before_the_backward_pass_are_an_error(name):
+    query, source, strength = torch.randn(1, 5, 2, 16, requires_grad=True), random_source(1, 7), torch.ones(1)
+    out = multi_source_attention(query, [source._replace(**{name: strength})], backend="cpu")
+    strength.fill_(3)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
 def test_10_a_query_that_sees_nothing_gets_and_gives_no_gradient():
     query = torch.randn(2, 6, 2, 16, requires_grad=True)
     key, value = (x.requires_grad_() for x in random_source(2, 9)[:2])

@@ -45,6 +45,7 @@ def test_07_message_form():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
+        (dict(softmax_group=torch.tensor(1)), TypeError, r"softmax_group\[1\]: expected an int, got tensor\(1\)"),
         (dict(rows=torch.tensor([0])), ValueError, r"rows\[1\]: expected shape \(2,\), got \(1,\)"),
         (dict(rows=torch.tensor([0.0, 1.0])), TypeError, r"rows\[1\]: expected an integer dtype, got torch.float32"),
         (dict(rows=torch.tensor([0, 2])), ValueError, r"rows\[1\]: expected -1 to 1, got 0 to 2"),

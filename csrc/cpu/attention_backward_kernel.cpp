@@ -249,7 +249,7 @@ class Backward {
     const float shift = per_head(source.logit_bias, source.logit_bias_stride, 0.0f) * kLog2E;
     const float* bias = source.key_bias ? source.key_bias + row * source.bias_stride : nullptr;
     for (int i = 0; i < round_up(count, kKeyTile); ++i) {
-      const float b = i >= count ? -INFINITY : bias ? bias[key_token(i)] : 0.0f;
+      const float b = i >= count || shift == -INFINITY ? -INFINITY : bias ? bias[key_token(i)] : 0.0f;
       x.bias[i] = b > -INFINITY ? std::max(b * kLog2E + shift, -FLT_MAX) : b;  // as in the forward pass
     }
     float* grad_bias = g.grad_key_bias[number];

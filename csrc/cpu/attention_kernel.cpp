@@ -259,7 +259,8 @@ class Attention {
       list.value[list.count] = values + (moved ? moved[token] : token) * source.value_stride[1];
       const float x = bias ? bias[token] : 0.0f;
       // finfo.min, times log2(e), would become -inf and hide a key that only has a low weight
-      biases[list.count] = x > -INFINITY ? std::max(x * kLog2E + list.logits.shift, -FLT_MAX) : x;
+      const bool hidden = list.logits.shift == -INFINITY;
+      biases[list.count] = hidden ? -INFINITY : x > -INFINITY ? std::max(x * kLog2E + list.logits.shift, -FLT_MAX) : x;
     }
   }
 
