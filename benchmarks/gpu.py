@@ -51,7 +51,7 @@ class Timer:
 
     def medians(self, calls: dict[str, Callable[[], object]]) -> dict[str, float]:
         """Milliseconds per call."""
-        if DRY:
+        if DRY or not calls:
             return {}
         found: dict[str, list[float]] = {name: [] for name in calls}
         order = list(calls)
@@ -104,7 +104,7 @@ def compare(
             rows[name]["not_run"] = str(reason).strip().splitlines()[0]
     found = timer.medians(calls)
     for name in calls:
-        if not found:
+        if DRY:
             rows[name]["not_run"] = "dry run"
             continue
         rows[name]["ms"] = f"{found[name]:.4g}"
@@ -114,10 +114,17 @@ def compare(
     yield from rows.values()
 
 
+LAYERS = (
+    *layers.LAYERS,
+    layers.Layer("sd3", "SD3 64²", 4429, 24, 64),  # image and text tokens together
+    layers.Layer("flux", "Flux 64²", 4608, 24, 128),
+)
+
+
 def sizes() -> tuple[layers.Layer, ...]:
     if not DRY:
-        return layers.LAYERS
-    return tuple(layers.Layer(x.id, x.model, max(16, x.tokens // 64), 2, x.head_dim) for x in layers.LAYERS)
+        return LAYERS
+    return tuple(layers.Layer(x.id, x.model, max(16, x.tokens // 64), 2, x.head_dim) for x in LAYERS)
 
 
 def forced(backend: SDPBackend, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -105,8 +105,7 @@ def check_masks(
 
 def _order_queries(query_groups: Tensor, classes: Sequence[int]) -> tuple[Tensor, Tensor]:
     """query_order (B or 1, N) and class_start (B or 1, C + 1), both int32."""
-    values = torch.tensor(list(classes), dtype=torch.uint8, device=query_groups.device)
-    member = query_groups[:, :, None] == values  # (B, N, C)
+    member = torch.stack([query_groups == c for c in classes], -1)  # (B, N, C); a tensor of classes would be a copy
     if not torch.compiler.is_compiling():
         torch._assert_async(
             member.any(-1).all(), "lr_kernels.plan_attention: query_classes: a byte of query_groups is missing"
@@ -126,8 +125,7 @@ def visible_lists(
         assert mask is not None
         visible = mask[None]
     else:
-        bits = torch.tensor(list(classes), dtype=torch.uint8, device=groups.device)
-        visible = (groups & bits[:, None, None]) != 0
+        visible = torch.stack([(groups & c) != 0 for c in classes])
         visible = visible if mask is None else visible & mask
     keys = visible.shape[-1]
     place = torch.where(visible, visible.cumsum(-1) - 1, keys)  # hidden keys all land in one spare slot, cut off below

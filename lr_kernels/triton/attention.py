@@ -22,6 +22,7 @@ from .sources import (
     MAX,
     dot_precision,
     encode,
+    key_entries,
     key_list,
     key_shift,
     key_tokens,
@@ -213,24 +214,27 @@ def multi_source_attention_forward_kernel(
         v = pick(value, s, S)
         v += (row * pick_int(value_stride[0], s, S) + h64 * pick_int(value_stride[2], s, S)) * UNIT
 
-        full = count // BN * BN
-        for j in tl.range(0, full, BN):
+        # Whole tiles, then the keys that are left: a loop of at most one turn, since straight code reads the tiles of
+        # shared memory at constant addresses, which ptxas 12.8 (Triton 3.6) gets wrong in tiles below 128 bytes a row
+        whole = count // BN * BN
+        entries = key_entries(key_index, index, on, index_count)
+        for j in tl.range(0, whole, BN):
             at = j + on
-            tokens = key_tokens(key_index, index, at, index_count)
+            tokens = key_tokens(key_index, entries, at, index_count)
+            entries = key_entries(key_index, index, at + BN, index_count)
             value_tokens = _value_tokens(value_list, tokens, at, value_count, last)
             shift = key_shift(key_bias, bias, tokens, at, bias_count, beta)
             acc0, acc1, top, total = _attend_tile(
                 q0, q1, acc0, acc1, top, total, k, v, tokens, value_tokens, query_ok, k_n, v_n, alpha, shift,
                 D, D0, D1, BM, BN, UNIT, NARROW, PER_PAIR, False, PRECISION, UPCAST,
             )  # fmt: skip
-        if full < count:
-            at = full + on
-            ok = at < count
-            tokens = key_tokens(key_index, index, at, index_count)
+        for j in tl.range(whole, count, BN):
+            at = j + on
+            tokens = key_tokens(key_index, key_entries(key_index, index, at, index_count), at, index_count)
             value_tokens = _value_tokens(value_list, tokens, at, value_count, last)
             shift = key_shift(key_bias, bias, tokens, at, bias_count, beta)
             acc0, acc1, top, total = _attend_tile(
-                q0, q1, acc0, acc1, top, total, k, v, tokens, value_tokens, ok, k_n, v_n, alpha, shift,
+                q0, q1, acc0, acc1, top, total, k, v, tokens, value_tokens, at < count, k_n, v_n, alpha, shift,
                 D, D0, D1, BM, BN, UNIT, NARROW, PER_PAIR, True, PRECISION, UPCAST,
             )  # fmt: skip
 

@@ -23,6 +23,7 @@ from .sources import (
     LOG2E,
     dot_precision,
     encode,
+    key_entries,
     key_list,
     key_shift,
     key_tokens,
@@ -190,10 +191,12 @@ def attention_backward_query_kernel(
         k += (row * pick_int(key_stride[0], s, S) + h64 * pick_int(key_stride[2], s, S)) * UNIT
         v = pick(value, s, S)
         v += (row * pick_int(value_stride[0], s, S) + h64 * pick_int(value_stride[2], s, S)) * UNIT
+        entries = key_entries(key_index, index, on, index_count)
         for j in tl.range(0, count, BN):
             at = j + on
             ok = at < count
-            tokens = key_tokens(key_index, index, at, index_count)
+            tokens = key_tokens(key_index, entries, at, index_count)
+            entries = key_entries(key_index, index, at + BN, index_count)
             shift = key_shift(key_bias, bias, tokens, at, bias_count, beta)
             k0, k1 = _load_parts(k + (tokens.to(tl.int64) * k_n)[:, None] * UNIT, ok, D, D0, D1, UPCAST)
             v0, v1 = _load_parts(v + (tokens.to(tl.int64) * v_n)[:, None] * UNIT, ok, D, D0, D1, UPCAST)

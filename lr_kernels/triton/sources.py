@@ -99,13 +99,23 @@ def per_head(table, table_stride, with_table, s, b64, h64, otherwise: tl.constex
 
 
 @triton.jit
-def key_tokens(key_index, index, at, index_count):
-    """(BN,) tokens of the keys at places `at` of the list; index_count is 0 where this source has no list."""
+def key_entries(key_index, index, at, index_count):
+    """(BN,) entries `at` of the list of keys, 0 past its end. A loop loads those of its next tile: the loads of keys and
+    values then start from registers, and run as many tiles ahead as those of a source without a list."""
+    if key_index is None:
+        return 0
+    else:
+        return tl.load(index + at, mask=at < index_count, other=0)
+
+
+@triton.jit
+def key_tokens(key_index, entries, at, index_count):
+    """(BN,) tokens of the keys at places `at`, whose entries of the list are known; index_count is 0 where this source
+    has no list."""
     if key_index is None:
         return at
     else:
-        listed = at < index_count
-        return tl.where(listed, tl.load(index + at, mask=listed, other=0), at)
+        return tl.where(at < index_count, entries, at)
 
 
 @triton.jit

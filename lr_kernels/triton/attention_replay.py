@@ -1,0 +1,95 @@
+"""Recorded calls of multi_source_attention: see replay.py."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from ..ops import AttentionTables
+from ..plan import AttentionPlan
+from ..source import Source
+from . import attention
+from .launch import INTERPRETED, architecture, check_grid, on_device
+from .replay import Recorder, record
+
+_PLAIN = (Tensor, Parameter)
+_recorder = Recorder()
+
+
+class Call:
+    """A call that may be recorded: the metadata that decides its launch, and its tensors."""
+
+    def __init__(self, key: list, tensors: list[Tensor], query: Tensor, return_lse: bool) -> None:
+        self.out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        self.lse = query.new_empty(query.shape[:3], dtype=torch.float32) if return_lse else None
+        tensors.append(self.out)
+        if self.lse is not None:
+            tensors.append(self.lse)
+        self.pointers = pointers = [x.data_ptr() for x in tensors]
+        # Which tensors are the same: a recorded launch finds a pointer at its first place
+        key += map(pointers.index, pointers)
+        self.key = tuple(key)
+
+    def replay(self, query: Tensor) -> bool:
+        """Whether a launch was recorded and has run."""
+        launch = _recorder.get(self.key)
+        if launch is None:
+            return False
+        launch.run(self.pointers, query.device)
+        return True
+
+    def run(self, query: Tensor, tables: AttentionTables) -> None:
+        """Launch for the first time, and record it."""
+        device, kernel = query.device, attention.multi_source_attention_forward_kernel
+        if self.out.numel() == 0 or not any(k.shape[1] for k in tables.key):
+            attention.multi_source_attention_triton(query, *tables, self.out, self.lse)
+            return
+        arguments, constants, programs = attention.launch_arguments(
+            query, tables, self.out, self.lse, architecture(device)
+        )
+        with on_device(device):
+            compiled = kernel[check_grid("multi_source_attention", programs)](*arguments, **constants)
+        launch = record(kernel, compiled, programs, arguments, constants, self.pointers)
+        if launch is not None:
+            _recorder.add(self.key, launch)
+
+
+def recordable(
+    query: Tensor, sources: Sequence[Source], query_groups: Tensor | None, scale: float | None, return_lse: bool,
+    plan: AttentionPlan | None,
+) -> Call | None:  # fmt: skip
+    """The call, or None where it must take the long way: gradients, masks without a plan, a plan for other masks (the
+    checks say what is wrong), numbers instead of tensors as strengths, tensors of a subclass, a dispatch mode."""
+    if INTERPRETED or torch._C._len_torch_dispatch_stack():
+        return None
+    key: list = [scale, return_lse]
+    tensors = [query]
+    if plan is None:
+        if query_groups is not None:
+            return None
+        key.append(None)
+    else:
+        if plan.query_groups is not query_groups or len(plan.key_masks) != len(sources):
+            return None
+        for x in (*plan.key_index, *plan.key_count, plan.query_order, plan.class_start):
+            key.append(x is None)
+            if x is not None:
+                tensors.append(x)
+    for i, source in enumerate(sources):
+        mask, groups = (None, None) if plan is None else (plan.key_masks[i], plan.key_groups[i])
+        if source.key_mask is not mask or source.key_groups is not groups:
+            return None
+        tensors.append(source.key)
+        tensors.append(source.value)
+        for x in (source.rows, source.key_bias, source.logit_scale, source.logit_bias, source.value_index, source.weight):
+            key.append(x is None)
+            if x is not None:
+                tensors.append(x)
+        key.append(source.softmax_group)
+    gradients = torch.is_grad_enabled()
+    for x in tensors:
+        if x.__class__ not in _PLAIN or (gradients and x.requires_grad):
+            return None
+        key += (x.shape, x.stride(), x.dtype, x.get_device())
+    return Call(key, tensors, query, return_lse)

@@ -1,0 +1,157 @@
+"""Recorded calls: the arguments of a launch that runs again are those that laying it out anew would give."""
+
+import pytest
+import torch
+
+from lr_kernels import Source, multi_source_attention, plan_attention
+from lr_kernels.attention import _tables
+from lr_kernels.testing import CASES, attention_inputs
+from lr_kernels.triton import attention, attention_replay, replay
+
+KERNEL = attention.multi_source_attention_forward_kernel
+BY_ID = {case.id: case for case in CASES}
+
+
+class Compiled:
+    """Stands for a compiled kernel: keeps what it is launched with."""
+
+    function = packed_metadata = launched = None
+
+    def launch_metadata(self, *arguments):
+        return None
+
+    def run(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *arguments):
+        self.launched = (x, y, z, stream, arguments)
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(attention_replay, "INTERPRETED", False)
+    monkeypatch.setattr(attention_replay._recorder, "_launches", {})
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    active = type("Active", (), {"get_current_stream": staticmethod(lambda device: 7)})
+    monkeypatch.setattr(replay, "driver", type("Driver", (), {"active": active}))
+
+
+def inputs_of(case_id: str, seed: int, dtype=torch.bfloat16):
+    inputs = attention_inputs(BY_ID[case_id], dtype, seed)
+    strengths = {"logit_scale", "logit_bias"}  # numbers are not recorded: they become tensors anew in every call
+    sources = [
+        s._replace(**{k: torch.tensor(v) for k, v in s._asdict().items() if k in strengths and isinstance(v, float)})
+        for s in inputs.sources
+    ]
+    sources = [
+        s._replace(value_index=s.value_index.int()) if s.value_index is not None else s for s in sources
+    ]  # as kernels read it: in another dtype the launcher copies it
+    plan = plan_attention([s.key_mask for s in sources], [s.key_groups for s in sources], inputs.query_groups)
+    return inputs.query, sources, inputs.query_groups, plan
+
+
+def as_pointers(x):
+    if isinstance(x, tuple):
+        return tuple(map(as_pointers, x))
+    return x.data_ptr() if isinstance(x, torch.Tensor) else x
+
+
+def laid_out(call, query, sources, plan):
+    tables = _tables(query, sources, plan, None)
+    arguments, constants, programs = attention.launch_arguments(query, tables, call.out, call.lse, 90)
+    return arguments, constants, programs
+
+
+@pytest.mark.parametrize(
+    "case_id", ["self", "shared-reference", "cfg-halves", "masked-67", "groups-3-masked", "warped-values", "key-bias",
+                "logit-scale-and-bias", "everything", "everything-grouped", "d37"],
+)  # fmt: skip
+def test_a_recorded_launch_takes_the_pointers_of_its_own_call(case_id, no_gpu):
+    one_group = BY_ID[case_id].softmax_groups is None
+    query, sources, groups, plan = inputs_of(case_id, 0)
+    call = attention_replay.recordable(query, sources, groups, None, one_group, plan)
+    assert call is not None and not call.replay(query)
+    arguments, constants, programs = laid_out(call, query, sources, plan)
+    compiled = Compiled()
+    launch = replay.record(KERNEL, compiled, programs, arguments, constants, call.pointers)
+    if any(p % 16 for p in call.pointers):
+        assert launch is None
+        return
+    attention_replay._recorder.add(call.key, launch)
+
+    query, sources, groups, plan = inputs_of(case_id, 1)
+    again = attention_replay.recordable(query, sources, groups, None, one_group, plan)
+    assert again.key == call.key and again.replay(query)
+    arguments, constants, programs = laid_out(again, query, sources, plan)
+    whole = (*arguments, *(constants[name] for name in KERNEL.arg_names[len(arguments) :]))
+    assert compiled.launched == (programs, 1, 1, 7, tuple(map(as_pointers, whole)))
+
+
+def variant(**changes):
+    """A call with one thing changed, as `recordable` sees it."""
+    torch.manual_seed(0)
+    about = dict(dtype=torch.bfloat16, tokens=64, keys=64, strided=False, rows=None, scale=None, lse=False, alias=False)
+    about |= changes
+    query = torch.randn(2, about["tokens"], 2, 64).to(about["dtype"])
+    wide = torch.randn(2, about["keys"], 4, 64).to(about["dtype"])
+    key = wide[:, :, :2] if about["strided"] else wide[:, :, :2].contiguous()
+    value = key if about["alias"] else key.clone() if not about["strided"] else wide[:, :, 2:]
+    source = Source(key, value, about["rows"], softmax_group=about.get("group", 0))
+    return attention_replay.recordable(query, [source], None, about["scale"], about["lse"], None)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"dtype": torch.float16}, {"tokens": 65}, {"keys": 63}, {"strided": True}, {"scale": 0.5}, {"lse": True},
+     {"alias": True}, {"rows": torch.tensor([1, 0], dtype=torch.int32)}],
+    ids=lambda c: next(iter(c)),
+)  # fmt: skip
+def test_what_decides_a_launch_is_in_the_key(changes, no_gpu):
+    assert variant().key == variant().key
+    assert variant(**changes).key != variant().key
+
+
+def test_calls_that_must_take_the_long_way(no_gpu):
+    query, key = torch.randn(2, 8, 2, 16), torch.randn(2, 8, 2, 16)
+    mask = torch.rand(1, 8) < 0.5
+    plan = plan_attention([mask])
+
+    def recordable(sources, plan=None, groups=None):
+        return attention_replay.recordable(query, sources, groups, None, False, plan)
+
+    assert recordable([Source(key, key, key_mask=mask)], plan) is not None
+    assert recordable([Source(key, key, key_mask=mask)]) is None, "a mask without a plan"
+    assert recordable([Source(key, key, key_mask=mask.clone())], plan) is None, "a plan for another mask"
+    assert recordable([Source(key, key)] * 2, plan) is None, "a plan for one source"
+    assert recordable([Source(key, key, logit_scale=0.5)]) is None, "a number as strength"
+    assert recordable([Source(key.requires_grad_(), key)]) is None, "a gradient"
+    with torch.no_grad():
+        assert recordable([Source(key, key)]) is not None
+
+
+def test_tensors_that_the_launcher_makes_are_not_recorded(no_gpu):
+    """An int64 row table is converted in every call: its address says nothing about the next call's."""
+    query, key = (torch.randn(2, 8, 2, 16).bfloat16() for _ in range(2))
+    sources = [Source(key, key, rows=torch.tensor([1, 0]))]
+    call = attention_replay.recordable(query, sources, None, None, False, None)
+    arguments, constants, programs = laid_out(call, query, sources, plan_attention([None]))
+    assert replay.record(KERNEL, Compiled(), programs, arguments, constants, call.pointers) is None
+
+
+def test_the_number_of_recorded_calls_is_bounded(monkeypatch):
+    monkeypatch.setattr(replay, "RECORDED_CALLS", 3)
+    recorder = replay.Recorder()
+    for i in range(10):
+        recorder.add((i,), None)
+        assert len(recorder._launches) <= 3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_the_second_call_is_the_first_bit_for_bit():
+    for case_id in ("self", "cfg-halves", "groups-3-masked", "everything"):
+        found = []
+        for _ in range(3):
+            query, sources, groups, plan = inputs_of(case_id, 0)
+            on_gpu = lambda x: x.cuda() if isinstance(x, torch.Tensor) else x  # noqa: E731
+            sources = [Source(*map(on_gpu, s)) for s in sources]
+            groups = on_gpu(groups)
+            plan = plan_attention([s.key_mask for s in sources], [s.key_groups for s in sources], groups)
+            found.append(multi_source_attention(query.cuda(), sources, query_groups=groups, plan=plan))
+        assert all(torch.equal(found[0], x) for x in found[1:])
