@@ -4,9 +4,9 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 PUBLIC := $(addprefix lr_kernels/,$(addsuffix .py,__init__ adain attention attention_checks attention_grad backends checks coefficients correspondence info masks merge ops plan reference source step_blend token_maps))
-SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*.h csrc/cpu/* bindings/*)
+SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/* bindings/*)
 
-.PHONY: demo test lint bench readme sanitize properties clean
+.PHONY: demo test test-oldest-triton lint bench readme sanitize properties clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m lr_kernels demo
@@ -14,6 +14,12 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest tests
+
+# The oldest Triton that the package supports; `make test` runs with the newest.
+OLDEST_TRITON := $(VENV)/triton-3.6
+test-oldest-triton: $(VENV)/.installed
+	test -d $(OLDEST_TRITON) || $(BIN)/python -m pip install -q --target $(OLDEST_TRITON) "triton==3.6.*" "numpy<2.4"
+	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m pytest $(wildcard tests/test_triton*.py) tests/test_compact_keys.py
 
 properties: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/test_properties.py --hypothesis-profile thorough --hypothesis-show-statistics
@@ -31,7 +37,7 @@ lint: $(VENV)/.installed
 	$(BIN)/python -m pip install -q "ruff==0.17.*" "mypy==2.*" "clang-format==23.*"
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy --follow-imports=silent $(PUBLIC)
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'bindings/*')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'bindings/*')
 
 # Tests of the C++ kernels on a build of its own, with addresses and undefined behaviour checked; g++ only. The preloaded
 # C++ library lets the sanitizer see torch's exceptions; Python's own memory counts as leaks, so those are off. A report

@@ -1,4 +1,5 @@
-"""Builds the C++ extension with CMake; without a C++ compiler the pure-Python package is installed and says so once."""
+"""Builds the C++ extension with CMake, and where nvcc is there and torch is a CUDA build the CUDA C++ extension too;
+without a C++ compiler the pure-Python package is installed and says so once."""
 
 import json
 import os
@@ -31,6 +32,7 @@ class CMakeBuild(build_ext):
             f"-DTORCH_INCLUDE_DIRS={';'.join(include_paths())}",
             f"-DTORCH_LIBRARY_DIRS={';'.join(library_paths())}",
             f"-DCMAKE_INSTALL_PREFIX={target}",
+            f"-DLR_CUDA={'ON' if shutil.which('nvcc') and torch.version.cuda else 'OFF'}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
         subprocess.run(["cmake", "-S", str(ROOT), "-B", str(build), *configure], check=True)

@@ -16,7 +16,6 @@ _AUTO = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
-_OPERATORS_WITH_CUDA: frozenset[str] = frozenset()
 
 
 def interpreted() -> bool:
@@ -40,9 +39,13 @@ def unavailable(backend: str, op: str, device_type: str | None = None) -> str | 
                 return None
             return "needs a CUDA device, or TRITON_INTERPRET=1 to interpret on cpu tensors"
         case "cuda":
-            if op not in _OPERATORS_WITH_CUDA:
+            if op not in ops.OPERATORS_WITH_CUDA:
                 return f"{op} has no CUDA C++ kernel; the GPU backend is 'triton'"
-            return None if torch.cuda.is_available() else "no CUDA device"
+            if ops.cuda_extension_error is not None:
+                return ops.cuda_extension_error
+            if device_type == "cuda" or (device_type is None and torch.cuda.is_available()):
+                return None
+            return "needs a CUDA device"
     return None
 
 

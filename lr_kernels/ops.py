@@ -1,7 +1,8 @@
 """The torch ops: one schema per operator, one op per implementation of it, and the loading of the compiled extension.
 
 Every op writes into preallocated outputs and returns nothing, so one no-op fake serves all of them. Names are
-`lr_kernels::<operator>_<backend>`; the C++ extension implements `_cpu`, `lr_kernels.triton` implements `_triton`.
+`lr_kernels::<operator>_<backend>`; the C++ extension implements `_cpu`, its CUDA part `_cuda`, `lr_kernels.triton`
+`_triton`.
 """
 
 import json
@@ -46,6 +47,9 @@ SCHEMAS = {
     "Tensor? mask, Tensor? background, Tensor? noise, Tensor? history, "  # fp32 (B or 1, h, w), (B, C, h, w) x 3
     "Tensor? keep_rows, Tensor(a!) out, "  # bool (B,), (B, C, h, w)
     "Tensor(b!)? model_input, Tensor(c!)? history_out) -> ()",  # (n * B, C, h, w), (B, C, h, w)
+    "compact_keys": "("
+    "Tensor? mask, Tensor? groups, int[] classes, "  # bool (R or 1, M), uint8 (R or 1, M), C query group bytes
+    "Tensor(a!) index, Tensor(b!) count) -> ()",  # int32 (C, R, M), (C, R)
     "merge_attention_states": "("
     "Tensor[] outs, Tensor[] lses, "  # K x (B, N, H, D), K x fp32 (B, N, H)
     "Tensor(a!) out, Tensor(b!) lse) -> ()",
@@ -67,9 +71,14 @@ def _define(name: str, schema: str) -> None:
     torch.library.register_fake(f"lr_kernels::{name}", lambda *args: None, lib=_library)
 
 
+OPERATORS_WITH_CUDA = frozenset({"step_blend", "compact_keys"})
+"""Those with a CUDA C++ kernel: small ones, whose time on a GPU is that of the launch."""
+
 for _operator, _schema in SCHEMAS.items():
     for _backend in ("cpu", "triton"):
         _define(f"{_operator}_{_backend}", _schema)
+    if _operator in OPERATORS_WITH_CUDA:
+        _define(f"{_operator}_cuda", _schema)
 
 
 class AttentionTables(NamedTuple):
@@ -107,25 +116,33 @@ def _kernel(operator: str, backend: str) -> Callable[..., None]:
     return getattr(torch.ops.lr_kernels, f"{operator}_{backend}")
 
 
-def _load_extension(folder: Path) -> str | None:
-    """Load `_C.so` from `folder`. Returns None, or why the compiled kernels are not available."""
-    library, record = folder / "_C.so", folder / "_build.json"
+def _load_extension(folder: Path) -> tuple[str | None, str | None]:
+    """Load `_C.so` and `_C_cuda.so` from `folder`. Returns None, or why they are not available, of each."""
+    library, cuda, record = folder / "_C.so", folder / "_C_cuda.so", folder / "_build.json"
     if not library.exists():
-        return "the package was installed without its C++ extension (no compiler at build time)"
+        reason = "the package was installed without its C++ extension (no compiler at build time)"
+        return reason, reason
     build = json.loads(record.read_text())
     running, minimum = torch.__version__, build["torch_minimum"]
     built_for = f"built with torch {build['torch']} for torch >= {minimum}, running torch {running}"
     if tuple(int(x) for x in running.split(".")[:2]) < tuple(int(x) for x in minimum.split(".")):
-        return f"the C++ extension does not fit: {built_for}"
-    try:
-        torch.ops.load_library(str(library))
-    except OSError as error:
-        return f"the C++ extension does not load ({error}): {built_for}"
-    return None
+        reason = f"the C++ extension does not fit: {built_for}"
+        return reason, reason
+    reasons: list[str | None] = []
+    for path in (library, cuda):
+        try:
+            if not path.exists():
+                reasons.append("the package was installed without its CUDA C++ extension (no nvcc at build time)")
+                continue
+            torch.ops.load_library(str(path))
+            reasons.append(None)
+        except OSError as error:
+            reasons.append(f"the C++ extension does not load ({error}): {built_for}")
+    return reasons[0], reasons[1]
 
 
-extension_error: str | None = _load_extension(Path(__file__).parent)
-"""None where the compiled CPU kernels are loaded, else the reason."""
+extension_error, cuda_extension_error = _load_extension(Path(__file__).parent)
+"""None where the compiled kernels, of the CPU and CUDA C++, are loaded, else the reason."""
 
 if extension_error is not None:
     warnings.warn(f"lr_kernels: no compiled CPU kernels: {extension_error}", RuntimeWarning, stacklevel=2)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import backends
 from .checks import fail
 
 
@@ -121,6 +122,9 @@ def visible_lists(
     """key_index (C or 1, R or 1, M) and key_count (C or 1, R or 1) of one source; None where all keys are seen."""
     if mask is None and groups is None:
         return None, None
+    device = (groups if mask is None else mask).device
+    if device.type == "cuda":
+        return _compact(mask, groups, [0] if groups is None else list(classes), device)
     if groups is None:
         assert mask is not None
         visible = mask[None]
@@ -132,3 +136,22 @@ def visible_lists(
     index = torch.zeros(*visible.shape[:-1], keys + 1, dtype=torch.int32, device=visible.device)
     index.scatter_(-1, place, torch.arange(keys, dtype=torch.int32, device=visible.device).expand_as(place))
     return index[..., :keys], visible.sum(-1, dtype=torch.int32)
+
+
+def _compact(
+    mask: Tensor | None, groups: Tensor | None, classes: list[int], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The same in one launch, or one per class."""
+    rows, keys = (groups if mask is None else mask).shape
+    if mask is not None and groups is not None:
+        rows = max(mask.shape[0], groups.shape[0])
+        if keys != groups.shape[1]:
+            fail("plan_attention", "key_groups", f"{keys} keys as in key_mask", groups.shape[1])
+    index = torch.empty(len(classes), rows, keys, dtype=torch.int32, device=device)
+    count = torch.empty(len(classes), rows, dtype=torch.int32, device=device)
+    name = backends.choose("compact_keys", "auto", device, torch.float32)
+    if name == "triton":
+        from . import triton  # noqa: F401  (registers the Triton implementations)
+    op = getattr(torch.ops.lr_kernels, f"compact_keys_{name}")
+    op(*(x if x is None or x.stride(1) == 1 else x.contiguous() for x in (mask, groups)), classes, index, count)
+    return index, count

@@ -11,7 +11,9 @@ from .coefficients import COLUMNS
 
 _OP = "step_blend"
 MAX_PREDICTIONS = 6
-_CPU, _TRITON = (getattr(torch.ops.lr_kernels, f"step_blend_{backend}").default for backend in ("cpu", "triton"))
+_KERNELS = {
+    backend: getattr(torch.ops.lr_kernels, f"step_blend_{backend}").default for backend in ("cpu", "triton", "cuda")
+}
 
 
 def step_blend(
@@ -55,7 +57,7 @@ def step_blend(
         model_input: (n·B, C, height, width), receives the input of the next model call: s·next, n times along the batch
             (2 for classifier-free guidance). s scales the sample as the solver's model expects it.
         history_out: like sample, receives the prediction of the clean latents, c·sample + d·G, 0 in keep_rows.
-        backend: "auto", "cpu", "triton" or "reference". A name never falls back.
+        backend: "auto", "cpu", "cuda", "triton" or "reference". A name never falls back.
         Inputs are read in place where only their batch stride is free, else through one contiguous copy. Outputs are
         contiguous and share memory with no input and with each other.
 
@@ -76,14 +78,15 @@ def step_blend(
     device, training = sample.device, torch.is_grad_enabled()
     lacking = backends.forward_only(*inputs) if training else None
     name = backends.choose(_OP, backend, device, sample.dtype, lacking, "sample")
-    if name == "cpu" and type(step) is int and background is None and mask is None and keep_rows is None:
-        if _plain(inputs, outputs, device, training):
+    if name in ("cpu", "cuda") and background is None and mask is None and keep_rows is None:
+        counter = None if type(step) is int else _counter(step, device)
+        if (type(step) is int or counter is not None) and _plain(inputs, outputs, device, training):
             # The binding itself refuses what does not fit. Checking here as well would take a third of a small call, so
             # it is only done to word the refusal.
             result = torch.empty_like(sample) if out is None else out
             try:
-                _CPU(
-                    sample, list(predictions), coefficients, None, step,
+                _KERNELS[name](
+                    sample, list(predictions), coefficients, counter, 0 if counter is not None else step,
                     None, None, noise, history, None, result, model_input, history_out,
                 )  # fmt: skip
                 return result
@@ -117,12 +120,9 @@ def step_blend(
         return result if out is None else out.copy_(result)
     if out is None:
         out = torch.empty_like(sample, memory_format=torch.contiguous_format)
-    op = _CPU
     if name == "triton":
         from . import triton  # noqa: F401  (registers the Triton implementations)
-
-        op = _TRITON
-    op(
+    _KERNELS[name](
         _dense_rows(sample),
         [x if x.is_contiguous() else _dense_rows(x) for x in predictions],
         coefficients.contiguous(),
@@ -140,8 +140,14 @@ def step_blend(
     return out
 
 
+def _counter(step: Tensor | int, device: torch.device) -> Tensor | None:
+    """The step as the kernels on a GPU read it, where it is that already."""
+    plain = isinstance(step, Tensor) and step.dtype == torch.int32 and step.numel() == 1 and step.device == device
+    return step if plain and device.type == "cuda" else None
+
+
 def _plain(inputs: list[Tensor], outputs: list[Tensor], device: torch.device, training: bool) -> bool:
-    """Whether the CPU op takes the tensors as they are, and can itself check what is left to check."""
+    """Whether the C++ op takes the tensors as they are, and can itself check what is left to check."""
     if torch.compiler.is_compiling() or (training and any(x.requires_grad for x in outputs)):
         return False
     for x in (*inputs, *outputs):

@@ -90,7 +90,9 @@ def test_43_extension_built_for_another_torch_names_both_versions(copied_package
 def test_43_broken_library_is_reported_with_its_cause(tmp_path):
     (tmp_path / "_C.so").write_bytes(b"not a library")
     (tmp_path / "_build.json").write_text(json.dumps({"torch": torch.__version__, "torch_minimum": "2.10"}))
-    reason = ops._load_extension(tmp_path)
+    (tmp_path / "_C_cuda.so").write_bytes(b"not a library either")
+    reason, cuda_reason = ops._load_extension(tmp_path)
+    assert "_C_cuda.so" in cuda_reason and "does not load" in cuda_reason
     assert reason is not None and "does not load" in reason and torch.__version__ in reason
 
 

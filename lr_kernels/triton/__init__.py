@@ -6,6 +6,7 @@ from ..backends import interpreted
 from .adain import adain_triton
 from .attention import multi_source_attention_triton
 from .attention_backward import multi_source_attention_backward_triton
+from .compact_keys import compact_keys_triton
 from .correspondence import correspondence_triton
 from .merge import merge_attention_states_triton
 from .step_blend import step_blend_triton
@@ -23,6 +24,7 @@ for _launcher in (
     merge_attention_states_triton,
     adain_triton,
     correspondence_triton,
+    compact_keys_triton,
 ):
     for _key in ("CUDA", "CPU") if interpreted() else ("CUDA",):
         _library.impl(_launcher.__name__, _launcher, _key)

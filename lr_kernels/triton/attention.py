@@ -319,11 +319,9 @@ def launch_arguments(
     grouped = groups[0] != groups[-1]
     group_ends = sum(1 << s for s in range(S) if s == S - 1 or groups[s + 1] != groups[s]) if grouped else None
     per_pair = bias is not None or scales is not None or not tables.scale > 0
-    biased = per_pair or value_index is not None
+    biased = per_pair or shifts is not None or value_index is not None
     kind = "grouped" if grouped else "biased" if biased else "dense" if index is None else "gathered"
-    tile = tiles.attention_tile(arch, D, query.dtype, kind)
     classes = 1 if starts is None else starts.shape[1] - 1
-    tiles_per_head = triton.cdiv(N, tile.BM) + classes - 1
     # 16-byte loads need every stride to be a multiple of 16 bytes; strides are then passed in those units
     unit = 16 // query.element_size()
     dims = [strides(x, 0, 1, 2) for x in (query, out, *key, *value)]
@@ -331,6 +329,11 @@ def launch_arguments(
         unit = 1
     units = [tuple(x // unit for x in strides_) for strides_ in dims]
     query_strides, out_strides, *source_units = units
+    tile = tiles.attention_tile(arch, D, query.dtype, kind, B * N * H)
+    if query.element_size() == 2 and arch != tiles.INTERPRETER:
+        if unit == 1 or any(x.data_ptr() % 16 for x in (query, *key, *value)):
+            tile = tiles.unaligned_tile(D)
+    tiles_per_head = triton.cdiv(N, tile.BM) + classes - 1
     arguments = (
         query, tuple(key), tuple(value), rows, index, count, value_index, bias, scales, shifts, weights,
         order, starts, out, lse,

@@ -22,6 +22,9 @@ from ..ops import AttentionTables
 from . import adain, attention, attention_backward, correspondence, merge, step_blend, subject_mask, token_maps
 
 ARCHITECTURES = (80, 90, 100)
+"""One per family of tiles, with every kernel."""
+RELATED = (86, 89, 120)
+"""They take the tiles of sm_80: attention alone is compiled."""
 HEAD_DIMS = (40, 64, 80, 128, 160)
 PROCESSES = 2
 
@@ -43,6 +46,8 @@ class Row(NamedTuple):
     """bytes of stack and local memory"""
     spills: int
     """instructions that touch local memory (STL, LDL)"""
+    loop_spills: int
+    """those of them in an inner loop, which costs time; outside they are paid once per source or program"""
     async_copies: int
     """LDGSTS"""
     wgmma: int
@@ -61,6 +66,8 @@ def rows() -> list[Row]:
         jobs += [(attention_row, arch, 64, bf16, "gathered warped")]
         jobs += [(backward_rows, arch, D, bf16) for D in HEAD_DIMS]
         jobs += [(small_rows, arch)]
+    jobs += [(attention_row, arch, D, bf16, kind) for arch in RELATED for D in HEAD_DIMS for kind in ("dense", "gathered")]
+    jobs += [(attention_row, 90, D, bf16, "few") for D in (64, 80)]
     with ProcessPoolExecutor(PROCESSES) as pool:
         futures = [pool.submit(*job) for job in jobs]
         found = [future.result() for future in futures]
@@ -68,8 +75,11 @@ def rows() -> list[Row]:
 
 
 def attention_row(arch: int, head_dim: int, dtype: torch.dtype, features: str) -> Row:
-    """The attention kernel with 3 sources that have row tables and logit biases, and what `features` names."""
+    """The attention kernel with 3 sources that have row tables and what `features` names."""
     like, tables = attention_case(head_dim, dtype, features)
+    if "few" in features:
+        like = like[:, :1024]
+        tables = tables._replace(key=[like] * len(tables.key), value=[like] * len(tables.value))
     arguments, constants, _ = attention.launch_arguments(like, tables, like, like[..., 0].float(), arch)
     name = f"attention D{head_dim} {_TYPES[dtype]} {features}"
     return measure(name, arch, attention.multi_source_attention_forward_kernel, arguments, constants)
@@ -96,7 +106,7 @@ def attention_case(head_dim: int, dtype: torch.dtype, features: str) -> tuple[Te
         value_index=where("warped", lists[0]),
         key_bias=where("biased", per_token),
         logit_scale=where("biased", per_head),
-        logit_bias=[per_head] * S,
+        logit_bias=where("biased", per_head),
         query_order=lists[0] if gathered else None,
         class_start=lists[0] if gathered else None,
         softmax_group=[0, 0, 1] if grouped else [0] * S,
@@ -200,6 +210,7 @@ def measure(name: str, arch: int, kernel, arguments: tuple, constants: dict) -> 
         file.flush()
         usage = _run("cuobjdump", "-res-usage", file.name)
         sass = _run("nvdisasm", "-c", file.name)
+    lines = sass.splitlines()
     numbers = {key: int(n) for key, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     count = {op: len(re.findall(rf"\b{op}\b", sass)) for op in ("STL", "LDL", "LDGSTS", "HGMMA")}
     tile = " x ".join(str(constants[x]) for x in ("BM", "BN", "BLOCK") if x in constants)
@@ -211,10 +222,22 @@ def measure(name: str, arch: int, kernel, arguments: tuple, constants: dict) -> 
         registers=numbers["REG"],
         stack=numbers["STACK"] + numbers["LOCAL"],
         spills=count["STL"] + count["LDL"],
+        loop_spills=sum(bool(re.search(r"\b(STL|LDL)\b", lines[i])) for loop in _inner_loops(lines) for i in loop),
         async_copies=count["LDGSTS"],
         wgmma=count["HGMMA"],
         instructions=len(re.findall(r"/\*[0-9a-f]{4,5}\*/", sass)),
     )
+
+
+def _inner_loops(lines: list[str]) -> list[range]:
+    """Line ranges from a label to a branch back to it that hold no other such range."""
+    labels = {line.split(":")[0]: i for i, line in enumerate(lines) if line.startswith(".L_")}
+    loops = []
+    for i, line in enumerate(lines):
+        target = re.search(r"\bBRA[^`]*`\((\.L_\w+)\)", line)
+        if target and labels.get(target[1], i) < i:
+            loops.append(range(labels[target[1]], i + 1))
+    return [x for x in loops if not any(x.start <= y.start and y.stop <= x.stop and x != y for y in loops)]
 
 
 def _signature(x, path: tuple[int, ...], aligned: bool, constexprs: dict, attributes: dict):

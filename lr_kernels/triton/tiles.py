@@ -1,7 +1,8 @@
-"""Tile sizes of the attention kernel as data: (architecture, head_dim, dtype, kind) -> Tile.
+"""Tile sizes of the attention kernels as data: (architecture, head_dim, dtype, kind) -> Tile.
 
-Chosen by cross-compiling with Triton 3.9 (`python -m lr_kernels.triton.report`): the largest tile without spills in 3
-sources with row tables and logit biases. Not timed yet on the GPUs themselves.
+sm_90, dense and gathered: the fastest on an H200 (`python -m lr_kernels.triton.tune`, benchmarks/results) of those whose
+inner loop does not touch local memory. All others by cross-compiling (`python -m lr_kernels.triton.report`): the largest
+tile without spills in 3 sources with row tables, not timed.
 """
 
 from typing import NamedTuple, TypeVar
@@ -35,10 +36,12 @@ class Tiles(NamedTuple):
     gathered: tuple[int, int, int, int]
     """where a source has an index list"""
     biased: tuple[int, int, int, int]
-    """where the softmax needs one instruction more per pair (key_bias, logit_scale, a scale that is not positive), or
-    values have indices of their own"""
+    """where the softmax needs one instruction more per pair (key_bias, logit_scale, a scale that is not positive) or a
+    shift per source (logit_bias), or values have indices of their own"""
     grouped: tuple[int, int, int, int]
     """with several softmax groups"""
+    few: tuple[int, int, int, int] | None = None
+    """dense or gathered with so few queries that the tiles above would leave multiprocessors idle; None: the same"""
 
 
 _Table = TypeVar("_Table", bound=tuple)
@@ -65,17 +68,17 @@ _MMA = (  # sm_80, 86, 89, 120: queries live in registers; two parts of D spill 
     Tiles(128, (128, 0), _C, _D, _D, _D),
     Tiles(256, (256, 0), (64, 32, 8, 2), _E, (64, 32, 8, 2), _F),
 )
+_G = (64, 64, 4, 3)
 _HOPPER = (  # 4 warps of 128 x 64 leave room for 2 programs per SM up to D 64; above, 8 warps hide the latency
     Tiles(16, (16, 0), _A, _A, _A, _B),
     Tiles(32, (32, 0), _A, _A, _A, _B),
-    Tiles(48, (32, 16), _B, _B, _B, _B),  # 4 warps: 22 spills, in one part of 64: 16
-    Tiles(63, (64, 0), _B, _B, _B, _B),  # dense, 4 warps: 16 spills
-    Tiles(64, (64, 0), _A, _A, _B, _B),  # biased, dense, 4 warps: 20 spills
-    Tiles(80, (64, 16), (128, 128, 8, 2), _B, _B, _B),  # gathered at 128 x 128, 3 stages: 10 spills
+    Tiles(48, (64, 0), _A, _A, _B, _B, _B),  # in 32 + 16 columns with 4 warps the inner loop spills, with 8 it is slower
+    Tiles(63, (64, 0), _A, _A, _B, _B, _B),
+    Tiles(64, (64, 0), _A, (128, 64, 8, 4), _B, _B, _G),
+    Tiles(80, (64, 16), _A, _B, _B, _B, _G),  # gathered at 128 x 64, 4 warps: 13 % faster, but spills in the inner loop
     Tiles(96, (64, 32), _B, _B, _B, _B),
-    Tiles(127, (128, 0), _B, _B, _B, _C),  # dense at 128 x 128: 44 spills
-    Tiles(128, (128, 0), (128, 128, 8, 2), _B, _B, _C),  # gathered at 128 x 128: 16 spills
-    Tiles(160, (128, 32), (128, 64, 8, 2), _C, _C, _D),  # gathered at 128 x 64, 3 stages: 6 spills
+    Tiles(128, (128, 0), _B, _B, _B, _C),
+    Tiles(160, (128, 32), _B, _B, _C, _D),
     Tiles(192, (128, 64), _C, _C, _C, _F),  # groups at 64 x 32: 18 spills
     Tiles(256, (128, 128), _C, _C, _C, (32, 64, 8, 3)),  # in one part: 12 spills
 )
@@ -106,31 +109,31 @@ class BackwardTiles(NamedTuple):
     source: tuple[int, int, int, int]
 
 
-_G = (64, 64, 8, 2)
-_H = (64, 32, 8, 2)
-_I = (32, 64, 8, 2)
-_J = (32, 32, 8, 2)
+_K = (64, 64, 8, 2)
+_L = (64, 32, 8, 2)
+_M = (32, 64, 8, 2)
+_N = (32, 32, 8, 2)
 _MMA_BACKWARD = (
-    BackwardTiles(32, (32, 0), _G, _H),
-    BackwardTiles(64, (64, 0), _H, _H),  # source at 64 x 64: 438 spills; query there: 2 with Triton 3.6
-    BackwardTiles(80, (64, 16), _H, _J),  # source at 32 x 64: 151
-    BackwardTiles(128, (128, 0), _H, _H),
-    BackwardTiles(256, (256, 0), (64, 32, 8, 1), _J),  # D 160 in two parts: 10 spills
+    BackwardTiles(32, (32, 0), _K, _L),
+    BackwardTiles(64, (64, 0), _L, _L),  # source at 64 x 64: 438 spills; query there: 2 with Triton 3.6
+    BackwardTiles(80, (64, 16), _L, _N),  # source at 32 x 64: 151
+    BackwardTiles(128, (128, 0), _L, _L),
+    BackwardTiles(256, (256, 0), (64, 32, 8, 1), _N),  # D 160 in two parts: 10 spills
 )
 _HOPPER_BACKWARD = (
-    BackwardTiles(32, (32, 0), _G, _G),
-    BackwardTiles(64, (64, 0), _G, _I),  # source at 64 x 64: 63 spills with Triton 3.6
-    BackwardTiles(80, (64, 16), _H, _I),  # with Triton 3.6: 4 spills, at 160: 64
-    BackwardTiles(128, (128, 0), _H, _I),
-    BackwardTiles(160, (128, 32), _G, _I),
-    BackwardTiles(256, (256, 0), _H, _J),
+    BackwardTiles(32, (32, 0), _K, _K),
+    BackwardTiles(64, (64, 0), _K, _M),  # source at 64 x 64: 63 spills with Triton 3.6
+    BackwardTiles(80, (64, 16), _L, _M),  # with Triton 3.6: 4 spills, at 160: 64
+    BackwardTiles(128, (128, 0), _L, _M),
+    BackwardTiles(160, (128, 32), _K, _M),
+    BackwardTiles(256, (256, 0), _L, _N),
 )
 _BLACKWELL_BACKWARD = (
-    BackwardTiles(32, (32, 0), _H, _G),
-    BackwardTiles(64, (64, 0), _G, _G),
-    BackwardTiles(80, (64, 16), _H, _I),
-    BackwardTiles(128, (128, 0), _H, _H),  # source at 32 x 64: 28 spills
-    BackwardTiles(256, (256, 0), (32, 32, 4, 2), _J),
+    BackwardTiles(32, (32, 0), _L, _K),
+    BackwardTiles(64, (64, 0), _K, _K),
+    BackwardTiles(80, (64, 16), _L, _M),
+    BackwardTiles(128, (128, 0), _L, _L),  # source at 32 x 64: 28 spills
+    BackwardTiles(256, (256, 0), (32, 32, 4, 2), _N),
 )
 _FLOAT32_BACKWARD = (  # on sm_90 the query kernel has 4 spills at D 64, the source kernel 11 at 128
     BackwardTiles(64, (64, 0), (16, 16, 4, 1), (16, 16, 4, 2)),
@@ -165,10 +168,22 @@ def split_head_dim(head_dim: int) -> tuple[int, int]:
     return (whole // 2, rest) if whole >= 128 and rest < whole // 2 else (whole, 0)
 
 
-def attention_tile(arch: int, head_dim: int, dtype: torch.dtype, kind: str) -> Tile:
-    """The tile of an architecture (major * 10 + minor) for a kind that `Tiles` names."""
+FEW_QUERIES = 2**15
+"""Queries, over all rows and heads: 128 of them for each of two programs on every multiprocessor of an H200."""
+
+
+def attention_tile(arch: int, head_dim: int, dtype: torch.dtype, kind: str, queries: int) -> Tile:
+    """The tile of an architecture (major * 10 + minor) for a kind that `Tiles` names; `queries`: rows x tokens x heads."""
     if arch == INTERPRETER:
         return Tile(64, 64, 4, 1, *split_head_dim(head_dim))
     table = _of_family(arch, dtype, _FLOAT32, _BLACKWELL, _HOPPER, _MMA)
     tiles = next(t for t in table if t.head_dim >= head_dim)
-    return Tile(*getattr(tiles, kind), *tiles.columns)
+    few = tiles.few is not None and queries < FEW_QUERIES and kind in ("dense", "gathered")
+    return Tile(*(tiles.few if few else getattr(tiles, kind)), *tiles.columns)
+
+
+def unaligned_tile(head_dim: int) -> Tile:
+    """The tile of 16-bit calls whose rows do not start at multiples of 16 bytes, on all architectures. Their loads are
+    not asynchronous, so the tiles in shared memory lie at constant addresses, which ptxas 12.8 (Triton 3.6) gets wrong
+    for rows below 128 bytes: 64 columns or more."""
+    return Tile(64, 32, 4, 2, max(64, 1 << (head_dim - 1).bit_length()), 0)

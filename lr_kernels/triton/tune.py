@@ -72,7 +72,7 @@ def table_tile(case: Case, arch: int) -> tiles.Tile:
     """What tiles.py says."""
     if case.kind in ("query", "source"):
         return tiles.backward_tile(arch, case.head_dim, case.dtype, case.kind)
-    return tiles.attention_tile(arch, case.head_dim, case.dtype, case.kind)
+    return tiles.attention_tile(arch, case.head_dim, case.dtype, case.kind, BATCH * HEADS * max(TOKENS))
 
 
 def with_tile(case: Case, tile: tiles.Tile) -> AbstractContextManager:

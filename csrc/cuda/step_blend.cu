@@ -1,0 +1,200 @@
+// step_blend in one launch: every tensor is read once, 16 bytes a thread, all loads in flight before the first use.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "cuda/launch.h"
+#include "cuda/step_blend.h"
+
+namespace lr {
+namespace {
+
+constexpr int kThreads = 256;
+
+template <class T, int N>
+struct alignas(N * sizeof(T)) Pack {
+  T x[N];
+};
+
+__device__ float to_float(float x) { return x; }
+__device__ float to_float(__half x) { return __half2float(x); }
+__device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <class T>
+__device__ T from_float(float x);
+template <>
+__device__ float from_float<float>(float x) {
+  return x;
+}
+template <>
+__device__ __half from_float<__half>(float x) {
+  return __float2half_rn(x);
+}
+template <>
+__device__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+
+__device__ float not_a_number() { return __int_as_float(0x7fffffff); }
+
+// N neighbouring elements of one tensor, and their weight. One of weight 0 is not read: a NaN in it has no effect.
+template <class T, int N>
+struct Term {
+  Pack<T, N> data;
+  float weight;
+
+  // NaN where a tensor of another weight than 0 is missing, since nothing here can raise.
+  __device__ void load(const void* base, int64_t at, float w) {
+    weight = w;
+    if (base && w != 0.0f) data = *reinterpret_cast<const Pack<T, N>*>(static_cast<const T*>(base) + at);
+    missing = !base && w != 0.0f;
+  }
+
+  __device__ void add_to(float (&sum)[N]) const {
+    if (weight == 0.0f) return;
+#pragma unroll
+    for (int i = 0; i < N; ++i) sum[i] = missing ? not_a_number() : fmaf(weight, to_float(data.x[i]), sum[i]);
+  }
+
+ private:
+  bool missing;
+};
+
+template <class T, int N>
+__device__ void store(void* base, int64_t at, const float (&x)[N]) {
+  Pack<T, N> packed;
+#pragma unroll
+  for (int i = 0; i < N; ++i) packed.x[i] = from_float<T>(x[i]);
+  *reinterpret_cast<Pack<T, N>*>(static_cast<T*>(base) + at) = packed;
+}
+
+// A block takes kThreads * N elements of one row.
+template <class T, int N>
+__global__ void __launch_bounds__(kThreads) step_blend_kernel(const __grid_constant__ StepBlendCudaParams params,
+                                                              int64_t blocks) {
+  const StepBlendParams& p = params.blend;
+  const int64_t row_size = p.c * p.plane, b = blockIdx.x / blocks;
+  const int64_t i = (blockIdx.x % blocks * kThreads + threadIdx.x) * N;
+  if (i >= row_size) return;
+  const int64_t step = params.step ? *params.step : params.row;
+  const bool known = step >= 0 && step < params.steps;
+  const float* g = p.coefficients + step * params.coefficient_step_stride + b * p.coefficient_stride;
+  const auto column = [&](int j) { return known ? __ldg(g + p.predictions + j) : not_a_number(); };
+  const bool keep = p.keep_rows && p.keep_rows[b];
+  const float e = keep ? 0.0f : column(1), d = keep || !p.history_out ? 0.0f : column(7);
+  const bool guided_used = e != 0.0f || d != 0.0f, kept_used = p.background && (keep || p.mask);
+
+  // Loads
+  Term<T, N> prediction[kMaxPredictions], sample, noise, history, background;
+#pragma unroll
+  for (int k = 0; k < kMaxPredictions; ++k) {
+    const float weight = !guided_used || k >= p.predictions ? 0.0f : known ? __ldg(g + k) : not_a_number();
+    prediction[k].load(p.prediction[k], b * p.prediction_stride[k] + i, weight);
+  }
+  const float a = keep ? 0.0f : column(0), sigma = keep ? 0.0f : column(2);
+  const float clean_weight = keep || !p.history_out ? 0.0f : column(6);
+  const float q = kept_used ? column(5) : 0.0f;
+  sample.load(p.sample, b * p.sample_stride + i, a != 0.0f ? a : clean_weight);
+  noise.load(p.noise, b * p.noise_stride + i, sigma != 0.0f ? sigma : q);
+  history.load(p.history, b * p.history_stride + i, keep ? 0.0f : column(3));
+  background.load(p.background, b * p.background_stride + i, kept_used ? column(4) : 0.0f);
+  float mask[N];
+  if (p.mask && !keep) {
+    const Pack<float, N> loaded =
+        *reinterpret_cast<const Pack<float, N>*>(p.mask + b * p.mask_stride + i % p.plane);
+#pragma unroll
+    for (int j = 0; j < N; ++j) mask[j] = loaded.x[j];
+  }
+
+  // Sums
+  float guided[N] = {}, x[N] = {};
+#pragma unroll
+  for (int k = 0; k < kMaxPredictions; ++k) prediction[k].add_to(guided);
+  const auto with_weight = [](Term<T, N> term, float weight) {
+    term.weight = weight;
+    return term;
+  };
+  with_weight(sample, a).add_to(x);
+  with_weight(noise, sigma).add_to(x);
+  history.add_to(x);
+  if (e != 0.0f) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) x[j] = fmaf(e, guided[j], x[j]);
+  }
+  if (kept_used) {
+    float kept[N] = {};
+    background.add_to(kept);
+    with_weight(noise, q).add_to(kept);
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const float m = keep ? 0.0f : mask[j];
+      x[j] = m == 1.0f ? x[j] : m == 0.0f ? kept[j] : m * x[j] + (1.0f - m) * kept[j];
+    }
+  }
+  const int64_t at = b * row_size + i;
+  store<T, N>(p.out, at, x);
+  if (p.model_input) {
+    const float s = column(8);
+#pragma unroll
+    for (int j = 0; j < N; ++j) x[j] *= s;
+    for (int64_t copy = 0; copy < p.copies; ++copy) store<T, N>(p.model_input, copy * p.b * row_size + at, x);
+  }
+  if (p.history_out) {
+    float clean[N] = {};
+    with_weight(sample, clean_weight).add_to(clean);
+    if (d != 0.0f) {
+#pragma unroll
+      for (int j = 0; j < N; ++j) clean[j] = fmaf(d, guided[j], clean[j]);
+    }
+    store<T, N>(p.history_out, at, clean);
+  }
+}
+
+// Whether every access of N elements starts at a multiple of its size, and none crosses a row or a plane.
+template <class T>
+bool fits(const StepBlendParams& p, int64_t n) {
+  int64_t bytes = 0;
+  int64_t elements = p.plane;
+  const auto add = [&](const void* data, int64_t stride) {
+    bytes |= reinterpret_cast<int64_t>(data);
+    if (data && p.b > 1) elements |= stride;
+  };
+  add(p.sample, p.sample_stride);
+  for (int k = 0; k < p.predictions; ++k) add(p.prediction[k], p.prediction_stride[k]);
+  add(p.background, p.background_stride);
+  add(p.noise, p.noise_stride);
+  add(p.history, p.history_stride);
+  for (const void* x : {static_cast<const void*>(p.out), static_cast<const void*>(p.model_input),
+                        static_cast<const void*>(p.history_out), static_cast<const void*>(p.mask)})
+    bytes |= reinterpret_cast<int64_t>(x);
+  return elements % n == 0 && bytes % 16 == 0;
+}
+
+template <class T, int N>
+const char* launch(const StepBlendCudaParams& p) {
+  const int64_t blocks = (p.blend.c * p.blend.plane + kThreads * N - 1) / (kThreads * N);
+  if (p.blend.b * blocks > 0x7fffffff) return "more than 2147483647 blocks: split the batch";
+  step_blend_kernel<T, N><<<static_cast<unsigned>(p.blend.b * blocks), kThreads, 0, p.stream>>>(p, blocks);
+  return launch_error();
+}
+
+template <class T>
+const char* dispatch(const StepBlendCudaParams& p) {
+  constexpr int kVector = 16 / sizeof(T);
+  return fits<T>(p.blend, kVector) ? launch<T, kVector>(p) : launch<T, 1>(p);
+}
+
+}  // namespace
+
+const char* step_blend_cuda(const StepBlendCudaParams& p) {
+  if (p.blend.b * p.blend.c * p.blend.plane == 0) return nullptr;
+  switch (p.blend.dtype) {
+    case DType::kFloat32:
+      return dispatch<float>(p);
+    case DType::kFloat16:
+      return dispatch<__half>(p);
+    default:
+      return dispatch<__nv_bfloat16>(p);
+  }
+}
+
+}  // namespace lr

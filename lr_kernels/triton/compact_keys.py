@@ -1,0 +1,62 @@
+"""compact_keys: masks -> lists of visible keys, on the device, a program per list."""
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import check_grid, dense_last, on_device, strides
+
+_BLOCK = 1024
+"""keys of a step"""
+
+
+@triton.jit(do_not_specialize=["M", "query_class", "mask_r", "groups_r"])
+def compact_keys_kernel(
+    mask, groups,  # bool (R or 1, M) or None, uint8 (R or 1, M) or None
+    index, count,  # int32 (R, M), (R,) of one class, contiguous
+    M, query_class, mask_r, groups_r, BLOCK: tl.constexpr,
+):  # fmt: skip
+    r = tl.program_id(0).to(tl.int64)
+    index += r * M
+    total = 0
+    for start in range(0, M, BLOCK):
+        j = start + tl.arange(0, BLOCK)
+        ok = j < M
+        seen = ok
+        if mask is not None:
+            seen = seen & (tl.load(mask + r * mask_r + j, mask=ok, other=0).to(tl.int32) != 0)
+        if groups is not None:
+            bits = tl.load(groups + r * groups_r + j, mask=ok, other=0).to(tl.int32)
+            seen = seen & ((bits & query_class) != 0)
+        one = seen.to(tl.int32)
+        tl.store(index + total + tl.cumsum(one, 0) - 1, j, mask=seen)
+        total += tl.sum(one, 0)
+    for start in range(total, M, BLOCK):
+        j = start + tl.arange(0, BLOCK)
+        tl.store(index + j, tl.zeros([BLOCK], tl.int32), mask=j < M)
+    tl.store(count + r, total)
+
+
+def compact_keys_triton(
+    mask: Tensor | None, groups: Tensor | None, classes: Sequence[int], index: Tensor, count: Tensor
+) -> None:
+    """Shapes as in the schema `compact_keys` of lr_kernels/ops.py; the outputs are contiguous."""
+    # Early return for trivial cases
+    if count.numel() == 0:
+        return
+    with on_device(index.device):
+        for c in range(len(classes)):
+            arguments, constants, programs = launch_arguments(mask, groups, classes[c], index[c], count[c])
+            compact_keys_kernel[check_grid("compact_keys", programs)](*arguments, **constants)
+
+
+def launch_arguments(
+    mask: Tensor | None, groups: Tensor | None, query_class: int, index: Tensor, count: Tensor
+) -> tuple[tuple, dict, int]:
+    """(positional arguments, constants and options, number of programs) of the kernel."""
+    R, M = index.shape
+    mask, groups = dense_last(mask), dense_last(groups)
+    steps = [0 if x is None else strides(x, 0)[0] for x in (mask, groups)]
+    return (mask, groups, index, count, M, query_class, *steps), {"BLOCK": _BLOCK, "num_warps": 4}, R
