@@ -19,19 +19,15 @@ __device__ float to_float(float x) { return x; }
 __device__ float to_float(__half x) { return __half2float(x); }
 __device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 
-template <class T>
-__device__ T from_float(float x);
-template <>
-__device__ float from_float<float>(float x) {
-  return x;
+// Four elements of float or eight of 16 bits in the 16 bytes of one store.
+__device__ uint32_t word(const float* x, int i, float) { return __float_as_uint(x[i]); }
+__device__ uint32_t word(const float* x, int i, __half) {
+  const __half2 pair = __floats2half2_rn(x[2 * i], x[2 * i + 1]);
+  return *reinterpret_cast<const uint32_t*>(&pair);
 }
-template <>
-__device__ __half from_float<__half>(float x) {
-  return __float2half_rn(x);
-}
-template <>
-__device__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
-  return __float2bfloat16_rn(x);
+__device__ uint32_t word(const float* x, int i, __nv_bfloat16) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(x[2 * i], x[2 * i + 1]);
+  return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
 __device__ float not_a_number() { return __int_as_float(0x7fffffff); }
@@ -61,19 +57,21 @@ struct Term {
 
 template <class T, int N>
 __device__ void store(void* base, int64_t at, const float (&x)[N]) {
-  Pack<T, N> packed;
-#pragma unroll
-  for (int i = 0; i < N; ++i) packed.x[i] = from_float<T>(x[i]);
-  *reinterpret_cast<Pack<T, N>*>(static_cast<T*>(base) + at) = packed;
+  T* to = static_cast<T*>(base) + at;
+  if constexpr (N == 1)
+    *to = static_cast<T>(x[0]);
+  else
+    __stwb(reinterpret_cast<uint4*>(to),  // an assignment becomes four stores
+           make_uint4(word(x, 0, T{}), word(x, 1, T{}), word(x, 2, T{}), word(x, 3, T{})));
 }
 
 // A block takes kThreads * N elements of one row.
 template <class T, int N>
 __global__ void __launch_bounds__(kThreads) step_blend_kernel(const __grid_constant__ StepBlendCudaParams params,
-                                                              int64_t blocks) {
+                                                              uint32_t blocks) {
   const StepBlendParams& p = params.blend;
   const int64_t row_size = p.c * p.plane, b = blockIdx.x / blocks;
-  const int64_t i = (blockIdx.x % blocks * kThreads + threadIdx.x) * N;
+  const int64_t i = (static_cast<int64_t>(blockIdx.x % blocks) * kThreads + threadIdx.x) * N;
   if (i >= row_size) return;
   const int64_t step = params.step ? *params.step : params.row;
   const bool known = step >= 0 && step < params.steps;
@@ -173,7 +171,8 @@ template <class T, int N>
 const char* launch(const StepBlendCudaParams& p) {
   const int64_t blocks = (p.blend.c * p.blend.plane + kThreads * N - 1) / (kThreads * N);
   if (p.blend.b * blocks > 0x7fffffff) return "more than 2147483647 blocks: split the batch";
-  step_blend_kernel<T, N><<<static_cast<unsigned>(p.blend.b * blocks), kThreads, 0, p.stream>>>(p, blocks);
+  step_blend_kernel<T, N><<<static_cast<unsigned>(p.blend.b * blocks), kThreads, 0, p.stream>>>(
+      p, static_cast<uint32_t>(blocks));
   return launch_error();
 }
 
