@@ -1,8 +1,12 @@
 """`python -m benchmarks.gpu PART … --out FOLDER`: the Triton kernels on a GPU against what is used there today.
 
-Parts: attention (a retouch step's self-attention), rows (one reference read by 1, 4 and 16 rows), backward, step_blend.
-Each writes FOLDER/PART.csv, a row per contender; who cannot run is there with the reason. With --dry the same code runs
-on a CPU at toy sizes, kernels interpreted, and nothing is timed.
+Parts: attention (a retouch step's self-attention), rows (one reference read by 1, 4 and 16 rows), lse (also returned),
+backward, layer, unet (gpu_unet.py), step_blend, ceilings (what the card's copies and products reach). Each writes
+FOLDER/PART.csv, a row per contender; who cannot run is there with the reason. With --dry the same code runs on a CPU at
+toy sizes, kernels interpreted, and nothing is timed.
+
+ms is the GPU's own time: the calls are enqueued behind a kernel that waits, so that how long Python takes does not count;
+host_us is how long the call itself took.
 """
 
 import argparse
@@ -11,6 +15,7 @@ import functools
 import os
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -26,6 +31,7 @@ from lr_kernels import Source, multi_source_attention, plan_attention, reference
 from lr_kernels.info import versions
 
 from . import attention as layers
+from . import gpu_unet
 from . import step_blend as blending
 from .harness import OURS, NotRun, checked_error, commit, relative_error
 from .table import write_csv
@@ -40,7 +46,12 @@ PEERS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-FIGURES = ("ms", "tflops", "peak_mib", "ours_is_faster", "error")
+FIGURES = ("ms", "tflops", "host_us", "eager_ms", "peak_mib", "ours_is_faster", "error")
+FLEX_LAYERS = ("sd64", "xl64", "flux")
+"""Each mask compiles anew, for many seconds."""
+FLEX_VISIBLE = ("100%", "30%")
+WAIT = 800_000
+"""Clock cycles, 0.4 ms, in which the host enqueues what is timed."""
 
 
 class Timer:
@@ -49,11 +60,11 @@ class Timer:
     def __init__(self) -> None:
         self.flush = torch.empty(0 if DRY else 256 << 20, dtype=torch.uint8, device=DEVICE)
 
-    def medians(self, calls: dict[str, Callable[[], object]]) -> dict[str, float]:
-        """Milliseconds per call."""
+    def medians(self, calls: dict[str, Callable[[], object]]) -> dict[str, tuple[float, float]]:
+        """(milliseconds on the GPU, microseconds on the host) per call."""
         if DRY or not calls:
             return {}
-        found: dict[str, list[float]] = {name: [] for name in calls}
+        found: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
         order = list(calls)
         for call in calls.values():
             for _ in range(3):
@@ -62,13 +73,16 @@ class Timer:
             start = round_ % len(order)
             for name in order[start:] + order[:start]:
                 self.flush.zero_()
+                torch.cuda._sleep(WAIT)
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 begin.record()
+                clock = time.perf_counter()
                 calls[name]()
+                host = time.perf_counter() - clock
                 end.record()
                 end.synchronize()
-                found[name].append(begin.elapsed_time(end))
-        return {name: statistics.median(times) for name, times in found.items()}
+                found[name].append((begin.elapsed_time(end), host * 1e6))
+        return {name: tuple(map(statistics.median, zip(*times))) for name, times in found.items()}
 
 
 def peak_mib(call: Callable[[], object]) -> float:
@@ -107,10 +121,10 @@ def compare(
         if DRY:
             rows[name]["not_run"] = "dry run"
             continue
-        rows[name]["ms"] = f"{found[name]:.4g}"
-        rows[name]["tflops"] = f"{flops / found[name] * 1e-9:.1f}"
+        ms, host = found[name]
+        rows[name] |= {"ms": f"{ms:.4g}", "tflops": f"{flops / ms * 1e-9:.1f}", "host_us": f"{host:.0f}"}
         if OURS in found:
-            rows[name]["ours_is_faster"] = f"{found[name] / found[OURS]:.2f}"
+            rows[name]["ours_is_faster"] = f"{ms / found[OURS][0]:.2f}"
     yield from rows.values()
 
 
@@ -185,7 +199,7 @@ def attention_case(
         if masked:
             contenders[f"gather + SDPA ({name})"] = lambda b=backend: gathered(b)
     contenders["xformers"] = lambda: by_xformers(*joined(), wide)
-    if not DRY:
+    if not DRY and layer.id in FLEX_LAYERS and visible in FLEX_VISIBLE and readers == 2:
         flex = layers.Flex(layer.tokens, dense if masked else None, dense.shape[1], DEVICE)
         contenders["FlexAttention"] = lambda: flex(*joined())
     if layer.tokens <= 1024:
@@ -228,6 +242,54 @@ def attention(timer: Timer) -> Iterator[dict[str, str]]:
         yield from attention_case(layer, "fp16", "100%", layers.VISIBLE["100%"], 2, timer, False)
 
 
+def lse(timer: Timer) -> Iterator[dict[str, str]]:
+    """What returning the lse costs."""
+    for layer in (x for x in sizes() if x.id in ("xl64", "sd32")):
+        shape = (2, layer.tokens, layer.heads, layer.head_dim)
+        query, key, value = (torch.randn(shape, device=DEVICE).bfloat16() for _ in range(3))
+        sources = [Source(key, value)] * 3
+        contenders = {
+            OURS: lambda q=query, s=sources: multi_source_attention(q, s, backend="triton"),
+            f"{OURS} with lse": lambda q=query, s=sources: multi_source_attention(
+                q, s, return_lse=True, backend="triton"
+            ),
+        }
+        about = {"op": "attention with lse", "layer": layer.id, "model": layer.model, "dtype": "bf16"}
+        about |= {"shape": layer.shape, "visible": "100%", "rows": "2"}
+        flops = 12.0 * 2 * layer.heads * layer.tokens**2 * layer.head_dim
+        with torch.no_grad():
+            yield from compare(about, flops, contenders, lambda *_: 0.0, timer)
+
+
+def ceilings(timer: Timer) -> Iterator[dict[str, str]]:
+    """A copy of 4 GiB (read and written) and a product of 8192² matrices on random data."""
+    n = 64 if DRY else 8192
+    x = torch.randn(n, n, device=DEVICE).bfloat16()
+    source = torch.randn(16 * n, n, device=DEVICE).bfloat16()
+    target = torch.empty_like(source)
+    calls = {"copy, TB/s": lambda: target.copy_(source), "product, TFLOP/s": lambda: x @ x}
+    work = {"copy, TB/s": 2.0 * source.nbytes, "product, TFLOP/s": 2.0 * n**3}
+    found = timer.medians(calls)
+    for name in calls:
+        row = {"op": "ceiling", "contender": name, "not_run": "dry run" if DRY else ""}
+        if not DRY:
+            row |= {"ms": f"{found[name][0]:.4g}", "tflops": f"{work[name] / found[name][0] * 1e-9:.4g}"}
+        yield row
+
+
+def of_unet(part: Callable[[str, bool], Iterator[dict[str, str]]]) -> Callable[[Timer], Iterator[dict[str, str]]]:
+    def rows_of(timer: Timer) -> Iterator[dict[str, str]]:
+        try:
+            import diffusers  # noqa: F401
+        except ImportError as reason:
+            yield {"op": part.__name__, "contender": OURS, "not_run": str(reason)}
+            return
+        for row in part(DEVICE, DRY):
+            yield {**dict.fromkeys(("layer", "visible", "rows", *FIGURES), ""), **row}
+
+    return rows_of
+
+
 def rows(timer: Timer) -> Iterator[dict[str, str]]:
     for layer in (x for x in sizes() if x.id in ("sd32", "xl32")):
         for readers in (1, 4, 16):
@@ -259,7 +321,10 @@ def step_blending(timer: Timer) -> Iterator[dict[str, str]]:
             truth = reference.step_blend(tensors[0].double(), [x.double() for x in tensors[1:]], table, 0)
             low = reference.step_blend(tensors[0], tensors[1:], table, 0)
             contenders = {
-                OURS: lambda t=tensors, c=table, o=out: step_blend(t[0], t[1:], c, 0, out=o, backend="triton"),
+                OURS: lambda t=tensors, c=table, o=out: step_blend(t[0], t[1:], c, 0, out=o, backend="cuda"),
+                f"{OURS} (Triton)": lambda t=tensors, c=table, o=out: step_blend(
+                    t[0], t[1:], c, 0, out=o, backend="triton"
+                ),
                 "eager": lambda t=tensors, n=now, a=after: blending.by_hand(*t, n, a),
                 "torch.compile": lambda t=tensors, n=now, a=after, f=compiled: f(*t, n, a),
                 "copy of the same bytes": lambda x=halves, y=spare: y.copy_(x),
@@ -269,14 +334,17 @@ def step_blending(timer: Timer) -> Iterator[dict[str, str]]:
                 assert isinstance(result, Tensor)
                 if name.startswith("copy"):
                     return 0.0
-                return checked_error(name, result, low, truth) if name == OURS else relative_error(result, truth)
+                return checked_error(name, result, low, truth) if name.startswith(OURS) else relative_error(result, truth)
 
             about = {"op": "step_blend", "layer": "x".join(map(str, shape)), "model": model, "dtype": dtype}
             about |= {"shape": about["layer"], "visible": "", "rows": str(shape[0])}
             yield from compare(about, 10.0 * out.numel(), contenders, error, timer)
 
 
-PARTS = {"attention": attention, "rows": rows, "backward": backward, "step_blend": step_blending}
+PARTS = {
+    "ceilings": ceilings, "attention": attention, "rows": rows, "lse": lse, "backward": backward,
+    "layer": of_unet(gpu_unet.layer), "unet": of_unet(gpu_unet.unet), "step_blend": step_blending,
+}  # fmt: skip
 
 
 def machine() -> dict[str, str]:

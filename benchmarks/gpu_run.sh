@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command on a bare machine with torch, triton and, for some peers, wheels of its own:
 #   benchmarks/gpu_run.sh [--dry] [PART ...]
-# Parts: build tests sanitizer tiles attention rows backward step_blend (default: all, about 9 minutes).
+# Parts: build tests sanitizer tiles ceilings attention rows lse backward layer unet step_blend (default: all, about
+# 9 minutes).
 # Results go to $OUT (default: a dated folder under benchmarks/results): a CSV and a log per part, and parts.csv, which
 # says of every part whether it ran, how long it took, and why not. --dry: on a machine without a GPU, every part runs
 # except the launches: kernels are interpreted at toy sizes and nothing is timed.
@@ -15,7 +16,7 @@ PARTS=()
 for argument in "$@"; do
   if [ "$argument" = --dry ]; then DRY=(--dry); else PARTS+=("$argument"); fi
 done
-[ ${#PARTS[@]} -gt 0 ] || PARTS=(build tests sanitizer tiles attention rows backward step_blend)
+[ ${#PARTS[@]} -gt 0 ] || PARTS=(build tests sanitizer tiles ceilings attention rows lse backward layer unet step_blend)
 mkdir -p "$OUT"
 echo "part,status,seconds,reason" > "$OUT/parts.csv"
 
@@ -50,19 +51,25 @@ for part in "${PARTS[@]}"; do
       run build 150 "$PYTHON" setup.py -q build_ext --inplace ;;
     tests)
       if ! "$PYTHON" -c "import pytest, hypothesis" 2> /dev/null; then not_run tests "pytest or hypothesis is missing: put wheels into $WHEELS"; continue; fi
-      GPU_TESTS=(tests/test_triton.py tests/test_triton_backward.py tests/test_gpu.py)
+      GPU_TESTS=(tests/test_{gpu,triton,triton_backward,triton_replay,compact_keys,token_maps,correspondence,adain,merge,step_blend,step_blend_kernels,subject_mask}.py)
       if [ ${#DRY[@]} -gt 0 ]; then
         run tests 300 "$PYTHON" -m pytest -p no:cacheprovider "${GPU_TESTS[@]}" --collect-only -q
       else
-        run tests 240 "$PYTHON" -m pytest -p no:cacheprovider "${GPU_TESTS[@]}" -x --maxfail=20
+        WORKERS=()
+        if "$PYTHON" -c "import xdist" 2> /dev/null; then WORKERS=(-n "$(nproc)"); fi
+        run tests 240 "$PYTHON" -m pytest -p no:cacheprovider "${WORKERS[@]}" "${GPU_TESTS[@]}"
       fi ;;
     sanitizer)
       if ! command -v compute-sanitizer > /dev/null; then not_run sanitizer "compute-sanitizer is not installed"; continue; fi
       if [ ${#DRY[@]} -gt 0 ]; then not_run sanitizer "needs a GPU"; continue; fi
       run sanitizer 120 compute-sanitizer --error-exitcode 1 "$PYTHON" -m pytest -p no:cacheprovider tests/test_gpu.py -k sanitizer ;;
     tiles)
-      run tiles 120 "$PYTHON" -m benchmarks.tiles "${DRY[@]}" --out "$OUT" ;;
-    attention | rows | backward | step_blend)
+      if [ ${#DRY[@]} -gt 0 ]; then
+        TRITON_INTERPRET=1 run tiles 120 "$PYTHON" -m lr_kernels.triton.tune --few 2 --head-dim 64 --out "$OUT"
+      else
+        run tiles 150 "$PYTHON" -m lr_kernels.triton.tune --kind dense gathered --processes "$(nproc)" --out "$OUT"
+      fi ;;
+    ceilings | attention | rows | lse | backward | layer | unet | step_blend)
       run "$part" 150 "$PYTHON" -m benchmarks.gpu "$part" "${DRY[@]}" --out "$OUT" ;;
     *) not_run "$part" "no such part" ;;
   esac

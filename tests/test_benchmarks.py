@@ -78,11 +78,13 @@ def test_the_gpu_script_runs_dry(tmp_path):
     """Without a GPU, at toy sizes: every contender is called, nothing is timed, and the CSV says so."""
     root = Path(__file__).parent.parent
     environment = {**os.environ, "OUT": str(tmp_path), "PYTHON": sys.executable}
-    command = [str(root / "benchmarks" / "gpu_run.sh"), "--dry", "step_blend", "sanitizer"]
+    command = [str(root / "benchmarks" / "gpu_run.sh"), "--dry", "ceilings", "lse", "layer", "unet", "tiles", "step_blend", "sanitizer"]
     subprocess.run(command, env=environment, check=True, capture_output=True)
     with (tmp_path / "parts.csv").open() as file:
         parts = {row["part"]: row["status"] for row in csv.DictReader(file)}
-    assert parts == {"step_blend": "ok", "sanitizer": "not run"}
+    ran = dict.fromkeys(("ceilings", "lse", "layer", "unet", "tiles", "step_blend"), "ok")
+    assert parts == {**ran, "sanitizer": "not run"}
     with (tmp_path / "step_blend.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 24 and all(row["ms"] == "" and row["not_run"] == "dry run" for row in rows)
+    assert len(rows) == 30 and all(row["ms"] == "" and row["not_run"] for row in rows)
+    assert {row["not_run"] for row in rows if "(Triton)" in row["contender"]} == {"dry run"}
