@@ -100,7 +100,7 @@ def by_concatenation(query: Tensor, key: Tensor, value: Tensor, about: Shared) -
 
 def by_two_passes(query: Tensor, key: Tensor, value: Tensor, about: Shared) -> Tensor:
     """As MasaCtrl does: foreground and background each in a pass of their own over the targets, blended by the mask."""
-    tokens, targets = query.shape[2], [0, 3]
+    tokens, targets = query.shape[2], slice(None, None, 3)
     out = F.scaled_dot_product_attention(query, key[about.own], value[about.own])
     q = query[targets]
     keys, values = key[about.reference[targets]], value[about.reference[targets]]

@@ -63,6 +63,10 @@ SCHEMAS = {
     "Tensor(a!) index, Tensor(b!) consistent) -> ()",  # int64 (B, N), bool (B, N)
 }
 
+ERRORS_REACH_PYTHON = tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 13)
+"""Whether an error raised by the C++ extension does: with torch 2.11 it crashes the process in torch's boxed kernel. There
+the checks in Python always come first."""
+
 _library = torch.library.Library("lr_kernels", "DEF")
 
 

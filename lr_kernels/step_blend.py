@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import backends, reference
+from . import backends, ops, reference
 from .checks import fail
 from .coefficients import COLUMNS
 
@@ -148,7 +148,7 @@ def _counter(step: Tensor | int, device: torch.device) -> Tensor | None:
 
 def _plain(inputs: list[Tensor], outputs: list[Tensor], device: torch.device, training: bool) -> bool:
     """Whether the C++ op takes the tensors as they are, and can itself check what is left to check."""
-    if torch.compiler.is_compiling() or (training and any(x.requires_grad for x in outputs)):
+    if not ops.ERRORS_REACH_PYTHON or torch.compiler.is_compiling() or (training and any(x.requires_grad for x in outputs)):
         return False
     for x in (*inputs, *outputs):
         if x.device != device or not x.is_contiguous():

@@ -32,27 +32,31 @@ __device__ uint32_t word(const float* x, int i, __nv_bfloat16) {
 
 __device__ float not_a_number() { return __int_as_float(0x7fffffff); }
 
-// N neighbouring elements of one tensor, and their weight. One of weight 0 is not read: a NaN in it has no effect.
+template <class T, int N>
+__device__ Pack<T, N> load(const void* base, int64_t at) {
+  return *reinterpret_cast<const Pack<T, N>*>(static_cast<const T*>(base) + at);
+}
+
+// sum + weight * x; x has no effect where its weight is 0, not even a NaN in it.
+template <class T, int N>
+__device__ void add(float (&sum)[N], float weight, const Pack<T, N>& x) {
+  if (weight == 0.0f) return;
+#pragma unroll
+  for (int i = 0; i < N; ++i) sum[i] = fmaf(weight, to_float(x.x[i]), sum[i]);
+}
+
+// N neighbouring elements of a tensor that may be missing; one of weight 0 is not read.
 template <class T, int N>
 struct Term {
   Pack<T, N> data;
-  float weight;
+  bool missing;
+
+  __device__ Term(const void* base, int64_t at, bool read) : missing(read && !base) {
+    if (read && base) data = load<T, N>(base, at);
+  }
 
   // NaN where a tensor of another weight than 0 is missing, since nothing here can raise.
-  __device__ void load(const void* base, int64_t at, float w) {
-    weight = w;
-    if (base && w != 0.0f) data = *reinterpret_cast<const Pack<T, N>*>(static_cast<const T*>(base) + at);
-    missing = !base && w != 0.0f;
-  }
-
-  __device__ void add_to(float (&sum)[N]) const {
-    if (weight == 0.0f) return;
-#pragma unroll
-    for (int i = 0; i < N; ++i) sum[i] = missing ? not_a_number() : fmaf(weight, to_float(data.x[i]), sum[i]);
-  }
-
- private:
-  bool missing;
+  __device__ void add_to(float (&sum)[N], float weight) const { add(sum, missing ? not_a_number() : weight, data); }
 };
 
 template <class T, int N>
@@ -65,7 +69,48 @@ __device__ void store(void* base, int64_t at, const float (&x)[N]) {
            make_uint4(word(x, 0, T{}), word(x, 1, T{}), word(x, 2, T{}), word(x, 3, T{})));
 }
 
-// A block takes kThreads * N elements of one row.
+// A call of sample and predictions alone, what most are. They are loaded beside the coefficients, not after them.
+template <class T, int N>
+__global__ void __launch_bounds__(kThreads) step_blend_plain_kernel(const __grid_constant__ StepBlendCudaParams params,
+                                                                    uint32_t blocks) {
+  const StepBlendParams& p = params.blend;
+  const int64_t row_size = p.c * p.plane, b = blockIdx.x / blocks;
+  const int64_t i = (static_cast<int64_t>(blockIdx.x % blocks) * kThreads + threadIdx.x) * N;
+  if (i >= row_size) return;
+  Pack<T, N> prediction[kMaxPredictions];
+  const auto sample = load<T, N>(p.sample, b * p.sample_stride + i);
+#pragma unroll
+  for (int k = 0; k < kMaxPredictions; ++k)
+    if (k < p.predictions) prediction[k] = load<T, N>(p.prediction[k], b * p.prediction_stride[k] + i);
+  const int64_t step = params.step ? *params.step : params.row;
+  const bool known = step >= 0 && step < params.steps;
+  const float* g = p.coefficients + step * params.coefficient_step_stride + b * p.coefficient_stride;
+  const auto column = [&](int j) { return known ? __ldg(g + p.predictions + j) : not_a_number(); };
+  const float a = column(0), e = column(1);
+  float x[N] = {};
+  if (e != 0.0f) {
+#pragma unroll
+    for (int k = 0; k < kMaxPredictions; ++k)
+      if (k < p.predictions) add(x, known ? __ldg(g + k) : not_a_number(), prediction[k]);
+#pragma unroll
+    for (int j = 0; j < N; ++j) x[j] *= e;
+  }
+  add(x, a, sample);
+  if (column(2) != 0.0f || column(3) != 0.0f) {  // noise or history is missing
+#pragma unroll
+    for (int j = 0; j < N; ++j) x[j] = not_a_number();
+  }
+  const int64_t at = b * row_size + i;
+  store<T, N>(p.out, at, x);
+  if (p.model_input) {
+    const float s = column(8);
+#pragma unroll
+    for (int j = 0; j < N; ++j) x[j] *= s;
+    for (int64_t copy = 0; copy < p.copies; ++copy) store<T, N>(p.model_input, copy * p.b * row_size + at, x);
+  }
+}
+
+// Any call. A block takes kThreads * N elements of one row.
 template <class T, int N>
 __global__ void __launch_bounds__(kThreads) step_blend_kernel(const __grid_constant__ StepBlendCudaParams params,
                                                               uint32_t blocks) {
@@ -82,50 +127,46 @@ __global__ void __launch_bounds__(kThreads) step_blend_kernel(const __grid_const
   const bool guided_used = e != 0.0f || d != 0.0f, kept_used = p.background && (keep || p.mask);
 
   // Loads
-  Term<T, N> prediction[kMaxPredictions], sample, noise, history, background;
+  float weight[kMaxPredictions];
+  Pack<T, N> prediction[kMaxPredictions];
 #pragma unroll
   for (int k = 0; k < kMaxPredictions; ++k) {
-    const float weight = !guided_used || k >= p.predictions ? 0.0f : known ? __ldg(g + k) : not_a_number();
-    prediction[k].load(p.prediction[k], b * p.prediction_stride[k] + i, weight);
+    weight[k] = !guided_used || k >= p.predictions ? 0.0f : known ? __ldg(g + k) : not_a_number();
+    if (weight[k] != 0.0f) prediction[k] = load<T, N>(p.prediction[k], b * p.prediction_stride[k] + i);
   }
-  const float a = keep ? 0.0f : column(0), sigma = keep ? 0.0f : column(2);
+  const float a = keep ? 0.0f : column(0), sigma = keep ? 0.0f : column(2), h = keep ? 0.0f : column(3);
   const float clean_weight = keep || !p.history_out ? 0.0f : column(6);
-  const float q = kept_used ? column(5) : 0.0f;
-  sample.load(p.sample, b * p.sample_stride + i, a != 0.0f ? a : clean_weight);
-  noise.load(p.noise, b * p.noise_stride + i, sigma != 0.0f ? sigma : q);
-  history.load(p.history, b * p.history_stride + i, keep ? 0.0f : column(3));
-  background.load(p.background, b * p.background_stride + i, kept_used ? column(4) : 0.0f);
-  float mask[N];
-  if (p.mask && !keep) {
-    const Pack<float, N> loaded =
-        *reinterpret_cast<const Pack<float, N>*>(p.mask + b * p.mask_stride + i % p.plane);
-#pragma unroll
-    for (int j = 0; j < N; ++j) mask[j] = loaded.x[j];
-  }
+  const float kept_weight = kept_used ? column(4) : 0.0f, q = kept_used ? column(5) : 0.0f;
+  const Term<T, N> sample(p.sample, b * p.sample_stride + i, a != 0.0f || clean_weight != 0.0f);
+  const Term<T, N> noise(p.noise, b * p.noise_stride + i, sigma != 0.0f || q != 0.0f);
+  const Term<T, N> history(p.history, b * p.history_stride + i, h != 0.0f);
+  const Term<T, N> background(p.background, b * p.background_stride + i, kept_weight != 0.0f);
 
   // Sums
   float guided[N] = {}, x[N] = {};
 #pragma unroll
-  for (int k = 0; k < kMaxPredictions; ++k) prediction[k].add_to(guided);
-  const auto with_weight = [](Term<T, N> term, float weight) {
-    term.weight = weight;
-    return term;
-  };
-  with_weight(sample, a).add_to(x);
-  with_weight(noise, sigma).add_to(x);
-  history.add_to(x);
+  for (int k = 0; k < kMaxPredictions; ++k) add(guided, weight[k], prediction[k]);
+  sample.add_to(x, a);
+  if (sigma != 0.0f) noise.add_to(x, sigma);
+  if (h != 0.0f) history.add_to(x, h);
   if (e != 0.0f) {
 #pragma unroll
     for (int j = 0; j < N; ++j) x[j] = fmaf(e, guided[j], x[j]);
   }
   if (kept_used) {
     float kept[N] = {};
-    background.add_to(kept);
-    with_weight(noise, q).add_to(kept);
+    background.add_to(kept, kept_weight);
+    if (q != 0.0f) noise.add_to(kept, q);
+    if (keep) {
 #pragma unroll
-    for (int j = 0; j < N; ++j) {
-      const float m = keep ? 0.0f : mask[j];
-      x[j] = m == 1.0f ? x[j] : m == 0.0f ? kept[j] : m * x[j] + (1.0f - m) * kept[j];
+      for (int j = 0; j < N; ++j) x[j] = kept[j];
+    } else {
+      const auto mask = load<float, N>(p.mask, b * p.mask_stride + i % p.plane);
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        const float m = mask.x[j];
+        x[j] = m == 1.0f ? x[j] : m == 0.0f ? kept[j] : m * x[j] + (1.0f - m) * kept[j];
+      }
     }
   }
   const int64_t at = b * row_size + i;
@@ -138,7 +179,7 @@ __global__ void __launch_bounds__(kThreads) step_blend_kernel(const __grid_const
   }
   if (p.history_out) {
     float clean[N] = {};
-    with_weight(sample, clean_weight).add_to(clean);
+    sample.add_to(clean, clean_weight);
     if (d != 0.0f) {
 #pragma unroll
       for (int j = 0; j < N; ++j) clean[j] = fmaf(d, guided[j], clean[j]);
@@ -171,8 +212,10 @@ template <class T, int N>
 const char* launch(const StepBlendCudaParams& p) {
   const int64_t blocks = (p.blend.c * p.blend.plane + kThreads * N - 1) / (kThreads * N);
   if (p.blend.b * blocks > 0x7fffffff) return "more than 2147483647 blocks: split the batch";
-  step_blend_kernel<T, N><<<static_cast<unsigned>(p.blend.b * blocks), kThreads, 0, p.stream>>>(
-      p, static_cast<uint32_t>(blocks));
+  const StepBlendParams& x = p.blend;
+  const bool plain = !x.mask && !x.background && !x.noise && !x.history && !x.keep_rows && !x.history_out;
+  const auto kernel = plain ? step_blend_plain_kernel<T, N> : step_blend_kernel<T, N>;
+  kernel<<<static_cast<unsigned>(x.b * blocks), kThreads, 0, p.stream>>>(p, static_cast<uint32_t>(blocks));
   return launch_error();
 }
 
