@@ -5,8 +5,8 @@ backward, layer, unet (gpu_unet.py), step_blend, ceilings (what the card's copie
 FOLDER/PART.csv, a row per contender; who cannot run is there with the reason. With --dry the same code runs on a CPU at
 toy sizes, kernels interpreted, and nothing is timed.
 
-ms is the GPU's own time: the calls are enqueued behind a kernel that waits, so that how long Python takes does not count;
-host_us is how long the call itself took.
+ms is the GPU's own time: the calls are enqueued behind a kernel that waits, so that how long Python takes does not
+count; host_us is how long the call itself took.
 """
 
 import argparse
@@ -114,7 +114,12 @@ def compare(
             rows[name]["error"] = f"{error(name, call()):.2e}"
             rows[name]["peak_mib"] = f"{peak_mib(call):.1f}"
             calls[name] = call
-        except (NotRun, RuntimeError, ImportError, AssertionError) as reason:  # AssertionError: it computes another thing
+        except (
+            NotRun,
+            RuntimeError,
+            ImportError,
+            AssertionError,
+        ) as reason:  # AssertionError: it computes another thing
             rows[name]["not_run"] = (str(reason).strip() or type(reason).__name__).splitlines()[0]
     found = timer.medians(calls)
     for name in calls:
@@ -334,7 +339,9 @@ def step_blending(timer: Timer) -> Iterator[dict[str, str]]:
                 assert isinstance(result, Tensor)
                 if name.startswith("copy"):
                     return 0.0
-                return checked_error(name, result, low, truth) if name.startswith(OURS) else relative_error(result, truth)
+                return (
+                    checked_error(name, result, low, truth) if name.startswith(OURS) else relative_error(result, truth)
+                )
 
             about = {"op": "step_blend", "layer": "x".join(map(str, shape)), "model": model, "dtype": dtype}
             about |= {"shape": about["layer"], "visible": "", "rows": str(shape[0])}

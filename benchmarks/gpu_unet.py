@@ -1,5 +1,6 @@
-"""Parts `layer` and `unet` of benchmarks/gpu.py: one self-attention layer with its projections, and a whole denoising step
-of the retouch stage, with random weights at SD1.5's and SDXL's size, against processors as people write them today.
+"""Parts `layer` and `unet` of benchmarks/gpu.py: one self-attention layer with its projections, and a whole denoising
+step of the retouch stage, with random weights at SD1.5's and SDXL's size, against processors as people write them
+today.
 
 Six rows: target, context and reference, unconditional and conditional; `route` says which keys each query reads.
 """
@@ -238,8 +239,9 @@ def layer(device: str, dry: bool) -> Iterator[dict[str, str]]:
             done.add(tokens)
             exact = unet.get_submodule(name)
             x = torch.randn(BATCH_ROWS, tokens, attn.to_q.in_features, device=device)
+            rounded = x.bfloat16()
 
-            def run(attend, attn=attn, x=x.bfloat16(), per_tokens=per_tokens):
+            def run(attend, attn=attn, x=rounded, per_tokens=per_tokens):
                 attn.set_processor(processor(attend, per_tokens))
                 return attn(x)
 
@@ -255,15 +257,15 @@ def unet(device: str, dry: bool) -> Iterator[dict[str, str]]:
     from lr_kernels.diffusers.install import select_layers
 
     for model, half, whole, per_tokens in _cases(device, dry):
+        given = inputs(model, device, torch.bfloat16)
 
-        def run(attend, module=half, dtype=torch.bfloat16, model=model, per_tokens=per_tokens):
+        def run(attend, module=half, given=given, per_tokens=per_tokens):
             for attn in select_layers(module, "self").values():
                 attn.set_processor(processor(attend, per_tokens))
-            return module(**given[dtype], return_dict=False)[0]
+            return module(**given, return_dict=False)[0]
 
-        given = {dtype: inputs(model, device, dtype) for dtype in (torch.bfloat16, torch.float32)}
         with torch.no_grad():
-            truth = run(by_concatenation, whole, torch.float32)
+            truth = run(by_concatenation, whole, inputs(model, device, torch.float32))
             del whole
             shape = f"{BATCH_ROWS} rows, {model.latent}²"
             about = {"op": "denoising step", "model": model.id, "shape": shape, "dtype": "bf16"}

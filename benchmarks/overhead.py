@@ -1,13 +1,17 @@
-"""`python -m benchmarks.overhead`: what a call costs before any arithmetic, at one query, one key and head_dim 8."""
+"""`python -m benchmarks.overhead`: what a call costs before any arithmetic, at one query, one key and head_dim 8; and
+what Python takes of a call on a GPU that repeats, with a launch that does nothing."""
 
 import statistics
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
+from unittest import mock
 
 import torch
 from torch.nn import functional as F
 
-from lr_kernels import Source, multi_source_attention, step_blend, step_coefficients
+from lr_kernels import Source, multi_source_attention, plan_attention, step_blend, step_coefficients
+from lr_kernels.attention import _tables
 
 CALLS, ROUNDS = 2000, 15
 
@@ -21,6 +25,40 @@ def microseconds(call: Callable[[], object]) -> float:
             call()
         rounds.append((time.perf_counter() - start) / CALLS)
     return statistics.median(rounds) * 1e6
+
+
+def null_launch() -> Callable[[], object]:
+    """A repeated call of multi_source_attention as on a GPU: three sources, one masked, one with a row table. All of
+    it but the launch itself; the tensors lie on the CPU, which Python cannot tell."""
+    from lr_kernels.triton import attention, attention_replay, replay
+
+    query, *parts = (torch.randn(2, 64, 8, 64).bfloat16() for _ in range(7))
+    mask = torch.rand(1, 64) < 0.5
+    rows = torch.tensor([0, 1], dtype=torch.int32)
+    sources = [Source(*parts[:2]), Source(*parts[2:4], key_mask=mask), Source(*parts[4:], rows=rows)]
+    plan = plan_attention([None, mask, None])
+
+    def call() -> attention_replay.Call:
+        found = attention_replay.recordable(query, sources, None, None, False, plan)
+        assert found is not None
+        return found
+
+    first = call()
+    arguments, constants, programs = attention.launch_arguments(
+        query, _tables(query, sources, plan, None), first.out, None, 90
+    )
+    compiled = SimpleNamespace(
+        function=None, packed_metadata=None, launch_metadata=lambda *_: None, run=lambda *_: None
+    )
+    kernel = attention.multi_source_attention_forward_kernel
+    launch = replay.record(kernel, compiled, programs, arguments, constants, first.pointers)
+    assert launch is not None
+    attention_replay._recorder.add(first.key, launch)
+
+    def replayed() -> None:
+        assert call().replay(query)
+
+    return replayed
 
 
 def main() -> None:
@@ -46,7 +84,12 @@ def main() -> None:
     }
     with torch.no_grad():
         for name, call in calls.items():
-            print(f"{name:<36}{microseconds(call):7.1f} us")
+            print(f"{name:<52}{microseconds(call):7.1f} us")
+        from lr_kernels.triton import replay
+
+        active = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda device: 0))
+        with mock.patch.object(replay, "driver", active), mock.patch.object(torch.cuda, "current_device", lambda: None):
+            print(f"{'multi_source_attention on a GPU, null launch':<52}{microseconds(null_launch()):7.1f} us")
 
 
 if __name__ == "__main__":

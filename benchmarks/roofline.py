@@ -1,12 +1,11 @@
 """`python -m benchmarks.roofline`: writes docs/roofline.md, what a Hopper GPU needs at least for each layer, beside
 what was measured there (benchmarks/results/gpu-*/attention.csv, the newest; "not run" where there is none)."""
 
-import csv
 from pathlib import Path
 
 from .attention import BATCH, LAYERS, VISIBLE, Layer
 from .harness import OURS
-from .readme import RESULTS, ROOT
+from .readme import ROOT, newest_gpu
 
 MATRIX = 790e12
 """FLOP/s of dense bf16 products on random data, measured on one H200."""
@@ -20,13 +19,11 @@ READERS = (1, 4, 16)
 
 HEAD = """# What a GPU needs at least
 
-Written by `python -m benchmarks.roofline`; do not edit. Batch {batch}, three sources of as many keys as queries,
-the third shared by
-all rows, bf16, forward.
+Written by `python -m benchmarks.roofline`; do not edit. Batch {batch}, three sources of as many keys as queries, the
+third shared by all rows, bf16, forward.
 
-A pair of a query and a visible key costs 4·D floating-point operations and one exponential. With {matrix:.0f}
-TFLOP/s, {exps:.1f}
-T exponentials/s and {copy:.1f} TB/s (an H200, on random data):
+A pair of a query and a visible key costs 4·D floating-point operations and one exponential. With {matrix:.0f} TFLOP/s,
+{exps:.1f} T exponentials/s and {copy:.1f} TB/s (an H200, on random data):
 
 - **products** = 4·D·pairs ÷ rate, **exp** = pairs ÷ rate, **bytes** = every input and output once ÷ bandwidth;
 - **floor** = the largest of the three: all of them perfectly overlapped;
@@ -40,20 +37,17 @@ TAIL = """
 ## How the cost grows
 
 - **Tokens.** Pairs grow with the square of the tokens (every source has as many keys as there are queries): 4 times
-  the time from
-  32² to 64². Bytes grow linearly and never decide: their share is below {bytes_share:.0%} of the floor at 32² and
-  above.
+  the time
+  from 32² to 64². Bytes grow linearly and never decide: their share is below {bytes_share:.0%} of the floor at 32²
+  and above.
 - **Head dim.** Below D {even:.0f} the exponentials take longer than the products, whatever the kernel: at D 40 the
-  matrix units idle a
-  quarter of the time at best.
+  matrix units idle a quarter of the time at best.
 - **Sources.** Each one adds its visible keys and nothing else. A concatenation adds one read and one write of all
-  keys and values,
-  {concat:.0f} MiB at 64² of SDXL with two rows, and that much memory.
+  keys and values, {concat:.0f} MiB at 64² of SDXL with two rows, and that much memory.
 - **Visible share.** Hidden keys are not read: pairs, and time, follow the share. The fixed part (queries, outputs,
-  one launch) stays;
-  at 10 % of 16² it is most of the time.
-- **Rows.** The reference's keys and values are stored once however many rows read them. One subject's bank serving
-  many prompts:
+  one launch) stays; at 10 % of 16² it is most of the time.
+- **Rows.** The reference's keys and values are stored once however many rows read them. One subject's bank serving many
+  prompts:
 
 | rows that read one reference (SDXL 64², per layer) | keys and values of the reference, here | expanded for each row |
 |---|---|---|
@@ -71,12 +65,8 @@ def milliseconds(layer: Layer, share: float) -> tuple[float, float, float]:
 
 def measured() -> dict[tuple[str, str], float]:
     """Our milliseconds by (layer, visible) of the newest GPU run; empty without one."""
-    for path in sorted(RESULTS.glob("gpu-*/attention.csv"), reverse=True):
-        with path.open() as file:
-            rows = [r for r in csv.DictReader(file) if r["contender"] == OURS and r["dtype"] == "bf16" and r["ms"]]
-        if rows:
-            return {(r["layer"], r["visible"]): float(r["ms"]) for r in rows}
-    return {}
+    rows = [r for r in newest_gpu("attention") if r["contender"] == OURS and r["dtype"] == "bf16" and r["ms"]]
+    return {(r["layer"], r["visible"]): float(r["ms"]) for r in rows}
 
 
 def page() -> str:

@@ -58,14 +58,14 @@ void compact_keys(MaybeTensor mask, MaybeTensor groups, std::vector<int64_t> cla
   p.r = index.size(1);
   p.m = index.size(2);
   require(static_cast<int64_t>(classes.size()) == p.c && p.c <= lr::kMaxClasses, "classes", "one byte per list");
-  require(count.dim() == 2 && count.is_contiguous() && count.scalar_type() == ScalarType::Int &&
-              count.size(0) == p.c && count.size(1) == p.r,
+  require(count.dim() == 2 && count.is_contiguous() && count.scalar_type() == ScalarType::Int && count.size(0) == p.c &&
+              count.size(1) == p.r,
           "count", "a contiguous int32 (classes, rows)");
   const auto read = [&](const MaybeTensor& x, ScalarType dtype, const char* name, const uint8_t*& data,
                         int64_t& stride) {
     if (!x) return;
-    require(x->dim() == 2 && x->scalar_type() == dtype && (x->size(0) == 1 || x->size(0) == p.r) &&
-                x->size(1) == p.m && (x->stride(1) == 1 || p.m <= 1),
+    require(x->dim() == 2 && x->scalar_type() == dtype && (x->size(0) == 1 || x->size(0) == p.r) && x->size(1) == p.m &&
+                (x->stride(1) == 1 || p.m <= 1),
             name, "(rows or 1, keys), the keys contiguous");
     data = static_cast<const uint8_t*>(x->data_ptr());
     stride = lr::shared_stride(*x, 0);

@@ -64,8 +64,8 @@ SCHEMAS = {
 }
 
 ERRORS_REACH_PYTHON = tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 13)
-"""Whether an error raised by the C++ extension does: with torch 2.11 it crashes the process in torch's boxed kernel. There
-the checks in Python always come first."""
+"""Whether an error raised by the C++ extension does: with torch 2.11 it crashes the process in torch's boxed kernel.
+There the checks in Python always come first."""
 
 _library = torch.library.Library("lr_kernels", "DEF")
 

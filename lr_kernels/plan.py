@@ -120,11 +120,11 @@ def visible_lists(
     mask: Tensor | None, groups: Tensor | None, classes: Sequence[int]
 ) -> tuple[Tensor | None, Tensor | None]:
     """key_index (C or 1, R or 1, M) and key_count (C or 1, R or 1) of one source; None where all keys are seen."""
-    if mask is None and groups is None:
+    given = groups if mask is None else mask
+    if given is None:
         return None, None
-    device = (groups if mask is None else mask).device
-    if device.type == "cuda":
-        return _compact(mask, groups, [0] if groups is None else list(classes), device)
+    if given.device.type == "cuda":
+        return _compact(mask, groups, [0] if groups is None else list(classes), given)
     if groups is None:
         assert mask is not None
         visible = mask[None]
@@ -138,11 +138,9 @@ def visible_lists(
     return index[..., :keys], visible.sum(-1, dtype=torch.int32)
 
 
-def _compact(
-    mask: Tensor | None, groups: Tensor | None, classes: list[int], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """The same in one launch, or one per class."""
-    rows, keys = (groups if mask is None else mask).shape
+def _compact(mask: Tensor | None, groups: Tensor | None, classes: list[int], given: Tensor) -> tuple[Tensor, Tensor]:
+    """The same in one launch, or one per class. `given`: either of the two."""
+    (rows, keys), device = given.shape, given.device
     if mask is not None and groups is not None:
         rows = max(mask.shape[0], groups.shape[0])
         if keys != groups.shape[1]:

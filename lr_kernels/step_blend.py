@@ -142,13 +142,18 @@ def step_blend(
 
 def _counter(step: Tensor | int, device: torch.device) -> Tensor | None:
     """The step as the kernels on a GPU read it, where it is that already."""
-    plain = isinstance(step, Tensor) and step.dtype == torch.int32 and step.numel() == 1 and step.device == device
-    return step if plain and device.type == "cuda" else None
+    if not isinstance(step, Tensor) or device.type != "cuda":
+        return None
+    return step if step.dtype == torch.int32 and step.numel() == 1 and step.device == device else None
 
 
 def _plain(inputs: list[Tensor], outputs: list[Tensor], device: torch.device, training: bool) -> bool:
     """Whether the C++ op takes the tensors as they are, and can itself check what is left to check."""
-    if not ops.ERRORS_REACH_PYTHON or torch.compiler.is_compiling() or (training and any(x.requires_grad for x in outputs)):
+    if (
+        not ops.ERRORS_REACH_PYTHON
+        or torch.compiler.is_compiling()
+        or (training and any(x.requires_grad for x in outputs))
+    ):
         return False
     for x in (*inputs, *outputs):
         if x.device != device or not x.is_contiguous():

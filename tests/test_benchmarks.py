@@ -78,7 +78,17 @@ def test_the_gpu_script_runs_dry(tmp_path):
     """Without a GPU, at toy sizes: every contender is called, nothing is timed, and the CSV says so."""
     root = Path(__file__).parent.parent
     environment = {**os.environ, "OUT": str(tmp_path), "PYTHON": sys.executable}
-    command = [str(root / "benchmarks" / "gpu_run.sh"), "--dry", "ceilings", "lse", "layer", "unet", "tiles", "step_blend", "sanitizer"]
+    command = [
+        str(root / "benchmarks" / "gpu_run.sh"),
+        "--dry",
+        "ceilings",
+        "lse",
+        "layer",
+        "unet",
+        "tiles",
+        "step_blend",
+        "sanitizer",
+    ]
     subprocess.run(command, env=environment, check=True, capture_output=True)
     with (tmp_path / "parts.csv").open() as file:
         parts = {row["part"]: row["status"] for row in csv.DictReader(file)}

@@ -1,5 +1,5 @@
-"""The CUDA C++ kernels without a GPU: compiled by nvcc where it is there, their machine code read, their sources linted.
-Numbers in names: DESIGN.md's fault list."""
+"""The CUDA C++ kernels without a GPU: compiled by nvcc where it is there, their machine code read, their sources
+linted. Numbers in names: DESIGN.md's fault list."""
 
 import re
 import shutil

@@ -12,7 +12,6 @@ from triton.backends.nvidia.compiler import CUDABackend
 
 from lr_kernels import Source, multi_source_attention, plan_attention, reference
 from lr_kernels.attention import _tables
-from lr_kernels.coefficients import COLUMNS
 from lr_kernels.ops import AttentionTables
 from lr_kernels.testing import CASES, AttentionCase, assert_matches, attention_inputs, check_attention, strided_randn
 from lr_kernels.triton import attention, launch, tiles

@@ -1,4 +1,5 @@
-// What every CUDA launcher shares. A launcher takes a plain struct with its stream and returns null, or what went wrong.
+// What every CUDA launcher shares. A launcher takes a plain struct with its stream and returns null, or what went
+// wrong.
 #pragma once
 #include <cuda_runtime.h>
 

@@ -71,8 +71,8 @@ __device__ void store(void* base, int64_t at, const float (&x)[N]) {
 
 // A call of sample and predictions alone, what most are. They are loaded beside the coefficients, not after them.
 template <class T, int N>
-__global__ void __launch_bounds__(kThreads) step_blend_plain_kernel(const __grid_constant__ StepBlendCudaParams params,
-                                                                    uint32_t blocks) {
+__global__ void __launch_bounds__(kThreads)
+    step_blend_plain_kernel(const __grid_constant__ StepBlendCudaParams params, uint32_t blocks) {
   const StepBlendParams& p = params.blend;
   const int64_t row_size = p.c * p.plane, b = blockIdx.x / blocks;
   const int64_t i = (static_cast<int64_t>(blockIdx.x % blocks) * kThreads + threadIdx.x) * N;
@@ -112,8 +112,8 @@ __global__ void __launch_bounds__(kThreads) step_blend_plain_kernel(const __grid
 
 // Any call. A block takes kThreads * N elements of one row.
 template <class T, int N>
-__global__ void __launch_bounds__(kThreads) step_blend_kernel(const __grid_constant__ StepBlendCudaParams params,
-                                                              uint32_t blocks) {
+__global__ void __launch_bounds__(kThreads)
+    step_blend_kernel(const __grid_constant__ StepBlendCudaParams params, uint32_t blocks) {
   const StepBlendParams& p = params.blend;
   const int64_t row_size = p.c * p.plane, b = blockIdx.x / blocks;
   const int64_t i = (static_cast<int64_t>(blockIdx.x % blocks) * kThreads + threadIdx.x) * N;

@@ -6,10 +6,10 @@
 namespace lr {
 
 struct StepBlendCudaParams {
-  StepBlendParams blend;             // coefficients: of the first step
-  const int32_t* step;               // [1] on the device, or null: `row`
-  int64_t row, steps;                // a step outside [0, steps) gives NaN
-  int64_t coefficient_step_stride;   // from one step's coefficients to the next
+  StepBlendParams blend;            // coefficients: of the first step
+  const int32_t* step;              // [1] on the device, or null: `row`
+  int64_t row, steps;               // a step outside [0, steps) gives NaN
+  int64_t coefficient_step_stride;  // from one step's coefficients to the next
   cudaStream_t stream;
 };
 

@@ -82,7 +82,14 @@ def recordable(
             return None
         tensors.append(source.key)
         tensors.append(source.value)
-        for x in (source.rows, source.key_bias, source.logit_scale, source.logit_bias, source.value_index, source.weight):
+        for x in (
+            source.rows,
+            source.key_bias,
+            source.logit_scale,
+            source.logit_bias,
+            source.value_index,
+            source.weight,
+        ):
             key.append(x is None)
             if x is not None:
                 tensors.append(x)

@@ -1,8 +1,8 @@
 """Calls that repeat: what shapes, strides and dtypes decide is decided once, and launched from then on.
 
-A diffusion model calls the same layers with the same shapes hundreds of times; checking the arguments, laying them out and
-Triton's own look-up of the compiled kernel take ten times as long as the launch itself. A recorded call is the compiled
-kernel and its arguments, where only the addresses of tensors change.
+A diffusion model calls the same layers with the same shapes hundreds of times; checking the arguments, laying them
+out and Triton's own look-up of the compiled kernel take ten times as long as the launch itself. A recorded call is
+the compiled kernel and its arguments, where only the addresses of tensors change.
 """
 
 from collections.abc import Sequence
@@ -53,7 +53,9 @@ class Launch(NamedTuple):
         )  # fmt: skip
 
 
-def record(kernel, compiled, programs: int, arguments: tuple, constants: dict, pointers: Sequence[int]) -> Launch | None:
+def record(
+    kernel, compiled, programs: int, arguments: tuple, constants: dict, pointers: Sequence[int]
+) -> Launch | None:
     """The launch `compiled = kernel[(programs,)](*arguments, **constants)` as one that can run again with other tensors
     of the same metadata, `pointers` being the addresses of this call's tensors.
 
@@ -66,7 +68,9 @@ def record(kernel, compiled, programs: int, arguments: tuple, constants: dict, p
     whole = (*arguments, *(constants[name] for name in kernel.arg_names[len(arguments) :]))
     single, several = [], []
     for place, x in enumerate(whole):
-        tensors = x if isinstance(x, tuple) and x and isinstance(x[0], Tensor) else (x,) if isinstance(x, Tensor) else ()
+        tensors = (
+            x if isinstance(x, tuple) and x and isinstance(x[0], Tensor) else (x,) if isinstance(x, Tensor) else ()
+        )
         if any(t.data_ptr() not in place_of for t in tensors):
             return None
         if isinstance(x, Tensor):

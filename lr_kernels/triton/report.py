@@ -66,7 +66,9 @@ def rows() -> list[Row]:
         jobs += [(attention_row, arch, 64, bf16, "gathered warped")]
         jobs += [(backward_rows, arch, D, bf16) for D in HEAD_DIMS]
         jobs += [(small_rows, arch)]
-    jobs += [(attention_row, arch, D, bf16, kind) for arch in RELATED for D in HEAD_DIMS for kind in ("dense", "gathered")]
+    jobs += [
+        (attention_row, arch, D, bf16, kind) for arch in RELATED for D in HEAD_DIMS for kind in ("dense", "gathered")
+    ]
     jobs += [(attention_row, 90, D, bf16, "few") for D in (64, 80)]
     with ProcessPoolExecutor(PROCESSES) as pool:
         futures = [pool.submit(*job) for job in jobs]

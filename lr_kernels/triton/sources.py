@@ -100,8 +100,8 @@ def per_head(table, table_stride, with_table, s, b64, h64, otherwise: tl.constex
 
 @triton.jit
 def key_entries(key_index, index, at, index_count):
-    """(BN,) entries `at` of the list of keys, 0 past its end. A loop loads those of its next tile: the loads of keys and
-    values then start from registers, and run as many tiles ahead as those of a source without a list."""
+    """(BN,) entries `at` of the list of keys, 0 past its end. A loop loads those of its next tile: the loads of keys
+    and values then start from registers, and run as many tiles ahead as those of a source without a list."""
     if key_index is None:
         return 0
     else:

@@ -1,8 +1,8 @@
 """Tile sizes of the attention kernels as data: (architecture, head_dim, dtype, kind) -> Tile.
 
-sm_90, dense and gathered: the fastest on an H200 (`python -m lr_kernels.triton.tune`, benchmarks/results) of those whose
-inner loop does not touch local memory. All others by cross-compiling (`python -m lr_kernels.triton.report`): the largest
-tile without spills in 3 sources with row tables, not timed.
+sm_90, dense and gathered: the fastest on an H200 (`python -m lr_kernels.triton.tune`, benchmarks/results) of those
+whose inner loop does not touch local memory. All others by cross-compiling (`python -m lr_kernels.triton.report`):
+the largest tile without spills in 3 sources with row tables, not timed.
 """
 
 from typing import NamedTuple, TypeVar
@@ -72,7 +72,7 @@ _G = (64, 64, 4, 3)
 _HOPPER = (  # 4 warps of 128 x 64 leave room for 2 programs per SM up to D 64; above, 8 warps hide the latency
     Tiles(16, (16, 0), _A, _A, _A, _B),
     Tiles(32, (32, 0), _A, _A, _A, _B),
-    Tiles(48, (64, 0), _A, _A, _B, _B, _B),  # in 32 + 16 columns with 4 warps the inner loop spills, with 8 it is slower
+    Tiles(48, (64, 0), _A, _A, _B, _B, _B),  # 32 + 16 columns: spills with 4 warps, slower with 8
     Tiles(63, (64, 0), _A, _A, _B, _B, _B),
     Tiles(64, (64, 0), _A, (128, 64, 8, 4), _B, _B, _G),
     Tiles(80, (64, 16), _A, _B, _B, _B, _G),  # gathered at 128 x 64, 4 warps: 13 % faster, but spills in the inner loop
@@ -173,7 +173,10 @@ FEW_QUERIES = 2**15
 
 
 def attention_tile(arch: int, head_dim: int, dtype: torch.dtype, kind: str, queries: int) -> Tile:
-    """The tile of an architecture (major * 10 + minor) for a kind that `Tiles` names; `queries`: rows x tokens x heads."""
+    """The tile of an architecture (major * 10 + minor) for a kind that `Tiles` names.
+
+    queries: of all rows and heads.
+    """
     if arch == INTERPRETER:
         return Tile(64, 64, 4, 1, *split_head_dim(head_dim))
     table = _of_family(arch, dtype, _FLOAT32, _BLACKWELL, _HOPPER, _MMA)

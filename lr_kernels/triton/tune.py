@@ -1,5 +1,5 @@
-"""`python -m lr_kernels.triton.tune`: time the attention kernels with many tiles on this GPU, print the best beside those
-of tiles.py and write all times as CSV. tiles.py is data: what is found here is written there by hand, once per
+"""`python -m lr_kernels.triton.tune`: time the attention kernels with many tiles on this GPU, print the best beside
+those of tiles.py and write all times as CSV. tiles.py is data: what is found here is written there by hand, once per
 architecture, and never searched for at import or in a call.
 
 Tiles are compiled first by many processes into Triton's cache, then timed alone by one.
