@@ -1,6 +1,7 @@
 """Compile the kernels for GPUs that are not here and read registers, spills and shared memory out of the machine code.
 
-`python -m lr_kernels.triton.report [--json]` prints the table. Needs the compiler, so TRITON_INTERPRET must not be set.
+`python -m lr_kernels.triton.report > docs/registers.md` writes the table, `--json` its rows. Needs the compiler, so
+TRITON_INTERPRET must not be set.
 """
 
 import json
@@ -260,6 +261,14 @@ def _run(tool: str, *arguments: str) -> str:
     return subprocess.run([str(_TOOLS / tool), *arguments], capture_output=True, text=True, check=True).stdout
 
 
+HEAD = f"""# What each Triton kernel takes
+
+Written by `python -m lr_kernels.triton.report` with Triton {triton.__version__}; do not edit. Compiled for cards that
+need not be there. spills: instructions that touch local memory; loop_spills: those of them in an inner loop; async_copies,
+wgmma: copies to shared memory that do not pass registers, products of a warpgroup.
+"""
+
+
 def markdown(table: list[Row]) -> str:
     lines = ["| " + " | ".join(Row._fields) + " |", "|---" * len(Row._fields) + "|"]
     return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in table])
@@ -267,4 +276,4 @@ def markdown(table: list[Row]) -> str:
 
 if __name__ == "__main__":
     measured = rows()
-    print(json.dumps([row._asdict() for row in measured]) if "--json" in sys.argv else markdown(measured))
+    print(json.dumps([row._asdict() for row in measured]) if "--json" in sys.argv else HEAD + "\n" + markdown(measured))
