@@ -264,8 +264,8 @@ def _run(tool: str, *arguments: str) -> str:
 HEAD = f"""# What each Triton kernel takes
 
 Written by `python -m lr_kernels.triton.report` with Triton {triton.__version__}; do not edit. Compiled for cards that
-need not be there. spills: instructions that touch local memory; loop_spills: those of them in an inner loop; async_copies,
-wgmma: copies to shared memory that do not pass registers, products of a warpgroup.
+need not be there. spills: instructions that touch local memory; loop_spills: those of them in an inner loop;
+async_copies, wgmma: copies to shared memory that do not pass registers, products of a warpgroup.
 """
 
 
