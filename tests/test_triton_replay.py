@@ -75,6 +75,7 @@ def test_a_recorded_launch_takes_the_pointers_of_its_own_call(case_id, no_gpu):
         assert launch is None
         return
     attention_replay._recorder.add(call.key, launch)
+    assert not any(isinstance(x, torch.Tensor) for x in torch.utils._pytree.tree_leaves(launch.arguments)), "kept alive"
 
     query, sources, groups, plan = inputs_of(case_id, 1)
     again = attention_replay.recordable(query, sources, groups, None, one_group, plan)
@@ -106,6 +107,15 @@ def variant(**changes):
 def test_what_decides_a_launch_is_in_the_key(changes, no_gpu):
     assert variant().key == variant().key
     assert variant(**changes).key != variant().key
+
+
+def test_the_setting_for_tf32_is_in_the_key(no_gpu):
+    exact, before = variant(dtype=torch.float32).key, torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert variant(dtype=torch.float32).key != exact
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_calls_that_must_take_the_long_way(no_gpu):

@@ -12,6 +12,7 @@ from ..source import Source
 from . import attention
 from .launch import INTERPRETED, architecture, check_grid, on_device
 from .replay import Recorder, record
+from .sources import dot_precision
 
 _PLAIN = (Tensor, Parameter)
 _recorder = Recorder()
@@ -64,6 +65,8 @@ def recordable(
     if INTERPRETED or torch._C._len_torch_dispatch_stack():
         return None
     key: list = [scale, return_lse]
+    if query.dtype == torch.float32:
+        key.append(dot_precision(query.dtype))  # PyTorch's setting for TF32 may change between calls
     tensors = [query]
     if plan is None:
         if query_groups is not None:

@@ -25,7 +25,7 @@ class Launch(NamedTuple):
     compiled: object
     programs: int
     arguments: tuple
-    """In the kernel's order, constants included."""
+    """In the kernel's order, constants included; None where a tensor goes, which would live as long as the record."""
     single: tuple[tuple[int, int], ...]
     """(place of a pointer among the arguments, place of its tensor in the call)"""
     several: tuple[tuple[int, tuple[int, ...]], ...]
@@ -65,7 +65,7 @@ def record(
     if any(p % 16 for p in pointers):
         return None
     place_of = {p: i for i, p in reversed([*enumerate(pointers)])}
-    whole = (*arguments, *(constants[name] for name in kernel.arg_names[len(arguments) :]))
+    whole = [*arguments, *(constants[name] for name in kernel.arg_names[len(arguments) :])]
     single, several = [], []
     for place, x in enumerate(whole):
         tensors = (
@@ -77,7 +77,9 @@ def record(
             single.append((place, place_of[x.data_ptr()]))
         elif tensors:
             several.append((place, tuple(place_of[t.data_ptr()] for t in tensors)))
-    return Launch(compiled, programs, whole, tuple(single), tuple(several))
+        if tensors:
+            whole[place] = None
+    return Launch(compiled, programs, tuple(whole), tuple(single), tuple(several))
 
 
 class Recorder:
