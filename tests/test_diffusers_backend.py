@@ -1,0 +1,151 @@
+"""lr_kernels as an attention backend of diffusers, on tiny models as diffusers builds them."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel, UNet2DConditionModel, WanTransformer3DModel
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, attention_backend
+
+from lr_kernels.diffusers import backend
+from lr_kernels.diffusers.backend import register_attention_backend, use_attention_backend
+
+
+def flux():
+    torch.manual_seed(0)
+    model = FluxTransformer2DModel(
+        patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8),
+    )  # fmt: skip
+    inputs = {
+        "hidden_states": torch.randn(2, 16, 4), "encoder_hidden_states": torch.randn(2, 7, 32),
+        "pooled_projections": torch.randn(2, 32), "timestep": torch.tensor([1.0, 0.5]),
+        "img_ids": torch.randn(16, 3), "txt_ids": torch.zeros(7, 3),
+    }  # fmt: skip
+    return model.eval(), inputs
+
+
+def wan():
+    torch.manual_seed(0)
+    model = WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16,
+        freq_dim=16, ffn_dim=32, num_layers=2, cross_attn_norm=True, qk_norm="rms_norm_across_heads",
+    rope_max_seq_len=32, )  # fmt: skip
+    inputs = {
+        "hidden_states": torch.randn(1, 4, 2, 8, 8), "timestep": torch.tensor([500]),
+        "encoder_hidden_states": torch.randn(1, 9, 16),
+    }  # fmt: skip
+    return model.eval(), inputs
+
+
+def run(model, inputs):
+    with torch.no_grad():
+        return model(**inputs, return_dict=False)[0]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often our attention ran."""
+    seen = []
+    original = backend.attend
+    monkeypatch.setattr(backend, "attend", lambda *a, **k: seen.append(a[0]) or original(*a, **k))
+    return seen
+
+
+@pytest.fixture(autouse=True)
+def restored():
+    active = _AttentionBackendRegistry._active_backend
+    register_attention_backend()
+    yield
+    _AttentionBackendRegistry.set_active_backend(active)
+
+
+@pytest.mark.parametrize(("build", "layers"), [(flux, 2), (wan, 4)], ids=["flux", "wan"])
+def test_every_way_to_switch_it_on(build, layers, calls):
+    model, inputs = build()
+    expected = run(model, inputs)
+    with attention_backend("lr_kernels"):
+        torch.testing.assert_close(run(model, inputs), expected)
+    assert len(calls) == layers
+    with use_attention_backend(model):
+        torch.testing.assert_close(run(model, inputs), expected)
+    assert len(calls) == 2 * layers
+    assert torch.equal(run(model, inputs), expected) and len(calls) == 2 * layers
+    model.set_attention_backend("lr_kernels")
+    torch.testing.assert_close(run(model, inputs), expected)
+    assert len(calls) == 3 * layers
+    model.reset_attention_backend()
+
+
+def test_registering_again_changes_nothing_and_the_member_is_a_member():
+    before = _AttentionBackendRegistry._backends[AttentionBackendName("lr_kernels")]
+    register_attention_backend()
+    assert _AttentionBackendRegistry._backends[AttentionBackendName("lr_kernels")] is before
+    member = AttentionBackendName("lr_kernels")
+    assert pickle.loads(pickle.dumps(member)) is member and copy.deepcopy(member) is member
+    assert member in list(AttentionBackendName) and member == "lr_kernels"
+
+
+def test_36_the_context_restores_after_an_exception_and_leaves_other_models_alone(calls):
+    model, inputs = flux()
+    other, _ = flux()
+    with pytest.raises(KeyError), use_attention_backend(model):
+        run(other, inputs)
+        assert not calls
+        raise KeyError
+    run(model, inputs)
+    assert not calls
+    states = [vars(m.processor) for m in model.modules() if hasattr(m, "processor")]
+    assert all("_attention_backend" not in state for state in states)
+
+
+def test_the_context_gives_back_a_backend_that_was_set():
+    model, _ = flux()
+    model.set_attention_backend("native")
+    with use_attention_backend(model):
+        pass
+    chosen = {m.processor._attention_backend for m in model.modules() if hasattr(m, "processor")}
+    assert chosen == {AttentionBackendName.NATIVE}
+
+
+def test_a_model_that_does_not_dispatch_is_refused():
+    unet = UNet2DConditionModel(
+        block_out_channels=(32, 64), layers_per_block=1, sample_size=8, norm_num_groups=8, cross_attention_dim=32,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="UNets take"), use_attention_backend(unet):
+        pass
+
+
+def test_masks_lse_and_grouped_heads():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 9, 4, 16), *(torch.randn(2, 11, 2, 16) for _ in range(2))
+    mask = torch.rand(2, 1, 1, 11) < 0.6
+    out, lse = backend.attention(q, k, v, attn_mask=mask, enable_gqa=True, return_lse=True)
+    wide = k.repeat_interleave(2, 2)
+    scores = torch.einsum("bnhd,bmhd->bnhm", q, wide) / 4
+    scores = scores.masked_fill(~mask.transpose(1, 2), -torch.inf)
+    torch.testing.assert_close(lse, scores.logsumexp(-1))
+    torch.testing.assert_close(out, torch.einsum("bnhm,bmhd->bnhd", scores.softmax(-1), v.repeat_interleave(2, 2)))
+
+
+@pytest.mark.parametrize(
+    ("keywords", "name"),
+    [({"is_causal": True}, "is_causal"), ({"dropout_p": 0.1}, "dropout_p"), ({"_parallel_config": object()},
+     "_parallel_config"), ({"attn_mask": torch.ones(9, 9, dtype=torch.bool).tril()}, "attn_mask")],
+    ids=lambda x: x if isinstance(x, str) else "",
+)  # fmt: skip
+def test_16_nothing_is_dropped(keywords, name):
+    x = torch.randn(1, 9, 2, 16)
+    with pytest.raises(NotImplementedError, match=name):
+        backend.attention(x, x, x, **keywords)
+
+
+def test_29_compiles_whole(calls):
+    model, inputs = flux()
+    expected = run(model, inputs)
+    with use_attention_backend(model):
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(**inputs, return_dict=False)[0], expected)

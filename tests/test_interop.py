@@ -1,0 +1,163 @@
+"""Other libraries' signatures on the operator: the same numbers as theirs, or a refusal by name. Numbers in names:
+DESIGN.md's fault list."""
+
+import inspect
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lr_kernels import interop
+from lr_kernels.testing import assert_matches
+
+
+def randn(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def tensors(dtype=torch.float32, heads=4, key_heads=4):
+    query = randn(2, heads, 33, 40, dtype=dtype)
+    return query, *(randn(2, key_heads, 50, 40, dtype=dtype, seed=i) for i in (1, 2))
+
+
+def check(found, function, *arguments, **keywords):
+    def cast(x, dtype):
+        return x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+    exact = function(
+        *(cast(x, torch.float64) for x in arguments), **{k: cast(v, torch.float64) for k, v in keywords.items()}
+    )
+    assert_matches(found, function(*arguments, **keywords), exact)
+
+
+MASKS = {
+    "bool keys": torch.rand(1, 50, generator=torch.Generator().manual_seed(5)) < 0.6,
+    "bool rows": torch.rand(2, 1, 1, 50, generator=torch.Generator().manual_seed(5)) < 0.6,
+    "float rows": randn(2, 1, 1, 50, seed=5),
+    "expanded": (torch.rand(2, 1, 1, 50, generator=torch.Generator().manual_seed(5)) < 0.6).expand(2, 4, 33, 50),
+    "one number": torch.tensor([[0.5]]),
+}
+
+
+def test_the_signatures_are_those_of_pytorch_and_the_names_documented():
+    ours = inspect.signature(interop.scaled_dot_product_attention).parameters
+    written = F.scaled_dot_product_attention.__doc__.split("->")[0]
+    places = [written.index(f"{name}") for name in ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")]
+    assert places == sorted(places)
+    assert list(ours) == "query key value attn_mask dropout_p is_causal scale enable_gqa".split()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("mask", [None, *MASKS])
+def test_sdpa(mask, dtype):
+    q, k, v = tensors(dtype)
+    m = None if mask is None else MASKS[mask]
+    m = m if m is None or m.dtype == torch.bool else m.to(dtype)
+    found = interop.scaled_dot_product_attention(q, k, v, m, scale=0.3)
+    check(found, F.scaled_dot_product_attention, q, k, v, m, scale=0.3)
+
+
+def test_sdpa_of_three_dimensions_and_of_grouped_heads():
+    q, k, v = tensors(heads=4, key_heads=2)
+    found = interop.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    check(found, F.scaled_dot_product_attention, q, k, v, enable_gqa=True)
+    q, k, v = (x[:, 0] for x in (q, k, v))
+    mask = torch.rand(2, 1, 50) < 0.5
+    found = interop.scaled_dot_product_attention(q, k, v, mask)
+    check(found, F.scaled_dot_product_attention, q, k, v, mask)
+
+
+@pytest.mark.parametrize("bias", [None, "float rows", "expanded"])
+def test_xformers(bias):
+    q, k, v = (x.transpose(1, 2) for x in tensors())
+    b = None if bias is None else MASKS["float rows"].expand(2, 4, 33, 50) if bias == "expanded" else MASKS[bias]
+    found = interop.memory_efficient_attention(q, k, v, b)
+
+    def by_torch(*x, attn_mask=None):
+        q, k, v = (y.transpose(1, 2) for y in x)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask).transpose(1, 2)
+
+    check(found, by_torch, q, k, v, attn_mask=b)
+    flat = interop.memory_efficient_attention(q[:, :, 0], k[:, :, 0], v[:, :, 0])
+    check(flat, F.scaled_dot_product_attention, q[:, :, 0], k[:, :, 0], v[:, :, 0])
+
+
+def test_gradients_pass():
+    q, k, v = (x.requires_grad_() for x in tensors())
+    grads = torch.autograd.grad(interop.scaled_dot_product_attention(q, k, v).square().sum(), (q, k, v))
+    expected = torch.autograd.grad(F.scaled_dot_product_attention(q, k, v).square().sum(), (q, k, v))
+    for found, x in zip(grads, expected):
+        torch.testing.assert_close(found, x)
+
+
+REFUSED = [
+    ("scaled_dot_product_attention", dict(is_causal=True), "is_causal"),
+    ("scaled_dot_product_attention", dict(dropout_p=0.1), "dropout_p"),
+    (
+        "scaled_dot_product_attention",
+        dict(attn_mask=torch.ones(33, 50, dtype=torch.bool).tril()),
+        "same for every query",
+    ),
+    ("scaled_dot_product_attention", dict(attn_mask=torch.zeros(2, 4, 1, 50)), "same for every head"),
+    ("memory_efficient_attention", dict(p=0.5), "p: expected none"),
+    ("memory_efficient_attention", dict(op=("forward", "backward")), "op: expected none"),
+    ("memory_efficient_attention", dict(attn_bias=object()), "attn_bias: expected a tensor"),
+    ("memory_efficient_attention", dict(output_dtype=torch.float64), "output_dtype"),
+]
+
+
+@pytest.mark.parametrize(("function", "keywords", "message"), REFUSED, ids=lambda x: str(x)[:24])
+def test_16_what_the_operator_has_not_is_refused_by_name(function, keywords, message):
+    q, k, v = tensors()
+    if function == "memory_efficient_attention":
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    with pytest.raises(NotImplementedError, match=message):
+        getattr(interop, function)(q, k, v, **keywords)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"attn_mask": torch.zeros(49)}, "broadcasts"), ({"attn_mask": torch.zeros(50, dtype=torch.long)},
+     "bool or a floating"), ({"query": torch.zeros(3)}, "3 or 4 dimensions"), ({"key": randn(2, 3, 50, 40)}, "4 heads")],
+    ids=["mask shape", "mask dtype", "query", "heads"],
+)  # fmt: skip
+def test_07_17_what_does_not_fit_is_named(change, message):
+    q, k, v = tensors()
+    arguments = {"query": q, "key": k, "value": v} | change
+    with pytest.raises((ValueError, TypeError), match=message):
+        interop.scaled_dot_product_attention(**arguments)
+
+
+def test_a_transformers_model_runs_on_it():
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    interop.register_with_transformers()
+    interop.register_with_transformers()
+    config = dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8
+    )
+    torch.manual_seed(0)
+    model = CLIPVisionModel(CLIPVisionConfig(**config)).eval()
+    pixels = randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = model(pixels).last_hidden_state
+        calls = []
+        original = interop.attend
+        interop.attend = lambda *a, **k: calls.append(1) or original(*a, **k)
+        try:
+            model.set_attn_implementation("lr_kernels")
+            found = model(pixels).last_hidden_state
+        finally:
+            interop.attend = original
+    assert len(calls) == 2
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_causal_transformers_model_is_refused():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    interop.register_with_transformers()
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50)).eval()
+    model.set_attn_implementation("lr_kernels")
+    with pytest.raises(NotImplementedError, match=r"is_causal|attn_mask"), torch.no_grad():
+        model(torch.arange(8)[None])
