@@ -117,8 +117,10 @@ def test_16_what_the_operator_has_not_is_refused_by_name(function, keywords, mes
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"attn_mask": torch.zeros(49)}, "broadcasts"), ({"attn_mask": torch.zeros(50, dtype=torch.long)},
-     "bool or a floating"), ({"query": torch.zeros(3)}, "3 or 4 dimensions"), ({"key": randn(2, 3, 50, 40)}, "4 heads")],
+    [({"attn_mask": torch.zeros(49)}, "broadcasts"),
+     ({"attn_mask": torch.zeros(50, dtype=torch.long)}, "bool or a floating"),
+     ({"query": torch.zeros(3)}, "3 or 4 dimensions"),
+     ({"key": randn(2, 3, 50, 40)}, "4 heads")],
     ids=["mask shape", "mask dtype", "query", "heads"],
 )  # fmt: skip
 def test_07_17_what_does_not_fit_is_named(change, message):

@@ -1,5 +1,5 @@
-"""Every preset inside a real UNet against a plain transcription of its paper's formula, written without the library; and that
-what a query must not see costs nothing and changes nothing."""
+"""Every preset inside a real UNet against a plain transcription of its paper's formula, written without the library; and
+that what a query must not see costs nothing and changes nothing."""
 
 import functools
 
@@ -210,8 +210,8 @@ def mca_ctrl_plain(q, k, v):
     return torch.where(target[:, :, None, None], inside, outside)
 
 
-METHODS = ["masactrl", "masactrl_masked", "style_aligned", "consistory", "story_diffusion", "ip_adapter", "reference_only",
-           "dream_matcher", "mca_ctrl"]  # fmt: skip
+METHODS = "masactrl masactrl_masked style_aligned consistory story_diffusion ip_adapter reference_only".split()
+METHODS += ["dream_matcher", "mca_ctrl"]
 
 
 @pytest.mark.parametrize("method", METHODS)
