@@ -1,5 +1,5 @@
-"""Every preset inside a real UNet against a plain transcription of its paper's formula, written without the library; and
-that what a query must not see costs nothing and changes nothing."""
+"""Every preset inside a real UNet against a plain transcription of its paper's formula, written without the library;
+and that what a query must not see costs nothing and changes nothing."""
 
 import functools
 
