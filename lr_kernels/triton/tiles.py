@@ -66,7 +66,7 @@ _MMA = (  # sm_80, 86, 89, 120: queries live in registers; two parts of D spill 
     Tiles(79, (64, 16), (128, 64, 8, 2), _C, _C, _C),  # gathered at 128 x 64: 20 spills
     Tiles(80, (64, 16), (128, 64, 8, 2), _B, _B, _C),
     Tiles(128, (128, 0), _C, _D, _D, _D),
-    Tiles(256, (256, 0), (64, 32, 8, 2), _E, (64, 32, 8, 2), _F),
+    Tiles(256, (256, 0), (64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), _F),  # 3 stages: too much for sm_86, 89, 120
 )
 _G = (64, 64, 4, 3)
 _HOPPER = (  # 4 warps of 128 x 64 leave room for 2 programs per SM up to D 64; above, 8 warps hide the latency
