@@ -332,7 +332,7 @@ def launch_arguments(
     tile = tiles.attention_tile(arch, D, query.dtype, kind, B * N * H)
     if query.element_size() == 2 and arch != tiles.INTERPRETER:
         if unit == 1 or any(x.data_ptr() % 16 for x in (query, *key, *value)):
-            tile = tiles.unaligned_tile(D)
+            tile = tiles.unaligned_tile(arch, D)
     tiles_per_head = triton.cdiv(N, tile.BM) + classes - 1
     arguments = (
         query, tuple(key), tuple(value), rows, index, count, value_index, bias, scales, shifts, weights,

@@ -185,8 +185,12 @@ def attention_tile(arch: int, head_dim: int, dtype: torch.dtype, kind: str, quer
     return Tile(*(tiles.few if few else getattr(tiles, kind)), *tiles.columns)
 
 
-def unaligned_tile(head_dim: int) -> Tile:
-    """The tile of 16-bit calls whose rows do not start at multiples of 16 bytes, on all architectures. Their loads are
-    not asynchronous, so the tiles in shared memory lie at constant addresses, which ptxas 12.8 (Triton 3.6) gets wrong
-    for rows below 128 bytes: 64 columns or more."""
-    return Tile(64, 32, 4, 2, max(64, 1 << (head_dim - 1).bit_length()), 0)
+def unaligned_tile(arch: int, head_dim: int) -> Tile:
+    """The tile of 16-bit calls whose rows do not start at multiples of 16 bytes. Their loads are not asynchronous, so the
+    tiles in shared memory lie at constant addresses, which ptxas 12.8 (Triton 3.6) gets wrong for rows below 128 bytes:
+    64 columns or more."""
+    if arch == 90 or head_dim <= 64:  # as run on an H200; above D 64 it spills there
+        BM, warps = 64, 4
+    else:
+        BM, warps = 64 if head_dim <= 128 else 32, 8
+    return Tile(BM, 32, warps, 2, max(64, 1 << (head_dim - 1).bit_length()), 0)
