@@ -186,9 +186,9 @@ def attention_tile(arch: int, head_dim: int, dtype: torch.dtype, kind: str, quer
 
 
 def unaligned_tile(arch: int, head_dim: int) -> Tile:
-    """The tile of 16-bit calls whose rows do not start at multiples of 16 bytes. Their loads are not asynchronous, so the
-    tiles in shared memory lie at constant addresses, which ptxas 12.8 (Triton 3.6) gets wrong for rows below 128 bytes:
-    64 columns or more."""
+    """The tile of 16-bit calls whose rows do not start at multiples of 16 bytes. Their loads are not asynchronous, so
+    the tiles in shared memory lie at constant addresses, which ptxas 12.8 (Triton 3.6) gets wrong for rows below 128
+    bytes: 64 columns or more."""
     if arch == 90 or head_dim <= 64:  # as run on an H200; above D 64 it spills there
         BM, warps = 64, 4
     else:
