@@ -44,6 +44,7 @@ def null_launch() -> Callable[[], object]:
         return found
 
     first = call()
+    first._allocate(query)
     arguments, constants, programs = attention.launch_arguments(
         query, _tables(query, sources, plan, None), first.out, None, 90
     )

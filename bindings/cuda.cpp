@@ -40,6 +40,8 @@ void step_blend(Tensor sample, std::vector<Tensor> predictions, Tensor coefficie
   }
   p.row = row;
   p.steps = coefficients.size(0);
+  STD_TORCH_CHECK(step || (row >= 0 && row < p.steps), "lr_kernels.step_blend: step: expected 0 to ", p.steps - 1,
+                  ", got ", row);
   p.coefficient_step_stride = coefficients.stride(0);
   const OnDevice device(sample);
   p.stream = device.stream();

@@ -1,6 +1,7 @@
 """multi_source_attention: attention of one query over several sources of keys and values, never concatenated."""
 
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -57,6 +58,12 @@ def multi_source_attention(
     The retouch stage of Layout-and-Retouch (arXiv 2407.09779) is this operator with the layout and the reference image
     as sources.
     """
+    if not isinstance(query, Tensor):
+        fail(OP, "query", "a tensor", type(query).__name__, error=TypeError)
+    if scale is not None and not torch.compiler.is_compiling():
+        if not isinstance(scale, Real):
+            fail(OP, "scale", "a number", type(scale).__name__, error=TypeError)
+        scale = float(scale)
     if torch.is_autocast_enabled(query.device.type):
         query, sources = _autocast(query, sources)
     call = None
@@ -65,13 +72,17 @@ def multi_source_attention(
 
         call = recordable(query, sources, query_groups, scale, return_lse, plan)
         if call is not None and call.replay(query):
-            return call.out if call.lse is None else (call.out, call.lse)
+            return call.result
     check(query, sources, query_groups, plan)
     if return_lse and any(s.softmax_group != sources[0].softmax_group for s in sources):
         fail(OP, "return_lse", "one softmax group", "several", "each group has its own lse")
     check_memory(OP, "query", query.numel() * query.element_size(), query.device)
     wanted = torch.is_grad_enabled() and (query.requires_grad or any(_requires_grad(s) for s in sources))
-    name = backends.choose(OP, backend, query.device, query.dtype, _lacking(sources, wanted))
+    lacking = _lacking(sources, wanted)
+    if backends.forward_mode(query, *(x for s in sources for x in s if isinstance(x, Tensor))):
+        for missing in lacking.values():
+            missing.append("forward-mode gradients")
+    name = backends.choose(OP, backend, query.device, query.dtype, lacking)
     if name == "reference":
         check_reference_memory(query, sources)
         return reference.multi_source_attention(
@@ -84,7 +95,7 @@ def multi_source_attention(
         return attention_with_gradients(name, query, tables, return_lse)
     if call is not None and name == "triton":
         call.run(query, tables)
-        return call.out if call.lse is None else (call.out, call.lse)
+        return call.result
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = query.new_empty(query.shape[:3], dtype=torch.float32) if return_lse else None
     attention_op(name)(query, *tables, out, lse)
@@ -93,7 +104,11 @@ def multi_source_attention(
 
 def _autocast(query: Tensor, sources: Sequence[Source]) -> tuple[Tensor, list[Source]]:
     dtype = torch.get_autocast_dtype(query.device.type)
-    return query.to(dtype), [s._replace(key=s.key.to(dtype), value=s.value.to(dtype)) for s in sources]
+
+    def cast(x: Tensor) -> Tensor:  # what PyTorch's own autocast casts
+        return x.to(dtype) if x.dtype in backends.KERNEL_DTYPES else x
+
+    return cast(query), [s._replace(key=cast(s.key), value=cast(s.value)) for s in sources]
 
 
 def _tables(query: Tensor, sources: Sequence[Source], plan: AttentionPlan, scale: float | None) -> AttentionTables:

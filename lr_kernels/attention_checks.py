@@ -1,6 +1,7 @@
 """The arguments of multi_source_attention: shapes, dtypes and devices, each error naming its argument and source."""
 
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -50,8 +51,16 @@ def check(query: Tensor, sources: Sequence[Source], query_groups: Tensor | None,
 
 
 def _check_source(i: int, source: Source, query: Tensor) -> None:
+    if not isinstance(source, Source):
+        fail(OP, f"sources[{i}]", "a Source", type(source).__name__, error=TypeError)
     batch, _, heads, head_dim = query.shape
+    for name in ("rows", "key_mask", "key_groups", "key_bias", "value_index"):
+        x = getattr(source, name)
+        if x is not None and not isinstance(x, Tensor):
+            fail(OP, f"{name}[{i}]", "a tensor or None", type(x).__name__, error=TypeError)
     for name, x in (("key", source.key), ("value", source.value)):
+        if not isinstance(x, Tensor):
+            fail(OP, f"{name}[{i}]", "a tensor", type(x).__name__, error=TypeError)
         shape = x.shape
         if len(shape) != 4:
             fail(OP, f"{name}[{i}]", "shape (rows, keys, heads, head_dim)", tuple(shape))
@@ -85,6 +94,11 @@ def _check_source(i: int, source: Source, query: Tensor) -> None:
                 fail(OP, f"rows[{i}]", f"-1 to {rows - 1}", f"{int(low)} to {int(high)}")
     if source.value_index is not None:
         _check_value_index(i, source, query)
+    for name in ("logit_scale", "logit_bias", "weight"):
+        _check_strength(f"{name}[{i}]", getattr(source, name))
+    if source.key_bias is not None and not source.key_bias.is_floating_point():
+        hint = "a mask goes to key_mask" if source.key_bias.dtype == torch.bool else ""
+        fail(OP, f"key_bias[{i}]", "a floating dtype", source.key_bias.dtype, hint, TypeError)
     if isinstance(source.weight, Tensor) and tuple(source.weight.shape) not in ((), (batch,), (batch, query.shape[1])):
         fail(OP, f"weight[{i}]", f"a scalar, ({batch},) or ({batch}, {query.shape[1]})", tuple(source.weight.shape))
     tables = (("key_mask", source.key_mask), ("key_groups", source.key_groups), ("key_bias", source.key_bias))
@@ -94,6 +108,17 @@ def _check_source(i: int, source: Source, query: Tensor) -> None:
     for name, strength in (("logit_scale", source.logit_scale), ("logit_bias", source.logit_bias)):
         if isinstance(strength, Tensor) and tuple(strength.shape) not in ((), (batch,), (batch, heads)):
             fail(OP, f"{name}[{i}]", f"a scalar, ({batch},) or ({batch}, {heads})", tuple(strength.shape))
+
+
+def _check_strength(name: str, x: object) -> None:
+    """A number or a tensor of real numbers."""
+    if x is None or type(x) is float or type(x) is int:
+        return
+    if isinstance(x, Tensor):
+        if x.dtype.is_complex or x.dtype == torch.bool:
+            fail(OP, name, "a floating or integer dtype", x.dtype, error=TypeError)
+    elif not isinstance(x, Real):
+        fail(OP, name, "a number or a tensor", type(x).__name__, error=TypeError)
 
 
 def _check_value_index(i: int, source: Source, query: Tensor) -> None:
@@ -128,6 +153,8 @@ def _check_table(name: str, table: Tensor, query: Tensor, rows: int, columns: in
 
 def _check_plan(plan: AttentionPlan, sources: Sequence[Source], query_groups: Tensor | None) -> None:
     """A plan belongs to the very masks it was built from."""
+    if not isinstance(plan, AttentionPlan):
+        fail(OP, "plan", "an AttentionPlan from plan_attention", type(plan).__name__, error=TypeError)
     if len(plan.key_masks) != len(sources):
         fail(OP, "plan", f"a plan for {len(sources)} sources", f"one for {len(plan.key_masks)}")
     for i, source in enumerate(sources):

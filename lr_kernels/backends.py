@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch.autograd import forward_ad
 
 from . import ops
 from .checks import fail
@@ -49,9 +50,16 @@ def unavailable(backend: str, op: str, device_type: str | None = None) -> str | 
     return None
 
 
+def forward_mode(*tensors: torch.Tensor | None) -> bool:
+    """Whether forward-mode differentiation (torch.func.jvp, dual tensors) goes through any of them."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
 def forward_only(*tensors: torch.Tensor | None) -> dict[str, list[str]]:
     """What the kernel backends lack of a call of an operator without gradients: see `choose`."""
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+    if (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)) or forward_mode(*tensors):
         return {name: ["gradients"] for name in BACKENDS if name != "reference"}
     return {}
 

@@ -1,7 +1,7 @@
 """AttentionPlan: which keys each class of queries reads, built once per mask and reused by layers, heads and steps.
 
 Queries with the same group byte form a class. The kernels walk the queries class by class, and for each class only the
-keys it sees, so the work follows the visible share. Everything is built with tensor operations on the masks' device.
+keys it sees, so the work follows the visible share. Everything is built on the masks' device.
 """
 
 from collections.abc import Sequence
@@ -47,8 +47,7 @@ def plan_attention(
         key_groups: one uint8 (R or 1, M) or None per source; None: no source has groups.
         query_groups: uint8 (B or 1, N) or None.
         query_classes: the bytes that occur in query_groups. Default: found by looking, which synchronizes with a GPU
-        and
-            cannot be traced by torch.compile; name them where that matters. A byte that is not named is an error,
+            and cannot be traced by torch.compile; name them where that matters. A byte that is not named is an error,
             raised on the device.
 
     Raises:
@@ -88,6 +87,9 @@ def check_masks(
 ) -> None:
     """The dtype and rank rules of masks and groups."""
     for i, (mask, groups) in enumerate(zip(key_masks, key_groups)):
+        for name, x in (("key_mask", mask), ("key_groups", groups)):
+            if x is not None and not isinstance(x, Tensor):
+                fail(op, f"{name}[{i}]", "a tensor or None", type(x).__name__, error=TypeError)
         if mask is not None and mask.dtype != torch.bool:
             fail(op, f"key_mask[{i}]", "torch.bool", mask.dtype, "soft masks go to key_bias as log-weights", TypeError)
         if groups is not None and groups.dtype != torch.uint8:
@@ -95,6 +97,12 @@ def check_masks(
         for name, x in (("key_mask", mask), ("key_groups", groups)):
             if x is not None and x.dim() != 2:
                 fail(op, f"{name}[{i}]", "shape (rows or 1, keys)", tuple(x.shape))
+        if mask is not None and groups is not None:
+            (rows, keys), (others, other_keys) = mask.shape, groups.shape
+            if other_keys != keys or (others != rows and 1 not in (rows, others)):
+                fail(op, f"key_groups[{i}]", f"shape ({rows} or 1, {keys}) as key_mask[{i}]", tuple(groups.shape))
+            if groups.device != mask.device:
+                fail(op, f"key_groups[{i}]", str(mask.device), groups.device)
         if groups is not None and query_groups is None:
             fail(op, "query_groups", f"a tensor, since key_groups[{i}] is given", None)
     if query_groups is not None:
@@ -107,10 +115,9 @@ def check_masks(
 def _order_queries(query_groups: Tensor, classes: Sequence[int]) -> tuple[Tensor, Tensor]:
     """query_order (B or 1, N) and class_start (B or 1, C + 1), both int32."""
     member = torch.stack([query_groups == c for c in classes], -1)  # (B, N, C); a tensor of classes would be a copy
-    if not torch.compiler.is_compiling():
-        torch._assert_async(
-            member.any(-1).all(), "lr_kernels.plan_attention: query_classes: a byte of query_groups is missing"
-        )
+    torch._assert_async(
+        member.any(-1).all(), "lr_kernels.plan_attention: query_classes: a byte of query_groups is missing"
+    )
     order = member.int().argmax(-1).argsort(dim=1, stable=True)
     start = torch.nn.functional.pad(member.sum(1), (1, 0)).cumsum(1)
     return order.int(), start.int()
@@ -123,8 +130,9 @@ def visible_lists(
     given = groups if mask is None else mask
     if given is None:
         return None, None
-    if given.device.type == "cuda":
-        return _compact(mask, groups, [0] if groups is None else list(classes), given)
+    backend = backends.choose("compact_keys", "auto", given.device, torch.float32) if given.is_cuda else "reference"
+    if backend != "reference":
+        return _compact(mask, groups, [0] if groups is None else list(classes), given, backend)
     if groups is None:
         assert mask is not None
         visible = mask[None]
@@ -138,18 +146,17 @@ def visible_lists(
     return index[..., :keys], visible.sum(-1, dtype=torch.int32)
 
 
-def _compact(mask: Tensor | None, groups: Tensor | None, classes: list[int], given: Tensor) -> tuple[Tensor, Tensor]:
+def _compact(
+    mask: Tensor | None, groups: Tensor | None, classes: list[int], given: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
     """The same in one launch, or one per class. `given`: either of the two."""
     (rows, keys), device = given.shape, given.device
     if mask is not None and groups is not None:
         rows = max(mask.shape[0], groups.shape[0])
-        if keys != groups.shape[1]:
-            fail("plan_attention", "key_groups", f"{keys} keys as in key_mask", groups.shape[1])
     index = torch.empty(len(classes), rows, keys, dtype=torch.int32, device=device)
     count = torch.empty(len(classes), rows, dtype=torch.int32, device=device)
-    name = backends.choose("compact_keys", "auto", device, torch.float32)
-    if name == "triton":
+    if backend == "triton":
         from . import triton  # noqa: F401  (registers the Triton implementations)
-    op = getattr(torch.ops.lr_kernels, f"compact_keys_{name}")
+    op = getattr(torch.ops.lr_kernels, f"compact_keys_{backend}")
     op(*(x if x is None or x.stride(1) == 1 else x.contiguous() for x in (mask, groups)), classes, index, count)
     return index, count

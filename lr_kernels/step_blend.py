@@ -58,7 +58,8 @@ def step_blend(
             (2 for classifier-free guidance). s scales the sample as the solver's model expects it.
         history_out: like sample, receives the prediction of the clean latents, c·sample + d·G, 0 in keep_rows.
         backend: "auto", "cpu", "cuda", "triton" or "reference". A name never falls back.
-        Inputs are read in place where only their batch stride is free, else through one contiguous copy. Outputs are
+        Inputs are read in place where only their batch stride is free ("triton": where they are contiguous), else
+        through one contiguous copy. Outputs are
         contiguous and share memory with no input and with each other.
 
     Returns:
@@ -70,6 +71,7 @@ def step_blend(
         RuntimeError: the named backend is not available; the coefficients need a noise or history that is None.
         A GPU is not asked for the step and the coefficients: where they do not fit, the result is NaN.
     """
+    predictions = list(predictions)
     inputs = [sample, *predictions, coefficients]
     for x in (background, noise, history, mask, keep_rows):
         if x is not None:
@@ -86,7 +88,7 @@ def step_blend(
             result = torch.empty_like(sample) if out is None else out
             try:
                 _KERNELS[name](
-                    sample, list(predictions), coefficients, counter, 0 if counter is not None else step,
+                    sample, predictions, coefficients, counter, 0 if counter is not None else step,
                     None, None, noise, history, None, result, model_input, history_out,
                 )  # fmt: skip
                 return result

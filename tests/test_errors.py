@@ -161,3 +161,83 @@ def test_42_unavailable_backend_says_why(monkeypatch):
     monkeypatch.setattr(backends, "interpreted", lambda: False)
     with pytest.raises(RuntimeError, match=OP + "backend: 'triton' cannot run: needs a CUDA device"):
         multi_source_attention(query, sources, backend="triton")
+
+
+X = torch.randn(2, 8, 2, 16)
+BYTES = torch.ones(2, 8, dtype=torch.uint8)
+
+
+def attend_with(**changes):
+    """A call whose source or arguments are changed."""
+    fields = {k: v for k, v in changes.items() if k in Source._fields}
+    arguments = {k: v for k, v in changes.items() if k not in fields}
+    arguments = {"query": X, "sources": [Source(X, X)._replace(**fields)]} | arguments
+    return multi_source_attention(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"query": None}, "query: expected a tensor, got NoneType"),
+        ({"sources": [(X, X)]}, r"sources\[0\]: expected a Source, got tuple"),
+        ({"key": None}, r"key\[0\]: expected a tensor, got NoneType"),
+        ({"rows": [0, 1]}, r"rows\[0\]: expected a tensor or None, got list"),
+        ({"logit_scale": "2"}, r"logit_scale\[0\]: expected a number"),
+        ({"weight": [1.0]}, r"weight\[0\]: expected a number"),
+        ({"key_bias": BYTES == 1}, r"key_bias\[0\]: .*a mask goes to key_mask"),
+        ({"plan": [None]}, "plan: expected an AttentionPlan"),
+        ({"scale": torch.tensor(1.0)}, "scale: expected a number, got Tensor"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_17_types_that_do_not_fit_are_named(changes, message):
+    with pytest.raises(TypeError, match=message):
+        attend_with(**changes)
+
+
+def test_17_a_plan_of_something_else_is_refused():
+    with pytest.raises(TypeError, match=r"key_mask\[0\]: expected a tensor or None, got list"):
+        plan_attention([[True]])
+
+
+@pytest.mark.parametrize("groups", [torch.ones(3, 8, dtype=torch.uint8), torch.ones(2, 7, dtype=torch.uint8)], ids=str)
+def test_07_masks_and_groups_of_different_shape_are_refused(groups):
+    with pytest.raises(ValueError, match=r"key_groups\[0\]: expected shape \(2 or 1, 8\)"):
+        plan_attention([BYTES == 1], [groups], BYTES)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "auto"])
+def test_28_forward_mode_is_refused_or_right_never_dropped(backend):
+    def attend(query):
+        return multi_source_attention(query, [Source(X, X)], backend=backend)
+
+    tangent = torch.ones_like(X)
+    if backend == "cpu":
+        with pytest.raises(NotImplementedError, match="forward-mode gradients"):
+            torch.func.jvp(attend, (X,), (tangent,))
+        return
+    found = torch.func.jvp(attend, (X,), (tangent,))[1]
+    wide, step = X.double(), 1e-5
+    sources = [Source(wide, wide)]
+    ends = (multi_source_attention(wide + x, sources, backend="reference") for x in (step, -step))
+    torch.testing.assert_close(found.double(), torch.sub(*ends) / (2 * step), rtol=1e-3, atol=1e-4)
+
+
+def test_17_autocast_casts_what_pytorch_casts():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert multi_source_attention(X, [Source(X, X)]).dtype == torch.bfloat16
+        wide = X.double()
+        assert multi_source_attention(wide, [Source(wide, wide)]).dtype == torch.float64
+        with pytest.raises(TypeError, match="query"):
+            multi_source_attention(X.long(), [Source(X.long(), X.long())])
+
+
+def test_29_a_byte_that_is_not_named_is_an_error_in_a_compiled_plan_too():
+    groups = torch.tensor([[1, 2, 4, 1]], dtype=torch.uint8)
+
+    def plan(x):
+        return plan_attention([None], [x], x, query_classes=(1, 2))
+
+    compiled = torch.compile(plan, fullgraph=True, backend="eager")
+    with pytest.raises(RuntimeError, match="query_classes"):
+        compiled(groups)

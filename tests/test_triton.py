@@ -74,6 +74,16 @@ def test_04_strided_row_table_and_per_head_tables(device):
     check_attention(by_triton, inputs)
 
 
+def test_a_source_without_rows_is_read_by_nobody(device):
+    case = AttentionCase("", batch=2, keys=(30,), rows=(None,))
+    inputs = attention_inputs(case, torch.float32, device=device)
+    none = torch.full((2,), -1, dtype=torch.int32, device=device)
+    first = inputs.sources[0]
+    mask = torch.ones(0, 30, dtype=torch.bool, device=device)
+    inputs.sources.append(Source(first.key[:0], first.value[:0], none, key_mask=mask))
+    check_attention(by_triton, inputs)
+
+
 def test_02_token_offsets_beyond_int32(tmp_path, device):
     token, count = 2**31 + 64, 2
     memory = torch.from_file(str(tmp_path / "sparse"), shared=True, size=token * (count - 1) + 16, dtype=torch.float16)

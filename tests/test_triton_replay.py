@@ -54,6 +54,8 @@ def as_pointers(x):
 
 
 def laid_out(call, query, sources, plan):
+    if not hasattr(call, "out"):
+        call._allocate(query)
     tables = _tables(query, sources, plan, None)
     arguments, constants, programs = attention.launch_arguments(query, tables, call.out, call.lse, 90)
     return arguments, constants, programs
@@ -134,6 +136,29 @@ def test_calls_that_must_take_the_long_way(no_gpu):
     assert recordable([Source(key.requires_grad_(), key)]) is None, "a gradient"
     with torch.no_grad():
         assert recordable([Source(key, key)]) is not None
+
+
+def test_05_addresses_off_a_16_byte_boundary_are_not_replayed(no_gpu):
+    wide = torch.randn(2, 64, 2, 72).bfloat16()
+    aligned, shifted = wide[..., :64], wide[..., 4:68]
+    calls = [attention_replay.recordable(q, [Source(q, q)], None, None, False, None) for q in (aligned, shifted)]
+    assert calls[0].key != calls[1].key
+    attention_replay._recorder.add(calls[0].key, None)
+    arguments, constants, programs = laid_out(calls[1], shifted, [Source(shifted, shifted)], plan_attention([None]))
+    assert replay.record(KERNEL, Compiled(), programs, arguments, constants, calls[1].pointers) is None
+
+
+@pytest.mark.parametrize("change", [{"softmax_group": 0.0}, {"softmax_group": [0]}, {"key": [1]}], ids=str)
+def test_what_the_checks_refuse_reaches_them(change, no_gpu):
+    x = torch.randn(2, 8, 2, 16)
+    assert attention_replay.recordable(x, [Source(x, x)._replace(**change)], None, None, False, None) is None
+    assert attention_replay.recordable(x, [(x, x)], None, None, False, None) is None
+
+
+def test_28_forward_mode_takes_the_long_way(no_gpu):
+    x = torch.randn(2, 8, 2, 16)
+    with torch.autograd.forward_ad.dual_level():
+        assert attention_replay.recordable(x, [Source(x, x)], None, None, False, None) is None
 
 
 def test_tensors_that_the_launcher_makes_are_not_recorded(no_gpu):

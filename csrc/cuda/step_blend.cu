@@ -205,7 +205,7 @@ bool fits(const StepBlendParams& p, int64_t n) {
   for (const void* x : {static_cast<const void*>(p.out), static_cast<const void*>(p.model_input),
                         static_cast<const void*>(p.history_out), static_cast<const void*>(p.mask)})
     bytes |= reinterpret_cast<int64_t>(x);
-  return elements % n == 0 && bytes % 16 == 0;
+  return elements % n == 0 && bytes % 16 == 0 && reinterpret_cast<int64_t>(p.mask) % (n * 4) == 0;
 }
 
 template <class T, int N>

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from ..ops import AttentionTables
@@ -21,15 +22,16 @@ _recorder = Recorder()
 class Call:
     """A call that may be recorded: the metadata that decides its launch, and its tensors."""
 
-    def __init__(self, key: list, tensors: list[Tensor], query: Tensor, return_lse: bool) -> None:
-        self.out = torch.empty_like(query, memory_format=torch.contiguous_format)
-        self.lse = query.new_empty(query.shape[:3], dtype=torch.float32) if return_lse else None
-        tensors.append(self.out)
-        if self.lse is not None:
-            tensors.append(self.lse)
+    out: Tensor
+    lse: Tensor | None = None
+
+    def __init__(self, key: list, tensors: list[Tensor], return_lse: bool) -> None:
+        self.return_lse = return_lse
         self.pointers = pointers = [x.data_ptr() for x in tensors]
-        # Which tensors are the same: a recorded launch finds a pointer at its first place
+        # Which tensors are the same (a recorded launch finds a pointer at its first place), and whether Triton may take
+        # every address for a multiple of 16
         key += map(pointers.index, pointers)
+        key.append(any(p % 16 for p in pointers))
         self.key = tuple(key)
 
     def replay(self, query: Tensor) -> bool:
@@ -37,11 +39,24 @@ class Call:
         launch = _recorder.get(self.key)
         if launch is None:
             return False
+        self._allocate(query)
         launch.run(self.pointers, query.device)
         return True
 
+    @property
+    def result(self) -> Tensor | tuple[Tensor, Tensor]:
+        return self.out if self.lse is None else (self.out, self.lse)
+
+    def _allocate(self, query: Tensor) -> None:
+        self.out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        self.pointers.append(self.out.data_ptr())
+        if self.return_lse:
+            self.lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+            self.pointers.append(self.lse.data_ptr())
+
     def run(self, query: Tensor, tables: AttentionTables) -> None:
         """Launch for the first time, and record it."""
+        self._allocate(query)
         device, kernel = query.device, attention.multi_source_attention_forward_kernel
         if self.out.numel() == 0 or not any(k.shape[1] for k in tables.key):
             attention.multi_source_attention_triton(query, *tables, self.out, self.lse)
@@ -62,7 +77,9 @@ def recordable(
 ) -> Call | None:  # fmt: skip
     """The call, or None where it must take the long way: gradients, masks without a plan, a plan for other masks (the
     checks say what is wrong), numbers instead of tensors as strengths, tensors of a subclass, a dispatch mode."""
-    if INTERPRETED or torch._C._len_torch_dispatch_stack():
+    if INTERPRETED or torch._C._len_torch_dispatch_stack() or forward_ad._current_level >= 0:
+        return None
+    if type(scale) not in (float, int, type(None)):
         return None
     key: list = [scale, return_lse]
     if query.dtype == torch.float32:
@@ -80,6 +97,8 @@ def recordable(
             if x is not None:
                 tensors.append(x)
     for i, source in enumerate(sources):
+        if source.__class__ is not Source:
+            return None
         mask, groups = (None, None) if plan is None else (plan.key_masks[i], plan.key_groups[i])
         if source.key_mask is not mask or source.key_groups is not groups:
             return None
@@ -96,10 +115,12 @@ def recordable(
             key.append(x is None)
             if x is not None:
                 tensors.append(x)
+        if type(source.softmax_group) is not int:
+            return None
         key.append(source.softmax_group)
     gradients = torch.is_grad_enabled()
     for x in tensors:
         if x.__class__ not in _PLAIN or (gradients and x.requires_grad):
             return None
         key += (x.shape, x.stride(), x.dtype, x.get_device())
-    return Call(key, tensors, query, return_lse)
+    return Call(key, tensors, return_lse)

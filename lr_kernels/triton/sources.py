@@ -84,7 +84,7 @@ def key_list(key_index, key_count, index_stride, count_stride, with_index, M, s,
         index += c64 * pick_int(index_stride[0], s, S) + row * pick_int(index_stride[1], s, S)
         counts = pick(key_count, s, S)
         counts += c64 * pick_int(count_stride[0], s, S) + row * pick_int(count_stride[1], s, S)
-        count = tl.where(gathered, tl.load(counts, mask=gathered, other=0), count)
+        count = tl.where(gathered, tl.load(counts, mask=gathered & reads, other=0), count)
         index_count = tl.where(gathered, count, 0)
     return index, index_count, tl.where(reads, count, 0)
 

@@ -17,7 +17,7 @@ class Tile(NamedTuple):
     """keys of a step"""
     warps: int
     stages: int
-    """with a gathered source at least 3: with 2 the load of the index list is no longer prefetched"""
+    """of the loop over keys: 1 loads a tile when it is needed"""
     D0: int
     D1: int
     """head_dim is computed as D0 + D1 columns, powers of two; D1 0: one part"""

@@ -116,7 +116,8 @@ def problem(case: Case, tokens: int, device: str) -> Problem:
 
 
 def compile_tile(job: tuple[Case, tiles.Tile, str]) -> str:
-    """Run a tile once, at few tokens, whole tiles of keys and rests: its code lands in the cache. Returns why it cannot
+    """Run a tile once, at few tokens, whole tiles of keys and rests: its code lands in the cache. A forward tile's
+    result is compared with the reference; those of the backward kernels are left to the tests. Returns why it cannot
     be used here, or nothing: a tile too large for the card, or one that the compiler gets wrong."""
     case, tile, device = job
     torch.manual_seed(0)
@@ -197,6 +198,8 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=12, help="that compile at the same time")
     parser.add_argument("--few", type=int, help="candidates of each case; default: all")
     args = parser.parse_args()
+    if args.few is not None and args.few < 1:
+        parser.error("--few: expected 1 or more")
     if not INTERPRETED and not torch.cuda.is_available():
         sys.exit("lr_kernels.triton.tune: no CUDA device; TRITON_INTERPRET=1 --few 2 runs it without one, untimed")
     rows = tune(args.head_dim, args.kind, processes=args.processes, few=args.few)
