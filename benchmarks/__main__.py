@@ -1,7 +1,8 @@
 """`python -m benchmarks`: the kernels against their peers; one Markdown table, and a CSV if asked.
 
 Cases: attention (self-attention of a retouch step in the layers of SD1.5 and SDXL), backward (training through it),
-step_blend (one denoising step), sweep (time over tokens, visible share and sources, for the plot).
+step_blend (one denoising step), retouch (all self-attention of a retouch step of SD1.5), sweep (time over tokens,
+visible share and sources, for the plot).
 """
 
 import argparse
@@ -12,13 +13,13 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from . import attention, backward, harness, step_blend, sweep, table
+from . import attention, backward, harness, retouch, step_blend, sweep, table
 
-CASES = ("attention", "backward", "step_blend", "sweep")
+CASES = ("attention", "backward", "step_blend", "retouch", "sweep")
 FLEX_LAYERS = ("sd32", "xl32")
 SMALL_LAYERS = ("sd32", "sd16", "xl32")
 SWEEP_REPEATS = 3
-"""Rounds of the sweep: its longest points take seconds a call."""
+"""Rounds of the sweep and of the retouch step: they take seconds a call."""
 ERROR_LIMIT = 1.5
 """Times SDPA's error that ours may be."""
 
@@ -61,6 +62,8 @@ def groups(options: argparse.Namespace) -> list[tuple[Callable[[], list[harness.
     if "step_blend" in options.cases:
         found += step_blend.problems(options.dtypes)
     rounds = [(build, options.repeats) for build in found]
+    if "retouch" in options.cases:
+        rounds += [(build, min(SWEEP_REPEATS, options.repeats)) for build in retouch.problems(options.dtypes)]
     if "sweep" in options.cases:
         rounds += [(build, min(SWEEP_REPEATS, options.repeats)) for build in sweep.problems(options.dtypes)]
     return rounds

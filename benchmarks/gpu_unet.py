@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lr_kernels import multi_source_attention
+from lr_kernels.backends import interpreted
 
 from .harness import OURS, relative_error
 
@@ -87,8 +88,9 @@ def shared(latent: int, scales: tuple[int, ...], device: str) -> dict[int, Share
 def by_lr_kernels(query: Tensor, key: Tensor, value: Tensor, about: Shared) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     routing = about.routing
+    backend = "triton" if q.is_cuda or interpreted() else "cpu"
     out = multi_source_attention(
-        q, routing.sources(k, v), query_groups=routing.query_groups, plan=routing.plan, backend="triton"
+        q, routing.sources(k, v), query_groups=routing.query_groups, plan=routing.plan, backend=backend
     )
     return out.transpose(1, 2)
 

@@ -8,24 +8,10 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from lr_kernels import presets
-from lr_kernels.diffusers import select_layers
-from lr_kernels.diffusers.processors import _StockAttnProcessor
+from lr_kernels.diffusers import CustomAttnProcessor, select_layers
 from lr_kernels.testing import assert_matches
 
 ROWS = 4
-
-
-class Processor(_StockAttnProcessor):
-    """Self-attention by a function of (B, N, H, D) queries, keys and values."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def attend(self, query, key, value, attention_mask, is_cross):
-        if is_cross:
-            return super().attend(query, key, value, attention_mask, is_cross)
-        return self.function(*(x.transpose(1, 2) for x in (query, key, value))).transpose(1, 2)
 
 
 @functools.cache
@@ -44,7 +30,7 @@ def predict(function, dtype):
     model = unet(dtype)
     latents, text = torch.randn(ROWS, 4, 8, 8, generator=g), torch.randn(ROWS, 7, 32, generator=g)
     for layer in select_layers(model, "self").values():
-        layer.set_processor(Processor(function))
+        layer.set_processor(CustomAttnProcessor(function))
     with torch.no_grad():
         return model(latents.to(dtype), 500, encoder_hidden_states=text.to(dtype), return_dict=False)[0]
 

@@ -1,11 +1,12 @@
 """Layout-and-Retouch for diffusers: attention processors, parts of the stages, pipeline. Importing changes nothing."""
 
+from .backend import register_attention_backend, use_attention_backend
 from .components import PersonalizedStableDiffusionPipeline
 from .install import Installation, attention_layers, install_processors, select_layers
 from .inversion import invert, renoise
 from .output import LayoutRetouchOutput
 from .pipeline import StableDiffusionLayoutRetouchPipeline
-from .processors import AttentionState, MultiSourceAttnProcessor, TokenMapAttnProcessor
+from .processors import AttentionState, CustomAttnProcessor, MultiSourceAttnProcessor, TokenMapAttnProcessor
 from .routing import BACKGROUND, FOREGROUND, OWN, RetouchBatch, Routing, route
 from .schedule import blend_weights, ddim_table
 from .subject import SubjectMaps, find_subject
@@ -15,6 +16,7 @@ __all__ = [
     "FOREGROUND",
     "OWN",
     "AttentionState",
+    "CustomAttnProcessor",
     "Installation",
     "LayoutRetouchOutput",
     "MultiSourceAttnProcessor",
@@ -30,7 +32,9 @@ __all__ = [
     "find_subject",
     "install_processors",
     "invert",
+    "register_attention_backend",
     "renoise",
     "route",
     "select_layers",
+    "use_attention_backend",
 ]

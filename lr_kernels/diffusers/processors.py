@@ -3,6 +3,7 @@
 Both are diffusers' AttnProcessor2_0, bit for bit, until their shared state asks for more.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from diffusers.models.attention_processor import Attention
@@ -86,6 +87,31 @@ class _StockAttnProcessor:
     ) -> Tensor:
         """(B, H, N, D) x (B, H, M, D) -> (B, H, N, D)."""
         return F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
+
+
+class CustomAttnProcessor(_StockAttnProcessor):
+    """Self-attention by a function of your own, with everything around it as in AttnProcessor2_0.
+
+    Args:
+        attention: (query, key, value), each (B, N, H, D) with all rows of the UNet's batch -> (B, N, H, D); what it
+            calls is usually `multi_source_attention` or one of `lr_kernels.presets`. None: AttnProcessor2_0's.
+
+    Raises:
+        NotImplementedError: an attention mask in a self-attention layer.
+    """
+
+    def __init__(self, attention: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None):
+        super().__init__()
+        self.attention = attention
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, is_cross: bool
+    ) -> Tensor:
+        if is_cross or self.attention is None:
+            return super().attend(query, key, value, attention_mask, is_cross)
+        if attention_mask is not None:
+            _refuse_mask(type(self).__name__)
+        return self.attention(*(x.transpose(1, 2) for x in (query, key, value))).transpose(1, 2)
 
 
 class MultiSourceAttnProcessor(_StockAttnProcessor):

@@ -1,0 +1,35 @@
+"""The code of README's first example and of the pages under docs/ runs, block after block as a reader would."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = ["docs/attention-backend.md", "docs/own-method.md", "docs/layout-and-retouch.md"]
+
+
+def blocks(page: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), flags=re.M | re.S)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_of_a_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = blocks(page)
+    assert found
+    names: dict = {"__name__": "page"}
+    for block in found:
+        exec(compile(block, page, "exec"), names)
+
+
+def test_the_first_example_of_the_readme_runs():
+    names: dict = {}
+    exec(compile(blocks("README.md")[0], "README.md", "exec"), names)
+    assert names["out"].shape == names["query"].shape
+
+
+def test_links_between_the_documents_lead_somewhere():
+    for page in [ROOT / "README.md", ROOT / "DESIGN.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
+            assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
