@@ -1,5 +1,5 @@
-"""Joint attention of Flux and SD3 by a function of one's own: stock bit for bit without one, stock's numbers with the models'
-own attention, and a plain transcription with a shared one."""
+"""Joint attention of Flux and SD3 by a function of one's own: stock bit for bit without one, stock's numbers with the
+models' own attention, and a plain transcription with a shared one."""
 
 import functools
 

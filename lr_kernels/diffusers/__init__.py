@@ -1,9 +1,11 @@
 """Layout-and-Retouch for diffusers: attention processors, parts of the stages, pipeline. Importing changes nothing."""
 
 from .backend import register_attention_backend, use_attention_backend
+from .bank import BankAttnProcessor, ReferenceBank
 from .components import PersonalizedStableDiffusionPipeline
 from .install import Installation, attention_layers, install_processors, select_layers
 from .inversion import invert, renoise
+from .joint import CustomFluxAttnProcessor, CustomSD3AttnProcessor, joint_attention, shared_joint_attention
 from .output import LayoutRetouchOutput
 from .pipeline import StableDiffusionLayoutRetouchPipeline
 from .processors import AttentionState, CustomAttnProcessor, MultiSourceAttnProcessor, TokenMapAttnProcessor
@@ -16,11 +18,15 @@ __all__ = [
     "FOREGROUND",
     "OWN",
     "AttentionState",
+    "BankAttnProcessor",
     "CustomAttnProcessor",
+    "CustomFluxAttnProcessor",
+    "CustomSD3AttnProcessor",
     "Installation",
     "LayoutRetouchOutput",
     "MultiSourceAttnProcessor",
     "PersonalizedStableDiffusionPipeline",
+    "ReferenceBank",
     "RetouchBatch",
     "Routing",
     "StableDiffusionLayoutRetouchPipeline",
@@ -32,9 +38,11 @@ __all__ = [
     "find_subject",
     "install_processors",
     "invert",
+    "joint_attention",
     "register_attention_backend",
     "renoise",
     "route",
     "select_layers",
+    "shared_joint_attention",
     "use_attention_backend",
 ]

@@ -1,4 +1,4 @@
-"""Joint attention over text and image tokens (Flux, SD3) by a function of your own, text and image as separate sources."""
+"""Joint attention over text and image tokens (Flux, SD3) by a function of your own; text and image are two sources."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from ..source import Source
 
 
 class Tokens(NamedTuple):
-    """Queries, keys and values of one kind of tokens, (B, N, H, D) each, as they meet: normalized, positions applied."""
+    """Queries, keys and values of one kind of tokens, (B, N, H, D) each: normalized, positions applied."""
 
     query: Tensor
     key: Tensor

@@ -1,0 +1,223 @@
+"""ReferenceBank: a subject's keys and values, computed once, stored, and read by many prompts and processes."""
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from os import PathLike
+
+import torch
+from diffusers.models.attention_processor import Attention
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..attention import multi_source_attention
+from ..checks import fail
+from ..plan import AttentionPlan, plan_attention
+from ..source import Source
+from .processors import _refuse_mask, _StockAttnProcessor
+from .routing import token_mask
+
+STORAGES = ("device", "cpu")
+
+
+class ReferenceBank:
+    """Keys and values of a reference's rows in the self-attention layers, at every step of a schedule.
+
+    The layers touch one buffer each, whose address never changes (it can be captured in a CUDA graph); `extract` copies it
+    to the storage after the UNet has run, `read` from it before. Bytes: 2 x rows x tokens x channels x element size, per
+    layer and step, plus one step of buffers; `nbytes` counts them.
+
+    Args:
+        timesteps: of the schedule, in its order.
+        storage: where all steps are: "device", that of the model, or "cpu": pinned memory, copied step by step.
+        limit: bytes that the storage may take.
+    """
+
+    def __init__(self, timesteps: Sequence[int] | Tensor, *, storage: str = "device", limit: int | None = None) -> None:
+        if storage not in STORAGES:
+            fail("ReferenceBank", "storage", f"one of {', '.join(STORAGES)}", repr(storage))
+        self.timesteps = [int(t) for t in timesteps]
+        self.storage, self.limit = storage, limit
+        self.mode: str | None = None
+        """None: the layers are stock; "extract": they write their keys and values; "cached": they read the bank's"""
+        self.rows: Tensor | None = None
+        """int32 (B,): the bank's row that each row reads, -1: none. Default: row b, or the only one"""
+        self.strength: Tensor | None = None
+        """added to the logits of the bank's keys, () or (B,)"""
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything stored."""
+        self._stored: dict[str, Tensor] = {}  # (steps, 2, rows, tokens, heads, head_dim)
+        self._current: dict[str, Tensor] = {}  # (2, rows, tokens, heads, head_dim)
+        self._filled: set[int] = set()
+        self._foreground: Tensor | None = None
+        self._plans: dict[int, AttentionPlan] = {}
+
+    def processors(self, layers: Mapping[str, Attention]) -> dict[str, "BankAttnProcessor"]:
+        """One for each layer, for `install_processors`."""
+        return {name: BankAttnProcessor(self, name) for name in layers}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of storage and buffers."""
+        return sum(x.nbytes for x in (*self._stored.values(), *self._current.values()))
+
+    @property
+    def foreground(self) -> Tensor | None:
+        """bool (1 or rows, height, width): the tokens that are read; None: all."""
+        return self._foreground
+
+    @foreground.setter
+    def foreground(self, mask: Tensor | None) -> None:
+        if mask is not None and (mask.dim() != 3 or mask.dtype != torch.bool):
+            fail("ReferenceBank", "foreground", "bool (1 or rows, height, width)", f"{mask.dtype} {tuple(mask.shape)}")
+        self._foreground, self._plans = mask, {}
+
+    @contextlib.contextmanager
+    def extract(self, step: int) -> Iterator[None]:
+        """While it lasts the UNet runs on the reference's rows; their keys and values become those of `step`."""
+        self._check_step(step)
+        with self._in_mode("extract"):
+            yield
+        for name, current in self._current.items():
+            if name not in self._stored:
+                self._stored[name] = self._allocate(name, current)
+            self._stored[name][step].copy_(current, non_blocking=True)
+        self._filled.add(step)
+
+    @contextlib.contextmanager
+    def read(self, step: int) -> Iterator[None]:
+        """While it lasts every self-attention layer also attends to what the bank has of `step`."""
+        self._check_step(step)
+        if step not in self._filled:
+            fail(
+                "ReferenceBank", "step", f"one that was extracted, {sorted(self._filled)}", step, "call extract() first"
+            )
+        for name, current in self._current.items():
+            current.copy_(self._stored[name][step], non_blocking=True)
+        with self._in_mode("cached"):
+            yield
+
+    @contextlib.contextmanager
+    def _in_mode(self, mode: str) -> Iterator[None]:
+        before, self.mode = self.mode, mode
+        try:
+            yield
+        finally:
+            self.mode = before
+
+    def _check_step(self, step: int) -> None:
+        if not 0 <= step < len(self.timesteps):
+            fail("ReferenceBank", "step", f"0 to {len(self.timesteps) - 1}", step)
+
+    def _allocate(self, name: str, current: Tensor) -> Tensor:
+        needed = self.nbytes + len(self.timesteps) * current.nbytes
+        if self.limit is not None and needed > self.limit:
+            fail("ReferenceBank", "limit", f"a bank within {self.limit} bytes", f"{needed} with layer {name}",
+                 "choose fewer layers or steps, or a lower precision")  # fmt: skip
+        shape = (len(self.timesteps), *current.shape)
+        if self.storage == "device":
+            return current.new_empty(shape)
+        return torch.empty(shape, dtype=current.dtype, pin_memory=torch.cuda.is_available())
+
+    def write(self, name: str, key: Tensor, value: Tensor) -> None:
+        """Keys and values (rows, tokens, heads, head_dim) of a layer, in the step that is extracted."""
+        current = self._current.get(name)
+        if current is None:
+            current = self._current[name] = key.new_empty(2, *key.shape)
+        self._check_fit(name, key, rows=True)
+        current[0].copy_(key)
+        current[1].copy_(value)
+
+    def source(self, name: str, key: Tensor) -> tuple[Source, AttentionPlan | None]:
+        """The bank as a source beside a layer's own keys, and the plan of both."""
+        if name not in self._current:
+            fail("ReferenceBank", "bank", f"layer {name} among those extracted", sorted(self._current), "call reset()")
+        self._check_fit(name, key, rows=False)
+        stored_key, stored_value = self._current[name]
+        source = Source(stored_key, stored_value, self.rows, logit_bias=self.strength)
+        if self._foreground is None:
+            return source, None
+        tokens = stored_key.shape[1]
+        if tokens not in self._plans:
+            self._plans[tokens] = plan_attention([None, token_mask(self._foreground, self._grid(tokens))])
+        plan = self._plans[tokens]
+        return source._replace(key_mask=plan.key_masks[1]), plan
+
+    def _grid(self, tokens: int) -> tuple[int, int]:
+        """(rows, columns) of a layer's tokens, by the shape of the mask."""
+        height, width = self._foreground.shape[1:]
+        columns = round((tokens * width / height) ** 0.5)
+        if columns == 0 or tokens % columns:
+            fail("ReferenceBank", "foreground", f"the shape of an image of {tokens} tokens", (height, width))
+        return tokens // columns, columns
+
+    def _check_fit(self, name: str, key: Tensor, rows: bool) -> None:
+        """A bank built for other sizes, precision or device is stale."""
+        stored = self._current[name][0]
+        first = 0 if rows else 1
+        built, got = ((*x.shape[first:], x.dtype, x.device) for x in (stored, key))
+        if built != got:
+            fail("ReferenceBank", "bank", f"built for {built}", f"{got} in {name}", "call reset()")
+
+    def save(self, path: str | PathLike, model: str = "") -> None:
+        """Write a safetensors file. `model` says what it was computed with; `load` can ask for it."""
+        if len(self._filled) != len(self.timesteps):
+            fail("ReferenceBank", "bank", f"all {len(self.timesteps)} steps extracted", sorted(self._filled))
+        tensors = {name: x.cpu().contiguous() for name, x in self._stored.items()}
+        if self._foreground is not None:
+            tensors["foreground"] = self._foreground.cpu().contiguous()
+        save_file(tensors, path, {"timesteps": json.dumps(self.timesteps), "model": model})
+
+    @classmethod
+    def load(
+        cls,
+        path: str | PathLike,
+        *,
+        device: str | torch.device = "cpu",
+        storage: str = "device",
+        model: str | None = None,
+    ) -> "ReferenceBank":
+        """A saved bank.
+
+        Raises:
+            ValueError: `model` is given and is not what the bank was computed with.
+        """
+        with safe_open(path, "pt") as file:
+            about = file.metadata()
+            if model is not None and about["model"] != model:
+                fail("ReferenceBank", "model", repr(model), repr(about["model"]), "the bank belongs to another model")
+            bank = cls(json.loads(about["timesteps"]), storage=storage)
+            for name in file.keys():  # noqa: SIM118  (not a dict)
+                x = file.get_tensor(name)
+                if name == "foreground":
+                    bank.foreground = x.to(device)
+                    continue
+                bank._stored[name] = x.to(device) if storage == "device" else x
+                bank._current[name] = torch.empty(x.shape[1:], dtype=x.dtype, device=device)
+        bank._filled = set(range(len(bank.timesteps)))
+        return bank
+
+
+class BankAttnProcessor(_StockAttnProcessor):
+    """Self-attention that fills a `ReferenceBank` or reads it; AttnProcessor2_0 while the bank's mode is None."""
+
+    def __init__(self, bank: ReferenceBank | None = None, name: str = ""):
+        super().__init__()
+        self.bank, self.name = bank, name
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, is_cross: bool
+    ) -> Tensor:
+        mode = None if self.bank is None or is_cross else self.bank.mode
+        if mode is not None and attention_mask is not None:
+            _refuse_mask(type(self).__name__)
+        if mode == "extract":
+            self.bank.write(self.name, key.transpose(1, 2), value.transpose(1, 2))
+        if mode != "cached":
+            return super().attend(query, key, value, attention_mask, is_cross)
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        source, plan = self.bank.source(self.name, key)
+        return multi_source_attention(query, [Source(key, value), source], plan=plan).transpose(1, 2)

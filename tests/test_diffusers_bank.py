@@ -1,0 +1,161 @@
+"""ReferenceBank: reading it is attending to the reference in the same batch; it survives a file, and a stale one is refused."""
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from lr_kernels import Source, multi_source_attention
+from lr_kernels.diffusers import CustomAttnProcessor, install_processors, select_layers
+from lr_kernels.diffusers.bank import ReferenceBank
+
+TIMESTEPS = (900, 500, 100)
+
+
+@pytest.fixture(scope="module")
+def unet():
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        block_out_channels=(32, 64), layers_per_block=1, sample_size=8, norm_num_groups=8, cross_attention_dim=32,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), attention_head_dim=2,
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    ).eval()  # fmt: skip
+
+
+def inputs(rows, seed, side=8):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, 4, side, side, generator=g), torch.randn(rows, 7, 32, generator=g)
+
+
+def predict(unet, latents, text, t):
+    with torch.no_grad():
+        return unet(latents, t, encoder_hidden_states=text, return_dict=False)[0]
+
+
+def filled(unet, **keywords):
+    bank = ReferenceBank(TIMESTEPS, **keywords)
+    layers = select_layers(unet, "self")
+    latents, text = inputs(1, 1)
+    with install_processors(layers, bank.processors(layers)):
+        for i, t in enumerate(TIMESTEPS):
+            with bank.extract(i):
+                predict(unet, latents, text, t)
+    return bank
+
+
+def read(unet, bank, step=1):
+    layers = select_layers(unet, "self")
+    with install_processors(layers, bank.processors(layers)), bank.read(step):
+        return predict(unet, *inputs(2, 2), TIMESTEPS[step])
+
+
+def in_one_batch(unet, step=1, foreground=None):
+    """The reference as the last row of the batch, read by the two others."""
+
+    def shared(query, key, value):
+        rows = torch.tensor([2, 2, -1], dtype=torch.int32)
+        mask = None
+        if foreground is not None:
+            side = int(query.shape[1] ** 0.5)
+            mask = torch.nn.functional.adaptive_avg_pool2d(foreground[:, None].float(), side).flatten(1) >= 0.5
+        return multi_source_attention(query, [Source(key, value), Source(key, value, rows, key_mask=mask)])
+
+    layers = select_layers(unet, "self")
+    (targets, text), (reference, reference_text) = inputs(2, 2), inputs(1, 1)
+    with install_processors(layers, {name: CustomAttnProcessor(shared) for name in layers}):
+        both = torch.cat([targets, reference]), torch.cat([text, reference_text])
+        return predict(unet, *both, TIMESTEPS[step])[:2]
+
+
+@pytest.mark.parametrize("storage", ["device", "cpu"])
+@pytest.mark.parametrize("step", [0, 2])
+def test_reading_the_bank_is_sharing_in_one_batch(unet, storage, step):
+    bank = filled(unet, storage=storage)
+    torch.testing.assert_close(read(unet, bank, step), in_one_batch(unet, step))
+    stock = predict(unet, *inputs(2, 2), TIMESTEPS[step])
+    assert not torch.allclose(read(unet, bank, step), stock, atol=1e-3)
+    assert bank.mode is None
+
+
+def test_only_the_foreground_is_read(unet):
+    bank = filled(unet)
+    mask = torch.zeros(1, 8, 8, dtype=torch.bool)
+    mask[:, 2:6, 2:8] = True
+    bank.foreground = mask
+    torch.testing.assert_close(read(unet, bank), in_one_batch(unet, foreground=mask))
+    for stored in bank._stored.values():  # what is hidden has no effect
+        side = int(stored.shape[3] ** 0.5)
+        hidden = torch.nn.functional.adaptive_avg_pool2d(mask[:, None].float(), side).flatten() < 0.5
+        stored[:, :, :, hidden] = torch.nan
+    torch.testing.assert_close(read(unet, bank), in_one_batch(unet, foreground=mask))
+
+
+def test_rows_and_strength(unet):
+    bank = filled(unet)
+    stock = predict(unet, *inputs(2, 2), TIMESTEPS[1])
+    bank.rows = torch.tensor([-1, 0], dtype=torch.int32)
+    found = read(unet, bank)
+    torch.testing.assert_close(found[0], stock[0])
+    torch.testing.assert_close(found[1], in_one_batch(unet)[1])
+    bank.strength = torch.tensor(-torch.inf)
+    torch.testing.assert_close(read(unet, bank), stock)
+
+
+def test_the_file_gives_the_same_bits(unet, tmp_path):
+    bank = filled(unet)
+    bank.foreground = torch.ones(1, 8, 8, dtype=torch.bool)
+    bank.save(tmp_path / "bank.safetensors", model="tiny")
+    again = ReferenceBank.load(tmp_path / "bank.safetensors", model="tiny")
+    assert again.timesteps == list(TIMESTEPS) and torch.equal(read(unet, again), read(unet, bank))
+    with pytest.raises(ValueError, match="belongs to another model"):
+        ReferenceBank.load(tmp_path / "bank.safetensors", model="other")
+
+
+def test_44_memory_is_what_the_docstring_says_and_bounded(unet):
+    bank = filled(unet)
+    channels = {8 * 8: 32, 4 * 4: 64}
+    step = sum(2 * x.shape[2] * channels[x.shape[2]] * 4 for x in bank._current.values())
+    assert bank.nbytes == (len(TIMESTEPS) + 1) * step
+    addresses = [x.data_ptr() for x in bank._current.values()]
+    for i in range(3):
+        read(unet, bank, i)
+    assert bank.nbytes == (len(TIMESTEPS) + 1) * step and [x.data_ptr() for x in bank._current.values()] == addresses
+    with pytest.raises(ValueError, match="limit: expected a bank within 50000 bytes"):
+        filled(unet, limit=50_000)
+
+
+def test_33_a_stale_bank_is_refused_by_name(unet):
+    bank = filled(unet)
+    layers = select_layers(unet, "self")
+    with install_processors(layers, bank.processors(layers)), bank.read(0):
+        with pytest.raises(ValueError, match=r"ReferenceBank: bank: expected built for .*call reset\(\)"):
+            predict(unet, *inputs(2, 2, side=16), 900)
+        with pytest.raises(ValueError, match="bank: expected built for"):
+            predict(unet.to(torch.bfloat16), *(x.bfloat16() for x in inputs(2, 2)), 900)
+        unet.to(torch.float32)
+    assert bank.mode is None
+    bank.reset()
+    with pytest.raises(ValueError, match="call extract"), bank.read(0):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [(lambda bank: bank.read(3).__enter__(), "step: expected 0 to 2"),
+     (lambda bank: ReferenceBank(TIMESTEPS, storage="disk"), "storage: expected one of"),
+     (lambda bank: setattr(bank, "foreground", torch.ones(8, 8)), "foreground: expected bool"),
+     (lambda bank: ReferenceBank(TIMESTEPS).save("x"), "all 3 steps extracted")],
+    ids=["step", "storage", "foreground", "save"],
+)  # fmt: skip
+def test_what_does_not_fit_is_named(use, message, unet):
+    with pytest.raises(ValueError, match=message):
+        use(filled(unet))
+
+
+def test_two_banks_do_not_mix(unet):
+    """Two subjects in turn, each read beside the other's extraction."""
+    first, second = filled(unet), ReferenceBank(TIMESTEPS)
+    expected = read(unet, first)
+    layers = select_layers(unet, "self")
+    with install_processors(layers, second.processors(layers)), second.extract(0):
+        predict(unet, *inputs(1, 9), TIMESTEPS[0])
+    assert torch.equal(read(unet, first), expected)
