@@ -1,4 +1,4 @@
-"""ReferenceBank: reading it is attending to the reference in the same batch; it survives a file, and a stale one is refused."""
+"""ReferenceBank: reading it is attending to the reference in the same batch; a file keeps it; stale is refused."""
 
 import pytest
 import torch

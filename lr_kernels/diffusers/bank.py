@@ -24,9 +24,9 @@ STORAGES = ("device", "cpu")
 class ReferenceBank:
     """Keys and values of a reference's rows in the self-attention layers, at every step of a schedule.
 
-    The layers touch one buffer each, whose address never changes (it can be captured in a CUDA graph); `extract` copies it
-    to the storage after the UNet has run, `read` from it before. Bytes: 2 x rows x tokens x channels x element size, per
-    layer and step, plus one step of buffers; `nbytes` counts them.
+    The layers touch one buffer each, whose address never changes (it can be captured in a CUDA graph); `extract` copies
+    it to the storage after the UNet has run, `read` from it before. Bytes: 2 x rows x tokens x channels x element
+    size, per layer and step, plus one step of buffers; `nbytes` counts them.
 
     Args:
         timesteps: of the schedule, in its order.
@@ -190,7 +190,7 @@ class ReferenceBank:
             if model is not None and about["model"] != model:
                 fail("ReferenceBank", "model", repr(model), repr(about["model"]), "the bank belongs to another model")
             bank = cls(json.loads(about["timesteps"]), storage=storage)
-            for name in file.keys():  # noqa: SIM118  (not a dict)
+            for name in file.keys():
                 x = file.get_tensor(name)
                 if name == "foreground":
                     bank.foreground = x.to(device)
