@@ -12,14 +12,17 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m lr_kernels demo
 	$(BIN)/python -m benchmarks --quick
 
+# Files side by side: whole ones, since some make what all their tests share.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest tests
+	$(PYTEST) tests
 
 # The oldest Triton that the package supports; `make test` runs with the newest.
 OLDEST_TRITON := $(VENV)/triton-3.6
 test-oldest-triton: $(VENV)/.installed
 	test -d $(OLDEST_TRITON) || $(BIN)/python -m pip install -q --target $(OLDEST_TRITON) "triton==3.6.*" "numpy<2.4"
-	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m pytest $(wildcard tests/test_triton*.py) tests/test_compact_keys.py
+	PYTHONPATH=$(OLDEST_TRITON) $(PYTEST) $(wildcard tests/test_triton*.py) tests/test_compact_keys.py
 
 properties: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/test_properties.py --hypothesis-profile thorough --hypothesis-show-statistics
