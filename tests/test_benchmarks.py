@@ -78,22 +78,14 @@ def test_the_gpu_script_runs_dry(tmp_path):
     """Without a GPU, at toy sizes: every contender is called, nothing is timed, and the CSV says so."""
     root = Path(__file__).parent.parent
     environment = {**os.environ, "OUT": str(tmp_path), "PYTHON": sys.executable}
-    command = [
-        str(root / "benchmarks" / "gpu_run.sh"),
-        "--dry",
-        "ceilings",
-        "lse",
-        "layer",
-        "unet",
-        "tiles",
-        "step_blend",
-        "sanitizer",
-    ]
+    ran = ("ceilings", "lse", "layer", "unet", "tiles", "step_blend", "report")
+    command = [str(root / "benchmarks" / "gpu_run.sh"), "--dry", *ran, "sanitizer"]
     subprocess.run(command, env=environment, check=True, capture_output=True)
     with (tmp_path / "parts.csv").open() as file:
         parts = {row["part"]: row["status"] for row in csv.DictReader(file)}
-    ran = dict.fromkeys(("ceilings", "lse", "layer", "unet", "tiles", "step_blend"), "ok")
-    assert parts == {**ran, "sanitizer": "not run"}
+    assert parts == {**dict.fromkeys(ran, "ok"), "sanitizer": "not run"}
+    table_of_all = (tmp_path / "table.md").read_text()
+    assert "## attention\n\nnot run" in table_of_all and "not run: dry run" in table_of_all
     with (tmp_path / "step_blend.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 30 and all(row["ms"] == "" and row["not_run"] for row in rows)
