@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import triton
 
 from lr_kernels.triton.report import ARCHITECTURES, HEAD_DIMS, RELATED, Row
 from lr_kernels.triton.tiles import SHARED_MEMORY
@@ -61,11 +60,9 @@ def test_24_the_mma_tiles_also_fit_the_small_cards(table):
 
 
 def test_24_no_inner_loop_touches_local_memory(table):
-    """What spills outside them is paid once per source or program; with Triton 3.6 nothing does."""
+    """What spills outside them is paid once per source or program."""
     assert [row for row in table if row.loop_spills] == []
     assert [row for row in table if row.stack > 128 or row.registers > 255] == []
-    if triton.__version__.startswith("3.6."):
-        assert [row for row in table if row.spills or row.stack] == []
 
 
 def test_hopper_uses_warpgroup_products(table):

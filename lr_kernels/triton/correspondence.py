@@ -180,7 +180,7 @@ def launch_arguments(
         )  # fmt: skip
         constants = {
             "PADDED": padded, "BM": BM, "BN": BN, "BK": BK, "PRECISION": dot_precision(target.dtype),
-            "UPCAST": INTERPRETED, "num_warps": 4 if exact else 8, "num_stages": 3, "enable_fp_fusion": True,
+            "UPCAST": INTERPRETED, "num_warps": 8, "num_stages": 3, "enable_fp_fusion": True,
         }  # fmt: skip
         launches.append((correspondence_best_kernel, arguments, constants, B * splits * tiles))
         return found
