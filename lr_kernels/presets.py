@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .adain import adain
 from .attention import multi_source_attention
+from .checks import fail
 from .plan import AttentionPlan, plan_attention
 from .source import Source
 
@@ -41,7 +42,7 @@ def masactrl(
         plan: of `masactrl_plan`, for reuse over layers and steps.
     """
     if (target_mask is None) != (source_mask is None):
-        raise ValueError("lr_kernels.masactrl: source_mask: expected a mask with target_mask and none without, got one")
+        fail("masactrl", "source_mask", "a mask with target_mask and none without", "one")
     if target_mask is None:
         return multi_source_attention(query, [Source(key, value, rows)])
     plan = masactrl_plan(target_mask, source_mask) if plan is None else plan
@@ -50,7 +51,7 @@ def masactrl(
 
 
 def masactrl_plan(target_mask: Tensor, source_mask: Tensor) -> AttentionPlan:
-    """The plan of masked MasaCtrl and of `mca_ctrl`: foreground to foreground, background to background."""
+    """The plan of masked MasaCtrl: foreground to foreground, background to background."""
     query_groups, key_groups = (
         torch.where(m, FOREGROUND, BACKGROUND).to(torch.uint8) for m in (target_mask, source_mask)
     )
@@ -95,13 +96,7 @@ def consistory(
         plan: of `consistory_plan`.
     """
     plan = consistory_plan(anchors, masks) if plan is None else plan
-    sources = [Source(key, value)]
-    for anchor, mask in zip(anchors, plan.key_masks[1:]):
-        rows = torch.zeros(query.shape[0], dtype=torch.int32, device=query.device)
-        rows[anchor] = -1  # reads its own tokens already
-        one = slice(anchor, anchor + 1)
-        sources.append(Source(key[one], value[one], rows, key_mask=mask))
-    return multi_source_attention(query, sources, plan=plan)
+    return _reading_others(query, key, value, anchors, plan)
 
 
 def consistory_plan(anchors: Sequence[int], masks: Tensor) -> AttentionPlan:
@@ -116,12 +111,17 @@ def story_diffusion(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPl
     Args:
         plan: of `story_diffusion_plan`, drawn anew for every step.
     """
-    batch = query.shape[0]
+    return _reading_others(query, key, value, range(query.shape[0]), plan)
+
+
+def _reading_others(query: Tensor, key: Tensor, value: Tensor, others: Sequence[int], plan: AttentionPlan) -> Tensor:
+    """Every row attends to itself and to what `plan` shows of the rows `others`, which do not read themselves twice."""
     sources = [Source(key, value)]
-    for row, mask in enumerate(plan.key_masks[1:]):
-        rows = torch.zeros(batch, dtype=torch.int32, device=query.device)
-        rows[row] = -1
-        sources.append(Source(key[row : row + 1], value[row : row + 1], rows, key_mask=mask))
+    for other, mask in zip(others, plan.key_masks[1:]):
+        rows = torch.zeros(query.shape[0], dtype=torch.int32, device=query.device)
+        rows[other] = -1
+        one = slice(other, other + 1)
+        sources.append(Source(key[one], value[one], rows, key_mask=mask))
     return multi_source_attention(query, sources, plan=plan)
 
 
@@ -130,7 +130,7 @@ def story_diffusion_plan(
 ) -> AttentionPlan:
     """Draws the tokens of each of up to 15 rows that the others read."""
     if not 1 <= batch <= 15:
-        raise ValueError(f"lr_kernels.story_diffusion_plan: batch: expected 1 to 15 rows, got {batch}; split the story")
+        fail("story_diffusion_plan", "batch", "1 to 15 rows", batch, "split the story")
     masks = [(torch.rand(1, tokens, generator=generator) < share).to(device) for _ in range(batch)]
     return plan_attention([None, *masks])
 

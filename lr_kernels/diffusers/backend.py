@@ -8,6 +8,7 @@ from diffusers.models import attention_dispatch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from torch import Tensor, nn
 
+from ..checks import fail
 from ..interop import _refuse, attend
 
 NAME = "lr_kernels"
@@ -70,10 +71,8 @@ def use_attention_backend(model: nn.Module) -> Iterator[nn.Module]:
         if isinstance(module, (Attention, AttentionModuleMixin)) and hasattr(module.processor, "_attention_backend")
     ]
     if not processors:
-        raise ValueError(
-            f"lr_kernels.use_attention_backend: model: expected attention layers that dispatch, got "
-            f"{type(model).__name__}, which has none; UNets take lr_kernels.diffusers.install_processors"
-        )
+        got, hint = f"{type(model).__name__}, which has none", "UNets take lr_kernels.diffusers.install_processors"
+        fail("use_attention_backend", "model", "attention layers that dispatch", got, hint)
     before = [vars(p).get("_attention_backend", _MISSING) for p in processors]
     try:
         for p in processors:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..attention import multi_source_attention
 from ..checks import fail
 from ..source import Source
+from .processors import _refuse_mask
 
 
 class Tokens(NamedTuple):
@@ -76,7 +77,8 @@ class CustomFluxAttnProcessor(FluxAttnProcessor):
     ) -> Tensor | tuple[Tensor, Tensor]:
         if self.attention is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-        _refuse_mask(self, attention_mask)
+        if attention_mask is not None:
+            _refuse_mask(type(self).__name__)
         if getattr(attn, "fused_projections", False):
             fail(type(self).__name__, "attn", "separate projections", "fused ones", "call unfuse_qkv_projections()",
                  NotImplementedError)  # fmt: skip
@@ -120,7 +122,8 @@ class CustomSD3AttnProcessor(JointAttnProcessor2_0):
     ) -> Tensor | tuple[Tensor, Tensor]:
         if self.attention is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
-        _refuse_mask(self, attention_mask)
+        if attention_mask is not None:
+            _refuse_mask(type(self).__name__)
 
         def tokens(x: Tensor, projections: tuple[nn.Module, ...], norms: tuple[nn.Module | None, ...]) -> Tokens:
             query, key, value = (project(x).unflatten(-1, (attn.heads, -1)) for project in projections)
@@ -138,9 +141,3 @@ class CustomSD3AttnProcessor(JointAttnProcessor2_0):
             return out
         text_out = text_out.flatten(2).to(text.query.dtype)
         return out, text_out if attn.context_pre_only else attn.to_add_out(text_out)
-
-
-def _refuse_mask(processor: object, mask: Tensor | None) -> None:
-    if mask is not None:
-        fail(type(processor).__name__, "attention_mask", "None with an attention of your own", "a tensor",
-             error=NotImplementedError)  # fmt: skip

@@ -182,7 +182,7 @@ class TokenMapAttnProcessor(_StockAttnProcessor):
 
 
 def _refuse_mask(processor: str) -> None:
-    hint = "leave the mask out, or set the state inactive"
+    hint = "leave the mask out, or make the processor inactive"
     fail(processor, "attention_mask", "None while the processor is active", "a tensor", hint, NotImplementedError)
 
 
