@@ -113,12 +113,12 @@ def test_the_file_gives_the_same_bits(unet, tmp_path):
 def test_44_memory_is_what_the_docstring_says_and_bounded(unet):
     bank = filled(unet)
     channels = {8 * 8: 32, 4 * 4: 64}
-    step = sum(2 * x.shape[2] * channels[x.shape[2]] * 4 for x in bank._current.values())
+    step = sum(2 * x.shape[2] * channels[x.shape[2]] * 4 for x in bank._buffers().values())
     assert bank.nbytes == (len(TIMESTEPS) + 1) * step
-    addresses = [x.data_ptr() for x in bank._current.values()]
+    addresses = [x.data_ptr() for x in bank._buffers().values()]
     for i in range(3):
         read(unet, bank, i)
-    assert bank.nbytes == (len(TIMESTEPS) + 1) * step and [x.data_ptr() for x in bank._current.values()] == addresses
+    assert bank.nbytes == (len(TIMESTEPS) + 1) * step and [x.data_ptr() for x in bank._buffers().values()] == addresses
     with pytest.raises(ValueError, match="limit: expected a bank within 50000 bytes"):
         filled(unet, limit=50_000)
 

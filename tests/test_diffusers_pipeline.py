@@ -25,7 +25,6 @@ from lr_kernels.diffusers import (
     StableDiffusionLayoutRetouchPipeline,
     TokenMapAttnProcessor,
     find_subject,
-    processors,
     routing,
 )
 
@@ -268,9 +267,9 @@ def test_triton_agrees_over_a_whole_run(pipe, device):
 
 def test_one_attention_call_per_layer_and_step(pipe, monkeypatch):
     calls, plans = [], []
-    attention, plan = processors.multi_source_attention, routing.plan_attention
+    attention, plan = routing.multi_source_attention, routing.plan_attention
     monkeypatch.setattr(
-        processors, "multi_source_attention", lambda *a, **kw: calls.append(kw["plan"]) or attention(*a, **kw)
+        routing, "multi_source_attention", lambda *a, **kw: calls.append(kw["plan"]) or attention(*a, **kw)
     )
     monkeypatch.setattr(routing, "plan_attention", lambda *a, **kw: plans.append(1) or plan(*a, **kw))
     retouch(pipe, retouch_start=1)

@@ -19,8 +19,8 @@ from lr_kernels.diffusers import (
     TokenMapAttnProcessor,
     attention_layers,
     install_processors,
-    processors,
     route,
+    routing,
     select_layers,
 )
 from lr_kernels.diffusers.install import layer_scale
@@ -137,9 +137,9 @@ def test_one_call_per_self_attention_layer(monkeypatch):
     mask[:, 2:6, 2:6] = True
     state = AttentionState(sharing=True, routings={n * n: route(batch, mask, mask, (n, n)) for n in (8, 4)})
     calls = []
-    real = processors.multi_source_attention
+    real = routing.multi_source_attention
     monkeypatch.setattr(
-        processors, "multi_source_attention", lambda q, s, **kw: calls.append(kw["plan"]) or real(q, s, **kw)
+        routing, "multi_source_attention", lambda q, s, **kw: calls.append(kw["plan"]) or real(q, s, **kw)
     )
     with install_processors(layers, {name: MultiSourceAttnProcessor(state) for name in layers}):
         unet(torch.randn(6, 4, 8, 8), 10, encoder_hidden_states=torch.randn(6, 5, 16))

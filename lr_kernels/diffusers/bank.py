@@ -21,8 +21,39 @@ from .routing import token_mask
 STORAGES = ("device", "cpu")
 
 
+class BankLayer:
+    """The buffer of one layer: keys and values of the step that is extracted or read."""
+
+    def __init__(self, name: str, buffer: Tensor | None = None):
+        self.name = name
+        self.buffer = buffer
+        """(2, rows, tokens, heads, head_dim): keys, values"""
+
+    def write(self, key: Tensor, value: Tensor) -> None:
+        """Keep keys and values (rows, tokens, heads, head_dim)."""
+        if self.buffer is None:
+            self.buffer = key.new_empty(2, *key.shape)
+        self.check_fit(key, rows=True)
+        self.buffer[0].copy_(key)
+        self.buffer[1].copy_(value)
+
+    def read(self, key: Tensor) -> tuple[Tensor, Tensor]:
+        """The kept keys and values, for a layer whose own keys are these."""
+        if self.buffer is None:
+            fail("ReferenceBank", "bank", f"layer {self.name} among those extracted", "nothing of it", "call extract()")
+        self.check_fit(key, rows=False)
+        return self.buffer[0], self.buffer[1]
+
+    def check_fit(self, key: Tensor, rows: bool) -> None:
+        """A bank built for other sizes, precision or device is stale."""
+        first = 0 if rows else 1
+        built, got = ((*x.shape[first:], x.dtype, x.device) for x in (self.buffer[0], key))
+        if built != got:
+            fail("ReferenceBank", "bank", f"built for {built}", f"{got} in {self.name}", "call reset()")
+
+
 class ReferenceBank:
-    """Keys and values of a reference's rows in the self-attention layers, at every step of a schedule.
+    """Keys and values of references' rows in the self-attention layers, at every step of a schedule.
 
     The layers touch one buffer each, whose address never changes (it can be captured in a CUDA graph); `extract` copies
     it to the storage after the UNet has run, `read` from it before. Bytes: 2 x rows x tokens x channels x element
@@ -45,24 +76,45 @@ class ReferenceBank:
         """int32 (B,): the bank's row that each row reads, -1: none. Default: row b, or the only one"""
         self.strength: Tensor | None = None
         """added to the logits of the bank's keys, () or (B,)"""
+        self._layers: dict[str, BankLayer] = {}
         self.reset()
 
     def reset(self) -> None:
         """Forget everything stored."""
         self._stored: dict[str, Tensor] = {}  # (steps, 2, rows, tokens, heads, head_dim)
-        self._current: dict[str, Tensor] = {}  # (2, rows, tokens, heads, head_dim)
+        for layer in self._layers.values():
+            layer.buffer = None
         self._filled: set[int] = set()
         self._foreground: Tensor | None = None
         self._plans: dict[int, AttentionPlan] = {}
 
     def processors(self, layers: Mapping[str, Attention]) -> dict[str, "BankAttnProcessor"]:
         """One for each layer, for `install_processors`."""
-        return {name: BankAttnProcessor(self, name) for name in layers}
+        return {name: BankAttnProcessor(self, self.layer(name)) for name in layers}
+
+    def layer(self, name: str) -> BankLayer:
+        """The buffer of a layer; empty until it is extracted."""
+        return self._layers.setdefault(name, BankLayer(name))
+
+    def _buffers(self) -> dict[str, Tensor]:
+        return {name: layer.buffer for name, layer in self._layers.items() if layer.buffer is not None}
 
     @property
     def nbytes(self) -> int:
         """Bytes of storage and buffers."""
-        return sum(x.nbytes for x in (*self._stored.values(), *self._current.values()))
+        return sum(x.nbytes for x in (*self._stored.values(), *self._buffers().values()))
+
+    @property
+    def rows_held(self) -> int:
+        """Rows of the reference that every layer has; 0 while the bank is empty."""
+        return next((x.shape[1] for x in self._buffers().values()), 0)
+
+    def step_of(self, timestep: int | Tensor) -> int:
+        """The step of a timestep. ValueError where the bank was built for others."""
+        if int(timestep) not in self.timesteps:
+            hint = "use the same number of steps and the same range of sharing, or call reset()"
+            fail("ReferenceBank", "bank", f"built for timesteps {self.timesteps}", int(timestep), hint)
+        return self.timesteps.index(int(timestep))
 
     @property
     def foreground(self) -> Tensor | None:
@@ -81,7 +133,7 @@ class ReferenceBank:
         self._check_step(step)
         with self._in_mode("extract"):
             yield
-        for name, current in self._current.items():
+        for name, current in self._buffers().items():
             if name not in self._stored:
                 self._stored[name] = self._allocate(name, current)
             self._stored[name][step].copy_(current, non_blocking=True)
@@ -95,7 +147,7 @@ class ReferenceBank:
             fail(
                 "ReferenceBank", "step", f"one that was extracted, {sorted(self._filled)}", step, "call extract() first"
             )
-        for name, current in self._current.items():
+        for name, current in self._buffers().items():
             current.copy_(self._stored[name][step], non_blocking=True)
         with self._in_mode("cached"):
             yield
@@ -122,25 +174,12 @@ class ReferenceBank:
             return current.new_empty(shape)
         return torch.empty(shape, dtype=current.dtype, pin_memory=torch.cuda.is_available())
 
-    def write(self, name: str, key: Tensor, value: Tensor) -> None:
-        """Keys and values (rows, tokens, heads, head_dim) of a layer, in the step that is extracted."""
-        current = self._current.get(name)
-        if current is None:
-            current = self._current[name] = key.new_empty(2, *key.shape)
-        self._check_fit(name, key, rows=True)
-        current[0].copy_(key)
-        current[1].copy_(value)
-
-    def source(self, name: str, key: Tensor) -> tuple[Source, AttentionPlan | None]:
+    def source(self, layer: BankLayer, key: Tensor) -> tuple[Source, AttentionPlan | None]:
         """The bank as a source beside a layer's own keys, and the plan of both."""
-        if name not in self._current:
-            fail("ReferenceBank", "bank", f"layer {name} among those extracted", sorted(self._current), "call reset()")
-        self._check_fit(name, key, rows=False)
-        stored_key, stored_value = self._current[name]
-        source = Source(stored_key, stored_value, self.rows, logit_bias=self.strength)
+        source = Source(*layer.read(key), self.rows, logit_bias=self.strength)
         if self._foreground is None:
             return source, None
-        tokens = stored_key.shape[1]
+        tokens = key.shape[1]
         if tokens not in self._plans:
             self._plans[tokens] = plan_attention([None, token_mask(self._foreground, self._grid(tokens))])
         plan = self._plans[tokens]
@@ -153,14 +192,6 @@ class ReferenceBank:
         if columns == 0 or tokens % columns:
             fail("ReferenceBank", "foreground", f"the shape of an image of {tokens} tokens", (height, width))
         return tokens // columns, columns
-
-    def _check_fit(self, name: str, key: Tensor, rows: bool) -> None:
-        """A bank built for other sizes, precision or device is stale."""
-        stored = self._current[name][0]
-        first = 0 if rows else 1
-        built, got = ((*x.shape[first:], x.dtype, x.device) for x in (stored, key))
-        if built != got:
-            fail("ReferenceBank", "bank", f"built for {built}", f"{got} in {name}", "call reset()")
 
     def save(self, path: str | PathLike, model: str = "") -> None:
         """Write a safetensors file. `model` says what it was computed with; `load` can ask for it."""
@@ -196,7 +227,7 @@ class ReferenceBank:
                     bank.foreground = x.to(device)
                     continue
                 bank._stored[name] = x.to(device) if storage == "device" else x
-                bank._current[name] = torch.empty(x.shape[1:], dtype=x.dtype, device=device)
+                bank.layer(name).buffer = torch.empty(x.shape[1:], dtype=x.dtype, device=device)
         bank._filled = set(range(len(bank.timesteps)))
         return bank
 
@@ -204,9 +235,9 @@ class ReferenceBank:
 class BankAttnProcessor(_StockAttnProcessor):
     """Self-attention that fills a `ReferenceBank` or reads it; AttnProcessor2_0 while the bank's mode is None."""
 
-    def __init__(self, bank: ReferenceBank | None = None, name: str = ""):
+    def __init__(self, bank: ReferenceBank | None = None, layer: BankLayer | None = None):
         super().__init__()
-        self.bank, self.name = bank, name
+        self.bank, self.layer = bank, layer
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, is_cross: bool
@@ -215,9 +246,9 @@ class BankAttnProcessor(_StockAttnProcessor):
         if mode is not None and attention_mask is not None:
             _refuse_mask(type(self).__name__)
         if mode == "extract":
-            self.bank.write(self.name, key.transpose(1, 2), value.transpose(1, 2))
+            self.layer.write(key.transpose(1, 2), value.transpose(1, 2))
         if mode != "cached":
             return super().attend(query, key, value, attention_mask, is_cross)
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        source, plan = self.bank.source(self.name, key)
+        source, plan = self.bank.source(self.layer, key)
         return multi_source_attention(query, [Source(key, value), source], plan=plan).transpose(1, 2)

@@ -5,15 +5,15 @@ Both are diffusers' AttnProcessor2_0, bit for bit, until their shared state asks
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..attention import multi_source_attention
 from ..checks import fail
 from ..token_maps import attention_with_token_maps
-from .routing import Routing
+from .routing import KeyValue, Routing, Swap
 
 
 @dataclass
@@ -22,7 +22,7 @@ class AttentionState:
 
     sharing: bool = False
     """self-attention reads other rows, as `routings` says"""
-    routings: dict[int, Routing] = field(default_factory=dict)
+    routings: dict[int, Routing | Swap] = field(default_factory=dict)
     """per number of tokens: built once for a mask, shared by all layers and steps"""
     capturing: bool = False
     """cross-attention keeps the maps of `token_indices`"""
@@ -114,6 +114,12 @@ class CustomAttnProcessor(_StockAttnProcessor):
         return self.attention(*(x.transpose(1, 2) for x in (query, key, value))).transpose(1, 2)
 
 
+class Buffer(Protocol):
+    """What a bank keeps of one layer."""
+
+    def read(self, key: Tensor) -> KeyValue: ...
+
+
 class MultiSourceAttnProcessor(_StockAttnProcessor):
     """Self-attention in which rows of the batch read other rows: the retouch stage of arXiv 2407.09779.
 
@@ -122,11 +128,16 @@ class MultiSourceAttnProcessor(_StockAttnProcessor):
 
     Args:
         state: shared by the processors of a UNet. Default: a new one, inactive.
+        buffer: of this layer in a `ReferenceBank`, where the references are not in the batch.
 
     Raises:
-        ValueError: no routing for the layer's number of tokens.
+        ValueError: no routing for the layer's number of tokens; a stale bank.
         NotImplementedError: an attention mask while sharing.
     """
+
+    def __init__(self, state: AttentionState | None = None, buffer: Buffer | None = None):
+        super().__init__(state)
+        self.buffer = buffer
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, is_cross: bool
@@ -138,16 +149,10 @@ class MultiSourceAttnProcessor(_StockAttnProcessor):
         tokens = query.shape[2]
         if tokens not in self.state.routings:
             fail(type(self).__name__, "state.routings", f"a routing for {tokens} tokens", sorted(self.state.routings))
-        routing = self.state.routings[tokens]
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        out = multi_source_attention(
-            query,
-            routing.sources(key, value),
-            query_groups=routing.query_groups,
-            plan=routing.plan,
-            backend=self.state.backend,
-        )
-        return out.transpose(1, 2)
+        banked = None if self.buffer is None else self.buffer.read(key)
+        routing = self.state.routings[tokens]
+        return routing.attend(query, key, value, banked, backend=self.state.backend).transpose(1, 2)
 
 
 class TokenMapAttnProcessor(_StockAttnProcessor):

@@ -1,31 +1,42 @@
-"""Row order of the retouch batch, and the row tables and group bits that say which keys each of its queries reads."""
+"""The two readings of the retouch stage (arXiv 2407.09779): which keys and values each query of the batch reads, as row
+tables and group bits. Built once for a mask, used by all layers of one token count."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..attention import multi_source_attention
+from ..checks import fail
 from ..plan import AttentionPlan, plan_attention
 from ..source import Source
 
-FOREGROUND, BACKGROUND, OWN = 1, 2, 4
-"""Group bits: a target's subject, a target's surroundings, and rows that attend to themselves."""
+OWN, BACKGROUND, FOREGROUND = 1, 2, 4
+"""Group bits: rows that attend to themselves, a target's surroundings, its first subject (subject s: FOREGROUND << s)."""
+MAX_SUBJECTS = 6
+
+KeyValue = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class RetouchBatch:
-    """Rows of one UNet call. Each half of the guidance: `images` targets, `images` contexts (if any), the reference."""
+    """Rows of one UNet call. Each half of the guidance: `images` targets, `images` contexts (if any), the references
+    (unless a bank holds them)."""
 
     images: int
     context: bool
     guided: bool
+    references: int = 1
+    banked: bool = False
 
     @property
     def half(self) -> int:
         """Rows per half of the guidance."""
-        return self.images * (2 if self.context else 1) + 1
+        return self.images * (2 if self.context else 1) + (0 if self.banked else self.references)
 
     @property
     def halves(self) -> int:
@@ -40,52 +51,169 @@ class RetouchBatch:
         """x (size, ...) -> per half the target rows (images, ...), as views."""
         return [x[start : start + self.images] for start in range(0, self.size, self.half)]
 
-    def row_tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Two int32 (size,) tables: the row that each row reads as its own or context, and as reference (-1: none)."""
-        own, reference = [], []
-        for start in range(0, self.size, self.half):
-            shift = self.images if self.context else 0
-            targets = range(start, start + self.images)
-            own += [row + shift for row in targets] + list(range(start + self.images, start + self.half))
-            reference += [start + self.half - 1] * self.images + [-1] * (self.half - self.images)
-        return tuple(torch.tensor(table, dtype=torch.int32, device=device) for table in (own, reference))
+    def own_rows(self, device: torch.device) -> Tensor:
+        """int32 (size,): the row that each row reads as its context; itself where it is no target or there is none."""
+        shift = self.images if self.context else 0
+        rows = [i + shift if i < self.images else i for i in range(self.half)]
+        return self._table([[start + i for i in rows] for start in range(0, self.size, self.half)], device)
+
+    def reference_rows(self, reference: int, device: torch.device) -> Tensor:
+        """int32 (size,): the row that each row reads as that reference, in the batch or in the bank; -1: none."""
+        per_half, first = (self.references, 0) if self.banked else (self.half, self.half - self.references)
+        halves = [
+            [half * per_half + first + reference] * self.images + [-1] * (self.half - self.images)
+            for half in range(self.halves)
+        ]
+        return self._table(halves, device)
+
+    @staticmethod
+    def _table(halves: list[list[int]], device: torch.device) -> Tensor:
+        return torch.tensor(halves, dtype=torch.int32, device=device).flatten()
 
 
 class Routing(NamedTuple):
-    """What the self-attention layers of one token count pass to `multi_source_attention`; built by `route`."""
+    """Reading "routing": each query reads either a reference's foreground or the context. Built by `route`."""
 
-    rows: tuple[Tensor, Tensor]
-    key_groups: tuple[Tensor | None, Tensor]
+    rows: tuple[Tensor, ...]
+    """of the context, then of each reference"""
+    key_groups: tuple[Tensor | None, ...]
     query_groups: Tensor
     plan: AttentionPlan
 
-    def sources(self, key: Tensor, value: Tensor) -> list[Source]:
-        """The layer's own key and value (size, N, H, D), read twice through the row tables."""
-        return [Source(key, value, rows, key_groups=groups) for rows, groups in zip(self.rows, self.key_groups)]
+    def sources(self, key: Tensor, value: Tensor, banked: KeyValue | None = None) -> list[Source]:
+        """The layer's own key and value (size, N, H, D) through the row tables; references from a bank if given."""
+        own, *references = zip(self.rows, self.key_groups)
+        held = (key, value) if banked is None else banked
+        return [
+            Source(key, value, own[0], key_groups=own[1]),
+            *(Source(*held, rows, key_groups=groups) for rows, groups in references),
+        ]
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, banked: KeyValue | None = None, *, backend: str = "auto"
+    ) -> Tensor:
+        """A layer's attention, (size, N, H, D)."""
+        sources = self.sources(key, value, banked)
+        return multi_source_attention(query, sources, query_groups=self.query_groups, plan=self.plan, backend=backend)
 
 
-def route(batch: RetouchBatch, target_mask: Tensor, reference_mask: Tensor, grid: tuple[int, int]) -> Routing:
-    """Routing of the retouch stage (arXiv 2407.09779) for layers with `grid` tokens.
+def route(
+    batch: RetouchBatch,
+    target_mask: Tensor,
+    reference_mask: Tensor,
+    grid: tuple[int, int],
+    shows: Sequence[int] = (0,),
+) -> Routing:
+    """Routing of the retouch stage for layers with `grid` tokens.
 
-    A target's foreground reads the reference's foreground and nothing else; its background reads the whole context.
-    Without contexts the foreground reads the reference's foreground together with its own row, the background its own
-    row. Context and reference rows attend to themselves.
+    A target's subject reads the foreground of its references and nothing else; where subjects overlap, that of all of
+    them. Its background reads the whole context. Without contexts a subject reads its references together with its own
+    row, the background its own row. Context and reference rows attend to themselves.
 
     Args:
-        target_mask: bool (images, height, width). reference_mask: bool (1, height, width), not empty.
+        target_mask: bool (subjects, images, height, width), or (images, height, width) of one subject.
+        reference_mask: bool (references, height, width), none empty.
         grid: (rows, columns) of the layer's tokens.
+        shows: the subject of each reference.
     """
-    foreground = token_mask(target_mask, grid)
-    reference = token_mask(reference_mask, grid)
-    device = foreground.device
-    query_groups = torch.full((batch.size, foreground.shape[1]), OWN, dtype=torch.uint8, device=device)
+    subjects = [token_mask(mask, grid) for mask in _per_subject(target_mask)]
+    references = token_mask(reference_mask, grid)
+    device = references.device
+    bits = [FOREGROUND << s for s in range(len(subjects))]
+    target_groups = sum(torch.where(mask, bit, 0) for mask, bit in zip(subjects, bits))
+    target_groups = torch.where(target_groups == 0, BACKGROUND, target_groups).to(torch.uint8)
+    query_groups = torch.full((batch.size, references.shape[1]), OWN, dtype=torch.uint8, device=device)
     for rows in batch.targets(query_groups):
-        rows.copy_(torch.where(foreground, FOREGROUND, BACKGROUND))
+        rows.copy_(target_groups)
     own_groups = torch.full_like(query_groups[:1], OWN | BACKGROUND) if batch.context else None
-    key_groups = (own_groups, torch.where(reference, FOREGROUND, 0).to(torch.uint8))
-    classes = (FOREGROUND, BACKGROUND, OWN)  # named, since looking for them would synchronize with a GPU
-    plan = plan_attention([None, None], key_groups, query_groups, query_classes=classes)
-    return Routing(batch.row_tables(device), key_groups, query_groups, plan)
+    shown = (torch.where(mask[None], bits[s], 0).to(torch.uint8) for mask, s in zip(references, shows, strict=True))
+    key_groups = (own_groups, *shown)
+    together = [sum(some) for size in range(1, len(bits) + 1) for some in combinations(bits, size)]
+    classes = (OWN, BACKGROUND, *together)  # named, since looking for them would synchronize with a GPU
+    plan = plan_attention([None] * len(key_groups), key_groups, query_groups, query_classes=classes)
+    tables = [batch.reference_rows(r, device) for r in range(batch.references)]
+    return Routing((batch.own_rows(device), *tables), key_groups, query_groups, plan)
+
+
+class Swap(NamedTuple):
+    """Reading "swap": queries and keys of the context, values of the reference where the two match. Built by `swap`."""
+
+    rows: Tensor
+    """int32 (size,): each target's context, else the row itself"""
+    halves: tuple[tuple[Tensor, int, Tensor], ...]
+    """per half and reference: the rows of its targets, the row of the reference, and its token for every key (size, N)"""
+    key_groups: tuple[Tensor, ...]
+    query_groups: Tensor
+    plan: AttentionPlan
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, banked: KeyValue | None = None, *, backend: str = "auto"
+    ) -> Tensor:
+        """A layer's attention, (size, N, H, D)."""
+        sources = [Source(key, value, self.rows, key_groups=self.key_groups[0])]
+        for (rows, reference, match), groups in zip(self.halves, self.key_groups[1:]):
+            appearance = value[reference : reference + 1].expand(value.shape)  # one row, read as every row's
+            sources.append(Source(key, appearance, rows, key_groups=groups, value_index=match))
+        structure = query.index_select(0, self.rows)
+        return multi_source_attention(
+            structure, sources, query_groups=self.query_groups, plan=self.plan, backend=backend
+        )
+
+
+def swap(
+    batch: RetouchBatch,
+    target_mask: Tensor,
+    reference_mask: Tensor,
+    grid: tuple[int, int],
+    shows: Sequence[int],
+    matches: Sequence[tuple[Tensor, Tensor]],
+) -> Swap:
+    """Appearance matching (arXiv 2402.09812) from the references to the contexts, for layers with `grid` tokens.
+
+        out = softmax(Q_ctx · K_ctx^T) · V',   V'[j] = V_ref[match[j]] where token j of the context is of the subject and
+        its match is consistent and in the reference's foreground, else V_ctx[j]
+
+    Of several references of a subject the first that matches counts.
+
+    Args:
+        target_mask, reference_mask, grid, shows: as in `route`.
+        matches: per reference what `correspondence` says of the contexts: index and consistent, (images, N) each.
+    """
+    subjects = [token_mask(mask, grid) for mask in _per_subject(target_mask)]
+    references = token_mask(reference_mask, grid)
+    device = references.device
+    query_groups = torch.full((batch.size, references.shape[1]), OWN, dtype=torch.uint8, device=device)
+    for rows in batch.targets(query_groups):
+        rows.fill_(FOREGROUND)
+    own_groups = torch.full_like(query_groups, OWN | FOREGROUND)
+    free = torch.ones_like(subjects[0])
+    halves, groups = [], []
+    for r, (s, (index, consistent)) in enumerate(zip(shows, matches, strict=True)):
+        matched = consistent & subjects[s] & references[r][index] & free
+        free = free & ~matched
+        for half in range(batch.halves):
+            start = half * batch.half
+            targets, contexts = (slice(start + k * batch.images, start + (k + 1) * batch.images) for k in (0, 1))
+            table = torch.full_like(query_groups, 0, dtype=torch.int32)
+            table[targets] = table[contexts] = index.int()  # of the query's row and of the one it reads
+            rows = torch.full((batch.size,), -1, dtype=torch.int32, device=device)
+            rows[targets] = torch.arange(contexts.start, contexts.stop, dtype=torch.int32, device=device)
+            halves.append((rows, start + batch.half - batch.references + r, table))
+            shown = torch.zeros_like(query_groups)
+            shown[contexts] = torch.where(matched, FOREGROUND, 0).to(torch.uint8)
+            own_groups[contexts] &= ~shown[contexts]
+            groups.append(shown)
+    key_groups = (own_groups, *groups)
+    plan = plan_attention([None] * len(key_groups), key_groups, query_groups, query_classes=(OWN, FOREGROUND))
+    return Swap(batch.own_rows(device), tuple(halves), key_groups, query_groups, plan)
+
+
+def _per_subject(mask: Tensor) -> Tensor:
+    """(subjects, images, height, width)."""
+    mask = mask[None] if mask.dim() == 3 else mask
+    if mask.dim() != 4 or not 1 <= len(mask) <= MAX_SUBJECTS:
+        fail("route", "target_mask", f"(1 to {MAX_SUBJECTS} subjects, images, height, width)", tuple(mask.shape))
+    return mask
 
 
 def token_mask(mask: Tensor, grid: tuple[int, int]) -> Tensor:
