@@ -24,7 +24,7 @@ from lr_kernels.diffusers import (
     MultiSourceAttnProcessor,
     StableDiffusionLayoutRetouchPipeline,
     TokenMapAttnProcessor,
-    find_subject,
+    find_subjects,
     routing,
 )
 
@@ -455,9 +455,9 @@ def test_from_pipe_asks_where_dtypes_differ():
 
 def test_subject_tokens_are_found_in_every_prompt():
     tokenizer = tiny_tokenizer()
-    found = find_subject(tokenizer, ["a ox", "ox b ox"], ["ox"], "cpu")
+    found = find_subjects(tokenizer, ["a ox", "ox b ox"], [["ox"]], "cpu")
     ids = tokenizer(["a ox", "ox b ox"], padding=True, return_tensors="pt").input_ids
     pieces = tokenizer("ox", add_special_tokens=False).input_ids
     picked = ids.gather(1, found.indices.long())
     assert picked[0][:2].tolist() == pieces and picked[1].tolist() == pieces * 2
-    assert found.weights.tolist() == [[0.5, 0.5, 0, 0], [0.25] * 4]
+    assert found.weights[0].tolist() == [[0.5, 0.5, 0, 0], [0.25] * 4]

@@ -3,15 +3,17 @@
 from .backend import register_attention_backend, use_attention_backend
 from .bank import BankAttnProcessor, ReferenceBank
 from .components import PersonalizedStableDiffusionPipeline
+from .components_xl import PersonalizedStableDiffusionXLPipeline
+from .guider import StepBlendGuidance
 from .install import Installation, attention_layers, install_processors, select_layers
 from .inversion import invert, renoise
 from .joint import CustomFluxAttnProcessor, CustomSD3AttnProcessor, joint_attention, shared_joint_attention
 from .output import LayoutRetouchOutput
-from .pipeline import StableDiffusionLayoutRetouchPipeline
+from .pipeline import StableDiffusionLayoutRetouchPipeline, StableDiffusionXLLayoutRetouchPipeline
 from .processors import AttentionState, CustomAttnProcessor, MultiSourceAttnProcessor, TokenMapAttnProcessor
-from .routing import BACKGROUND, FOREGROUND, OWN, RetouchBatch, Routing, route
+from .routing import BACKGROUND, FOREGROUND, OWN, RetouchBatch, Routing, Swap, route, swap
 from .schedule import blend_weights, ddim_table
-from .subject import SubjectMaps, find_subject
+from .subject import SubjectMaps, find_subjects
 
 __all__ = [
     "BACKGROUND",
@@ -26,16 +28,20 @@ __all__ = [
     "LayoutRetouchOutput",
     "MultiSourceAttnProcessor",
     "PersonalizedStableDiffusionPipeline",
+    "PersonalizedStableDiffusionXLPipeline",
     "ReferenceBank",
     "RetouchBatch",
     "Routing",
     "StableDiffusionLayoutRetouchPipeline",
+    "StableDiffusionXLLayoutRetouchPipeline",
+    "StepBlendGuidance",
     "SubjectMaps",
+    "Swap",
     "TokenMapAttnProcessor",
     "attention_layers",
     "blend_weights",
     "ddim_table",
-    "find_subject",
+    "find_subjects",
     "install_processors",
     "invert",
     "joint_attention",
@@ -44,5 +50,6 @@ __all__ = [
     "route",
     "select_layers",
     "shared_joint_attention",
+    "swap",
     "use_attention_backend",
 ]

@@ -27,8 +27,10 @@ class LayoutRetouchOutput(BaseOutput):
     """n layout (context) images of the first stage"""
     masks: Tensor | None = None
     """bool (n, h, w): the targets' foreground in the last step, in latent pixels"""
+    subject_masks: Tensor | None = None
+    """bool (subjects, n, h, w): that of each subject"""
     reference_mask: Tensor | None = None
-    """bool (1, h, w): the reference's foreground"""
+    """bool (references, h, w): their foreground"""
     nsfw_content_detected: list[bool] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     """wall-clock time per stage: layout, encode, invert, mask, retouch, decode"""

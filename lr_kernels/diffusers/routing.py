@@ -16,7 +16,7 @@ from ..plan import AttentionPlan, plan_attention
 from ..source import Source
 
 OWN, BACKGROUND, FOREGROUND = 1, 2, 4
-"""Group bits: rows that attend to themselves, a target's surroundings, its first subject (subject s: FOREGROUND << s)."""
+"""Group bits: rows that attend to themselves, a target's surroundings, its subject (FOREGROUND << s of subject s)."""
 MAX_SUBJECTS = 6
 
 KeyValue = tuple[Tensor, Tensor]
@@ -141,7 +141,7 @@ class Swap(NamedTuple):
     rows: Tensor
     """int32 (size,): each target's context, else the row itself"""
     halves: tuple[tuple[Tensor, int, Tensor], ...]
-    """per half and reference: the rows of its targets, the row of the reference, and its token for every key (size, N)"""
+    """per half and reference: the rows that its targets read, the reference's row, its token for every key (size, N)"""
     key_groups: tuple[Tensor, ...]
     query_groups: Tensor
     plan: AttentionPlan
@@ -170,8 +170,9 @@ def swap(
 ) -> Swap:
     """Appearance matching (arXiv 2402.09812) from the references to the contexts, for layers with `grid` tokens.
 
-        out = softmax(Q_ctx · K_ctx^T) · V',   V'[j] = V_ref[match[j]] where token j of the context is of the subject and
-        its match is consistent and in the reference's foreground, else V_ctx[j]
+        out = softmax(Q_ctx · K_ctx^T) · V',   V'[j] = V_ref[match[j]] where matched, else V_ctx[j]
+
+    matched: token j of the context is of the subject, its match is consistent and in the reference's foreground.
 
     Of several references of a subject the first that matches counts.
 

@@ -1,0 +1,245 @@
+"""Step-blended denoising, stage 1 of Layout-and-Retouch, as a guider of diffusers' modular pipelines."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from diffusers.guiders import ClassifierFreeGuidance
+from diffusers.guiders.guider_utils import GuiderOutput
+from diffusers.modular_pipelines.modular_pipeline import BlockState
+from diffusers.utils import is_peft_available
+from torch import Tensor, nn
+
+from ..checks import fail
+from .schedule import blend_weights, step_in_schedule
+from .stages import DEFAULT_SWITCH
+
+_OP = "StepBlendGuidance"
+_ABSENT = object()
+
+
+class StepBlendGuidance(ClassifierFreeGuidance):
+    """Classifier-free guidance in which the vanilla model lays out the image and the personalized one finishes it.
+
+        cond, uncond = (1 - w_i)·vanilla + w_i·personalized, of both
+        pred         = uncond + guidance_scale·(cond - uncond)
+
+    with w_i the weight of step i. A model of weight 0 does not run, so w = 0 and w = 1 are `ClassifierFreeGuidance`
+    of one model, bit for bit; else everything is computed in fp32 and rounded once. (The switch of "hard" is stage 1
+    of arXiv 2407.09779; the other weights are this library's.)
+
+    The pipeline's denoiser is the personalized model. It acts as the vanilla one where a batch needs that: with its
+    adapters off, or by calling `vanilla`. Only this instance changes, and only from `prepare_models` to
+    `cleanup_models`. A denoiser that raises in between is restored by the next `set_state` or `prepare_models`; call
+    `reset()` to have it back at once.
+
+    Args:
+        guidance_scale, guidance_rescale, use_original_formulation, start, stop, enabled: of `ClassifierFreeGuidance`,
+            start and stop too: outside them there is no unconditional pass. The models are blended all the same.
+        layout_steps: λ1, steps of the vanilla model: all of them give the vanilla image, 0 the personalized one.
+            Default: 0.3 of the steps.
+        layout_blend: weights w, see `blend_weights`. "hard" switches after layout_steps, "linear" and "cosine" ramp up
+            from there; or step -> weight, or one weight per step.
+        adapters: names of the denoiser's adapters (LoRA and others of peft) to switch off for the vanilla model. None:
+            all that are active. Not used where there is `vanilla`.
+        vanilla: a whole vanilla UNet or transformer, on the denoiser's device and in its dtype. It can also be set
+            later, as an attribute; it is not part of the config.
+
+    Raises:
+        ValueError: guidance_scale is not finite, layout_blend is None. At the first step of a run: a weight that is NaN
+            or outside [0, 1], layout_steps outside 0 to steps, a wrong number of weights. Where the vanilla model runs:
+            a denoiser without active adapters, or with fused ones, an adapter that is not active, layout inputs that do
+            not fit.
+    """
+
+    _input_predictions: ClassVar[list[str]] = ["layout_cond", "layout_uncond", "pred_cond", "pred_uncond"]
+    ignore_for_config: ClassVar[list[str]] = ["vanilla"]
+
+    @register_to_config
+    def __init__(
+        self,
+        guidance_scale: float = 7.5,
+        layout_steps: int | None = None,
+        layout_blend: str | Callable[[int], float] | Sequence[float] | Tensor = "hard",
+        adapters: Sequence[str] | None = None,
+        guidance_rescale: float = 0.0,
+        use_original_formulation: bool = False,
+        start: float = 0.0,
+        stop: float = 1.0,
+        enabled: bool = True,
+        vanilla: nn.Module | None = None,
+    ):
+        if not math.isfinite(guidance_scale):
+            fail(_OP, "guidance_scale", "a finite number", guidance_scale)
+        if layout_blend is None:
+            fail(_OP, "layout_blend", "a name, weights or a function", None, "a function is not saved: pass it again")
+        if not isinstance(layout_blend, str) and not callable(layout_blend):
+            layout_blend = [float(w) for w in layout_blend]
+        if adapters is not None:
+            adapters = [adapters] if isinstance(adapters, str) else list(adapters)
+        super().__init__(
+            guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale,
+            use_original_formulation=use_original_formulation,
+            start=start,
+            stop=stop,
+            enabled=enabled,
+        )
+        # The config is written as JSON.
+        self.register_to_config(layout_blend=None if callable(layout_blend) else layout_blend, adapters=adapters)
+        self.layout_steps = layout_steps
+        self.layout_blend = layout_blend
+        self.adapters = adapters
+        self.vanilla = vanilla
+        self._weight = 1.0
+        self._layout_inputs: dict[str, Tensor] = {}
+        self._changed: list[tuple[nn.Module, str, object]] = []
+
+    def new(self, **kwargs) -> "StepBlendGuidance":
+        """A guider of the same configuration and vanilla model, but for `kwargs`; without layout inputs."""
+        vanilla = kwargs.pop("vanilla", self.vanilla)
+        guider = super().new(**{"layout_blend": self.layout_blend, **kwargs})
+        guider.vanilla = vanilla
+        return guider
+
+    def set_layout_inputs(self, **inputs: Tensor) -> None:
+        """Conditional inputs of the vanilla model in place of the pipeline's: those of a prompt without the subject.
+
+        Args:
+            inputs: by the names that the pipeline's denoising block gives its guider: prompt_embeds and text_embeds of
+                SDXL, encoder_hidden_states and text_embeds of SD3. One row per image, as the pipeline's, in its dtype
+                and on its device. They replace those of an earlier call and stay for later runs; none: all inputs are
+                the pipeline's. A name or a number of rows that the pipeline does not have is a ValueError when it runs.
+        """
+        self._layout_inputs = inputs
+
+    def reset(self) -> None:
+        """Make the denoiser the personalized model again, exactly as it was. Only needed where the denoiser raised."""
+        while self._changed:
+            owner, name, value = self._changed.pop()
+            if value is _ABSENT:
+                del vars(owner)[name]
+            else:
+                vars(owner)[name] = value
+
+    # What the pipelines call
+
+    def set_state(self, step: int, num_inference_steps: int, timestep: Tensor) -> None:
+        self.reset()
+        if not 0 <= step < num_inference_steps:
+            hint = "a scheduler that calls the model more than once per step does not fit"
+            fail(_OP, "step", f"0 to {num_inference_steps - 1}", step, hint)
+        default = round(DEFAULT_SWITCH * num_inference_steps)
+        switch = step_in_schedule("layout_steps", self.layout_steps, default, 0, num_inference_steps)
+        self._weight = blend_weights(self.layout_blend, switch, num_inference_steps)[step].item()
+        super().set_state(step, num_inference_steps, timestep)
+
+    def prepare_inputs(self, data: dict[str, Tensor | tuple[Tensor, Tensor]]) -> list[BlockState]:
+        return self._layout_batches([self._prepare_batch(data, *batch) for batch in self._batches()])
+
+    def prepare_inputs_from_block_state(
+        self, data: BlockState, input_fields: dict[str, str | tuple[str, str]]
+    ) -> list[BlockState]:
+        batches = [self._prepare_batch_from_block_state(input_fields, data, *batch) for batch in self._batches()]
+        return self._layout_batches(batches)
+
+    def prepare_models(self, denoiser: nn.Module) -> None:
+        self.reset()
+        super().prepare_models(denoiser)
+        if not self._current.startswith("layout"):
+            return
+        if self.vanilla is None:
+            self._switch_adapters_off(denoiser)
+        else:
+            self._change(denoiser, "forward", self.vanilla)
+
+    def cleanup_models(self, denoiser: nn.Module) -> None:
+        self.reset()
+
+    def forward(
+        self,
+        layout_cond: Tensor | None = None,
+        layout_uncond: Tensor | None = None,
+        pred_cond: Tensor | None = None,
+        pred_uncond: Tensor | None = None,
+    ) -> GuiderOutput:
+        """Predictions of the models that ran -> the guided one, and the blended ones that it is made of."""
+        if layout_cond is None:
+            return super().forward(pred_cond, pred_uncond)
+        if pred_cond is None:
+            return super().forward(layout_cond, layout_uncond)
+        dtype = pred_cond.dtype
+        output = super().forward(self._blend(layout_cond, pred_cond), self._blend(layout_uncond, pred_uncond))
+        return GuiderOutput(**{name: None if x is None else x.to(dtype) for name, x in output.items()})
+
+    @property
+    def num_conditions(self) -> int:
+        return len(self._batches())
+
+    @property
+    def is_conditional(self) -> bool:
+        return self._count_prepared > 0 and not self._current.endswith("uncond")
+
+    # What they do not
+
+    def _batches(self) -> list[tuple[int, str]]:
+        """(0 for the conditional inputs, 1 for the unconditional ones; name of the prediction) of each model call.
+
+        The conditional one of a model comes first: guess mode of ControlNets needs it.
+        """
+        models = [name for name, runs in (("layout", self._weight < 1), ("pred", self._weight > 0)) if runs]
+        kinds = ["cond", "uncond"] if self._is_cfg_enabled() else ["cond"]
+        return [(i, f"{model}_{kind}") for model in models for i, kind in enumerate(kinds)]
+
+    @property
+    def _current(self) -> str:
+        return self._batches()[self._count_prepared - 1][1]
+
+    def _layout_batches(self, batches: list[BlockState]) -> list[BlockState]:
+        """The batches, with the layout inputs in the vanilla model's conditional one."""
+        if batches[0][self._identifier_key] != "layout_cond":
+            return batches
+        first = batches[0].as_dict()
+        known = [name for name, x in first.items() if name != self._identifier_key and x is not None]
+        for name, x in self._layout_inputs.items():
+            if name not in known:
+                fail(_OP, f"set_layout_inputs({name})", "one of " + ", ".join(known), name)
+            if len(x) != len(first[name]):
+                fail(_OP, f"set_layout_inputs({name})", f"{len(first[name])} rows, one per image", len(x))
+            batches[0][name] = x
+        return batches
+
+    def _switch_adapters_off(self, denoiser: nn.Module) -> None:
+        layers = _adapter_layers(denoiser)
+        active = {name for layer in layers if not layer.disable_adapters for name in layer.active_adapters}
+        if not active:
+            fail(_OP, "vanilla", "a model, or a denoiser that has active adapters", "neither")
+        off = active if self.adapters is None else set(self.adapters)
+        if not off or off - active:
+            fail(_OP, "adapters", f"some of the active ones, {sorted(active)}", sorted(off))
+        if any(layer.merged for layer in layers):
+            fail(_OP, "adapters", "adapters that are not fused", "fused ones", "call unfuse_lora() first")
+        for layer in layers:
+            # peft's set_adapter and enable_adapters would also change which weights require a gradient.
+            self._change(layer, "_active_adapter", [name for name in layer.active_adapters if name not in off])
+
+    def _change(self, owner: nn.Module, name: str, value: object) -> None:
+        """Set an attribute of this instance alone, past nn.Module, which would make a submodule of a module."""
+        self._changed.append((owner, name, vars(owner).get(name, _ABSENT)))
+        vars(owner)[name] = value
+
+    def _blend(self, layout: Tensor | None, personalized: Tensor | None) -> Tensor | None:
+        if layout is None:
+            return None
+        dtype = torch.promote_types(layout.dtype, torch.float32)
+        return torch.lerp(layout.to(dtype), personalized.to(dtype), self._weight)
+
+
+def _adapter_layers(denoiser: nn.Module) -> list[nn.Module]:
+    if not is_peft_available():
+        return []
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module for module in denoiser.modules() if isinstance(module, BaseTunerLayer)]
