@@ -45,6 +45,15 @@ def poisoned():
     torch.use_deterministic_algorithms(before)
 
 
+@pytest.fixture
+def one_thread():
+    """For models so small that threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def check_accesses(monkeypatch) -> None:
     """Make an interpreted load, store or atomic outside the tensors of its launch fail; by itself it would not."""
     builder, executor = _interpreter.InterpreterBuilder, _interpreter.GridExecutor

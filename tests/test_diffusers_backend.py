@@ -5,7 +5,14 @@ import pickle
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, UNet2DConditionModel, WanTransformer3DModel
+from diffusers import (
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
+    UNet2DConditionModel,
+    WanTransformer3DModel,
+    ZImageTransformer2DModel,
+)
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, attention_backend
 
 from lr_kernels.diffusers import backend
@@ -39,9 +46,52 @@ def wan():
     return model.eval(), inputs
 
 
+def qwen_image():
+    """The second prompt is shorter: its padding is hidden from all queries."""
+    torch.manual_seed(0)
+    model = QwenImageTransformer2DModel(
+        patch_size=2, in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=16, axes_dims_rope=(8, 4, 4),
+    )  # fmt: skip
+    inputs = {
+        "hidden_states": torch.randn(2, 16, 16), "encoder_hidden_states": torch.randn(2, 7, 16),
+        "encoder_hidden_states_mask": torch.tensor([[1.0] * 7, [1.0] * 4 + [0.0] * 3]),
+        "timestep": torch.tensor([1.0, 0.5]), "img_shapes": [[(1, 4, 4)]] * 2,
+    }  # fmt: skip
+    return model.eval(), inputs
+
+
+def flux2():
+    torch.manual_seed(0)
+    model = Flux2Transformer2DModel(
+        patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, timestep_guidance_channels=32, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
+    )  # fmt: skip
+    inputs = {
+        "hidden_states": torch.randn(2, 16, 4), "encoder_hidden_states": torch.randn(2, 7, 32),
+        "timestep": torch.tensor([1.0, 0.5]), "img_ids": torch.randn(16, 4), "txt_ids": torch.zeros(7, 4),
+    }  # fmt: skip
+    return model.eval(), inputs
+
+
+def z_image():
+    """Prompts of 32 and 64 tokens after padding: the shorter one's rest is hidden."""
+    torch.manual_seed(0)
+    model = ZImageTransformer2DModel(
+        in_channels=4, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16,
+        axes_dims=[8, 4, 4], axes_lens=[256, 32, 32],
+    )  # fmt: skip
+    inputs = {
+        "x": list(torch.randn(2, 4, 1, 8, 8)), "t": torch.tensor([1.0, 0.5]),
+        "cap_feats": [torch.randn(5, 16), torch.randn(40, 16)],
+    }  # fmt: skip
+    return model.eval(), inputs
+
+
 def run(model, inputs):
     with torch.no_grad():
-        return model(**inputs, return_dict=False)[0]
+        found = model(**inputs, return_dict=False)[0]
+    return torch.stack(found) if isinstance(found, list) else found
 
 
 @pytest.fixture
@@ -61,7 +111,10 @@ def restored():
     _AttentionBackendRegistry.set_active_backend(active)
 
 
-@pytest.mark.parametrize(("build", "layers"), [(flux, 2), (wan, 4)], ids=["flux", "wan"])
+MODELS = [(flux, 2), (wan, 4), (qwen_image, 2), (flux2, 2), (z_image, 3)]
+
+
+@pytest.mark.parametrize(("build", "layers"), MODELS, ids=[build.__name__ for build, _ in MODELS])
 def test_every_way_to_switch_it_on(build, layers, calls):
     model, inputs = build()
     expected = run(model, inputs)

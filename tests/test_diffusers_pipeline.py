@@ -10,15 +10,9 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    EulerDiscreteScheduler,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor2_0
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from tiny_models import TOLERANCE, components, distance, tiny_scheduler, tiny_tokenizer, tiny_unet
 
 from lr_kernels.diffusers import (
     MultiSourceAttnProcessor,
@@ -29,81 +23,9 @@ from lr_kernels.diffusers import (
 )
 
 STEPS = 4
-TOLERANCE = 1e-3
-"""Of latents after a whole run in float32, where their standard deviation is about 1."""
-CHARACTERS = [chr(i) for i in range(33, 127)]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The models are so small that threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def tiny_unet(seed: int, **config) -> UNet2DConditionModel:
-    torch.manual_seed(seed)
-    base = {
-        "block_out_channels": (16, 32),
-        "layers_per_block": 1,
-        "sample_size": 8,
-        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        "cross_attention_dim": 16,
-        "attention_head_dim": 2,
-        "norm_num_groups": 8,
-    }
-    return UNet2DConditionModel(**{**base, **config}).eval()
-
-
-def tiny_tokenizer() -> CLIPTokenizer:
-    tokens = ["<|startoftext|>", "<|endoftext|>", *CHARACTERS, *(c + "</w>" for c in CHARACTERS)]
-    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=24)
-
-
-def tiny_scheduler(**config) -> DDIMScheduler:
-    base = {"clip_sample": False, "timestep_spacing": "trailing", "prediction_type": "v_prediction", "steps_offset": 1}
-    return DDIMScheduler(**{**base, **config})
-
-
-def components() -> dict:
-    torch.manual_seed(7)
-    vae = AutoencoderKL(
-        sample_size=16,
-        latent_channels=4,
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-    ).eval()
-    tokenizer = tiny_tokenizer()
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            intermediate_size=16,
-            projection_dim=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=24,
-            initializer_factor=5.0,
-            bos_token_id=0,
-            eos_token_id=1,
-            pad_token_id=1,
-        )
-    ).eval()
-    return {
-        "vae": vae,
-        "text_encoder": text_encoder,
-        "tokenizer": tokenizer,
-        "unet": tiny_unet(0),
-        "scheduler": tiny_scheduler(),
-        "safety_checker": None,
-        "feature_extractor": None,
-        "requires_safety_checker": False,
-    }
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -142,11 +64,6 @@ def run(pipe, prompt=PROMPTS, **kwargs):
 def retouch(pipe, prompt=PROMPTS, **kwargs):
     kwargs = {**shared_arguments(), "context_latents": NOISE[: len(prompt)], **kwargs}
     return pipe.retouch(prompt, REFERENCE, "a sks ball", ["sks", "ball"], **kwargs)
-
-
-def distance(a, b) -> float:
-    assert a.isfinite().all() and b.isfinite().all()
-    return (a - b).abs().max().item()
 
 
 @pytest.mark.parametrize("bad", [math.nan, -0.1, 1.5])

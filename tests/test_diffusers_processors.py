@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import tiny_models
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, SlicedAttnProcessor
@@ -26,29 +27,11 @@ from lr_kernels.diffusers import (
 from lr_kernels.diffusers.install import layer_scale
 from lr_kernels.diffusers.routing import token_mask
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The models are so small that threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny_unet(**config) -> UNet2DConditionModel:
-    torch.manual_seed(0)
-    base = {
-        "block_out_channels": (16, 32),
-        "layers_per_block": 1,
-        "sample_size": 8,
-        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        "cross_attention_dim": 16,
-        "attention_head_dim": 2,
-        "norm_num_groups": 8,
-    }
-    return UNet2DConditionModel(**{**base, **config}).eval().requires_grad_(False)
+    return tiny_models.tiny_unet(0, **config).requires_grad_(False)
 
 
 STOCK_CASES = {

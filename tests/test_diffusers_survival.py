@@ -1,0 +1,430 @@
+"""What users do to a model around our processors - LoRA, IP-Adapter, fused projections, slicing, offloading - is
+computed as without them, reported by `Installation.verify`, or refused by name.
+
+Numbers in names: DESIGN.md's fault list.
+"""
+
+import accelerate
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.models.attention_processor import (
+    FusedAttnProcessor2_0,
+    FusedJointAttnProcessor2_0,
+    IPAdapterAttnProcessor2_0,
+    SlicedAttnProcessor,
+)
+from peft import LoraConfig
+from safetensors.torch import save_file
+
+from lr_kernels import Source, multi_source_attention
+from lr_kernels.diffusers import (
+    AttentionState,
+    BankAttnProcessor,
+    CustomAttnProcessor,
+    CustomFluxAttnProcessor,
+    CustomSD3AttnProcessor,
+    MultiSourceAttnProcessor,
+    ReferenceBank,
+    RetouchBatch,
+    TokenMapAttnProcessor,
+    install_processors,
+    joint_attention,
+    route,
+    select_layers,
+)
+
+KINDS = (MultiSourceAttnProcessor, CustomAttnProcessor, BankAttnProcessor, TokenMapAttnProcessor)
+SELF_KINDS = KINDS[:3]
+JOINT_KINDS = (CustomFluxAttnProcessor, CustomSD3AttnProcessor)
+ROWS = 3  # a target, its context, the reference
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The models are so small that threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def tiny_unet():
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        block_out_channels=(16, 32), layers_per_block=1, sample_size=8, norm_num_groups=8, cross_attention_dim=16,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), attention_head_dim=2,
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    ).eval().requires_grad_(False)  # fmt: skip
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def predict(unet, image=None, seed=0):
+    conditions = None if image is None else {"image_embeds": [image]}
+    with torch.no_grad():
+        return unet(
+            randn(ROWS, 4, 8, 8, seed=seed),
+            10,
+            encoder_hidden_states=randn(ROWS, 5, 16, seed=1),
+            added_cond_kwargs=conditions,
+        ).sample
+
+
+class Installed:
+    """Processors of one kind in a UNet; `predict` runs it with what the kind is for, or stock, active=False."""
+
+    def __init__(self, kind, unet):
+        self.kind, self.unet, self.bank = kind, unet, ReferenceBank([10])
+        mask = torch.zeros(1, 8, 8, dtype=torch.bool)
+        mask[:, 2:6, 2:6] = True
+        batch, sides = RetouchBatch(1, context=True, guided=False), (8, 4)
+        routings = {n * n: route(batch, mask, mask, (n, n)) for n in sides}
+        tokens = torch.tensor([[1, 3]] * ROWS, dtype=torch.int32)
+        self.state = AttentionState(routings=routings, token_indices=tokens)
+        layers = select_layers(unet, "cross" if kind is TokenMapAttnProcessor else "self")
+        if kind is BankAttnProcessor:
+            self.processors = self.bank.processors(layers)
+        else:
+            self.processors = {n: kind() if kind is CustomAttnProcessor else kind(self.state) for n in layers}
+        self.installation = install_processors(layers, self.processors)
+
+    def predict(self, active=True, image=None):
+        """The UNet's output, and the token maps if the kind keeps them."""
+        self.state.sharing = self.state.capturing = active
+        if self.kind is CustomAttnProcessor:
+            for processor in self.processors.values():
+                processor.attention = read_the_last_row if active else None
+        if not (active and self.kind is BankAttnProcessor):
+            found = predict(self.unet, image)
+            keeps_maps = active and self.kind is TokenMapAttnProcessor
+            maps = [p.maps.flatten() for p in self.processors.values()] if keeps_maps else []
+            return torch.cat([found.flatten(), *maps])
+        with self.bank.extract(0):
+            predict(self.unet, image, seed=9)
+        with self.bank.read(0):
+            return predict(self.unet, image).flatten()
+
+
+def read_the_last_row(query, key, value):
+    rows = torch.tensor([ROWS - 1] * (ROWS - 1) + [-1], dtype=torch.int32)
+    return multi_source_attention(query, [Source(key, value), Source(key, value, rows)])
+
+
+def add_lora(model, *more):
+    torch.manual_seed(1)
+    targets = ["to_q", "to_k", "to_v", "to_out.0", *more]
+    model.add_adapter(LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
+
+
+def pipeline(unet):
+    nothing = dict.fromkeys(("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
+    scheduler = DDIMScheduler(steps_offset=1, clip_sample=False)
+    return StableDiffusionPipeline(unet=unet, scheduler=scheduler, requires_safety_checker=False, **nothing)
+
+
+@pytest.fixture
+def load_ip_adapter(tmp_path):
+    """A function that loads an IP-Adapter's file into a UNet, as a user does."""
+    tensors = {"image_proj.proj.weight": randn(4 * 16, 8, seed=2), "image_proj.proj.bias": torch.zeros(4 * 16)}
+    tensors |= {"image_proj.norm.weight": torch.ones(16), "image_proj.norm.bias": torch.zeros(16)}
+    unet = tiny_unet()
+    for i, name in enumerate(name for name in unet.attn_processors if name.endswith("attn2.processor")):
+        channels = unet.get_submodule(name.removesuffix(".processor")).to_k.out_features
+        tensors[f"ip_adapter.{2 * i + 1}.to_k_ip.weight"] = randn(channels, 16, seed=2 * i)
+        tensors[f"ip_adapter.{2 * i + 1}.to_v_ip.weight"] = randn(channels, 16, seed=2 * i + 1)
+    save_file(tensors, tmp_path / "ip-adapter.safetensors")
+
+    def load(unet):
+        pipeline(unet).load_ip_adapter(
+            str(tmp_path), subfolder="", weight_name="ip-adapter.safetensors", image_encoder_folder=None
+        )
+
+    return load
+
+
+def of_layers(processors, which):
+    """Those of the self-attention, "attn1", or the cross-attention, "attn2"."""
+    return {name: processor for name, processor in processors.items() if f".{which}." in name}
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *JOINT_KINDS])
+def test_processors_take_no_arguments_and_have_no_parameters(kind):
+    assert isinstance(kind(), kind) and not isinstance(kind(), torch.nn.Module)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_state_dict_is_the_models_own(kind):
+    unet = tiny_unet()
+    keys = list(unet.state_dict())
+    installed = Installed(kind, unet)
+    installed.predict()
+    assert list(unet.state_dict()) == keys
+    assert not installed.installation.replaced()
+
+
+@pytest.mark.parametrize("first", ["lora", "installation"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_lora_is_computed(kind, first):
+    plain, unet = tiny_unet(), tiny_unet()
+    if first == "lora":
+        add_lora(unet)
+    installed = Installed(kind, unet)
+    if first == "installation":
+        add_lora(unet)
+    inactive, active = installed.predict(active=False), installed.predict()
+    assert not installed.installation.replaced()
+    installed.installation.remove()
+    expected = predict(unet).flatten()
+    assert torch.equal(inactive, expected)
+    assert not torch.allclose(expected, predict(plain).flatten(), atol=1e-3)
+    unet.fuse_lora()
+    torch.testing.assert_close(active, Installed(kind, unet).predict())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_ip_adapter_loaded_meanwhile_is_reported_and_stays(kind, load_ip_adapter):
+    unet, other = tiny_unet(), tiny_unet()
+    stock = unet.attn_processors
+    installed = Installed(kind, unet)
+    load_ip_adapter(unet)
+    with pytest.warns(RuntimeWarning, match="7 of 7 attention processors were replaced"):
+        installed.installation.verify()
+    installed.installation.remove()
+    assert all(type(p) is IPAdapterAttnProcessor2_0 for p in of_layers(unet.attn_processors, "attn2").values())
+    left = of_layers(unet.attn_processors, "attn1")
+    if kind in SELF_KINDS:  # cross-attention's are not touched in self-attention, where diffusers makes new ones
+        assert all(p is stock[name] for name, p in left.items())
+    load_ip_adapter(other)
+    image = randn(ROWS, 1, 8, seed=3)
+    assert torch.equal(predict(unet, image), predict(other, image))
+
+
+@pytest.mark.parametrize("kind", SELF_KINDS)
+def test_an_ip_adapter_unloaded_meanwhile_is_reported_and_remove_gives_stock(kind, load_ip_adapter):
+    unet = tiny_unet()
+    expected = predict(unet)
+    load_ip_adapter(unet)
+    installed = Installed(kind, unet)
+    pipeline(unet).unload_ip_adapter()
+    with pytest.warns(RuntimeWarning, match="7 of 7 attention processors were replaced"):
+        installed.installation.verify()
+    installed.installation.remove()
+    assert not any(isinstance(p, KINDS) for p in unet.attn_processors.values())
+    assert torch.equal(predict(unet), expected)
+
+
+@pytest.mark.parametrize("kind", SELF_KINDS)
+def test_processors_work_beside_an_ip_adapter(kind, load_ip_adapter):
+    unet = tiny_unet()
+    load_ip_adapter(unet)
+    before = unet.attn_processors
+    image, another = randn(ROWS, 1, 8, seed=3), randn(ROWS, 1, 8, seed=4)
+    expected = predict(unet, image).flatten()
+    installed = Installed(kind, unet)
+    assert torch.equal(installed.predict(active=False, image=image), expected)
+    active = installed.predict(image=image)
+    assert not torch.allclose(active, expected, atol=1e-3)
+    assert not torch.allclose(active, installed.predict(image=another), atol=1e-3)
+    assert (
+        of_layers(unet.attn_processors, "attn2") == of_layers(before, "attn2") and not installed.installation.replaced()
+    )
+    installed.installation.remove()
+    assert unet.attn_processors == before
+
+
+def test_16_an_ip_adapters_layers_are_refused(load_ip_adapter):
+    unet = tiny_unet()
+    load_ip_adapter(unet)
+    before = unet.attn_processors
+    with pytest.raises(
+        NotImplementedError, match="expected a stock attention processor, got IPAdapterAttnProcessor2_0"
+    ):
+        Installed(TokenMapAttnProcessor, unet)
+    assert unet.attn_processors == before
+
+
+def slice_attention(unet):
+    pipeline(unet).enable_attention_slicing()
+
+
+def fuse(unet):
+    unet.fuse_qkv_projections()
+
+
+def unslice(unet):
+    pipeline(unet).disable_attention_slicing()
+
+
+CHANGES = [(fuse, FusedAttnProcessor2_0), (slice_attention, SlicedAttnProcessor)]
+
+
+@pytest.mark.parametrize(("change", "processor"), CHANGES, ids=["fused", "sliced"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_fused_projections_and_slicing_meanwhile_are_reported(kind, change, processor):
+    unet = tiny_unet()
+    expected = predict(unet)
+    installed = Installed(kind, unet)
+    change(unet)
+    with pytest.warns(RuntimeWarning, match=rf"7 of 7 .* is now {processor.__name__}"):
+        installed.installation.verify()
+    installed.installation.remove()
+    assert {type(p) for p in unet.attn_processors.values()} == {processor}
+    torch.testing.assert_close(predict(unet), expected)
+
+
+@pytest.mark.parametrize(("change", "processor"), CHANGES, ids=["fused", "sliced"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_16_fused_projections_and_slicing_before_are_refused(kind, change, processor):
+    unet = tiny_unet()
+    change(unet)
+    before = unet.attn_processors
+    with pytest.raises(NotImplementedError, match=f"expected a stock attention processor, got {processor.__name__}"):
+        Installed(kind, unet)
+    assert unet.attn_processors == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_unfusing_brings_the_processors_back(kind):
+    unet = tiny_unet()
+    installed = Installed(kind, unet)
+    expected = installed.predict()
+    unet.fuse_qkv_projections()
+    unet.unfuse_qkv_projections()
+    assert not installed.installation.replaced()
+    assert torch.equal(installed.predict(), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_after_slicing_is_disabled_processors_install(kind):
+    unet = tiny_unet()
+    expected = Installed(kind, tiny_unet()).predict()
+    slice_attention(unet)
+    unslice(unet)
+    assert torch.equal(Installed(kind, unet).predict(), expected)
+
+
+def offload_by_accelerate(model):
+    accelerate.cpu_offload(model, execution_device="cpu")
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def offload_by_groups(model):
+    model.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
+
+
+OFFLOADS = [offload_by_accelerate, offload_by_groups]
+
+
+@pytest.mark.parametrize("offload", OFFLOADS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_offloading_changes_no_bit(kind, offload):
+    installed = Installed(kind, tiny_unet())
+    expected = installed.predict()
+    offload(installed.unet)
+    assert torch.equal(installed.predict(), expected)
+
+
+def flux():
+    torch.manual_seed(0)
+    return FluxTransformer2DModel(
+        patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8),
+    ).eval().requires_grad_(False)  # fmt: skip
+
+
+def sd3():
+    torch.manual_seed(0)
+    return SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,
+        joint_attention_dim=32, caption_projection_dim=32, pooled_projection_dim=64, out_channels=4,
+        qk_norm="rms_norm", dual_attention_layers=(0,),
+    ).eval().requires_grad_(False)  # fmt: skip
+
+
+def predict_joint(model):
+    text = {"encoder_hidden_states": randn(2, 7, 32, seed=1), "timestep": torch.tensor([500, 500])}
+    if isinstance(model, FluxTransformer2DModel):
+        image = {"hidden_states": randn(2, 16, 4), "img_ids": randn(16, 3), "txt_ids": randn(7, 3, seed=2)}
+        inputs = image | {"pooled_projections": randn(2, 32)}
+    else:
+        inputs = {"hidden_states": randn(2, 4, 8, 8), "pooled_projections": randn(2, 64)}
+    with torch.no_grad():
+        return model(**text, **inputs, return_dict=False)[0]
+
+
+JOINT = pytest.mark.parametrize(
+    ("build", "kind"), [(flux, CustomFluxAttnProcessor), (sd3, CustomSD3AttnProcessor)], ids=["flux", "sd3"]
+)
+
+
+@JOINT
+@pytest.mark.parametrize("first", ["lora", "processor"])
+def test_a_lora_is_computed_in_joint_attention(build, kind, first):
+    steps = [lambda m: add_lora(m, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+             lambda m: m.set_attn_processor(kind())]  # fmt: skip
+    model = build()
+    for step in steps if first == "lora" else reversed(steps):
+        step(model)
+    inactive = predict_joint(model)
+    model.set_attn_processor(kind(joint_attention))
+    active = predict_joint(model)
+    fused = build()
+    steps[0](fused)
+    assert torch.equal(inactive, predict_joint(fused))
+    fused.fuse_lora()
+    torch.testing.assert_close(active, predict_joint(fused))
+    assert not torch.allclose(active, predict_joint(build()), atol=1e-3)
+
+
+@JOINT
+@pytest.mark.parametrize("offload", OFFLOADS)
+def test_offloading_changes_no_bit_of_joint_attention(build, kind, offload):
+    model = build()
+    model.set_attn_processor(kind(joint_attention))
+    keys, expected = list(model.state_dict()), predict_joint(model)
+    assert keys == list(build().state_dict())
+    offload(model)
+    assert torch.equal(predict_joint(model), expected)
+
+
+def test_16_flux_refuses_fused_projections_and_works_again_without():
+    model = flux()
+    model.set_attn_processor(CustomFluxAttnProcessor(joint_attention))
+    expected = predict_joint(model)
+    model.fuse_qkv_projections()
+    with pytest.raises(NotImplementedError, match="attn: expected separate projections, got fused ones"):
+        predict_joint(model)
+    model.unfuse_qkv_projections()
+    assert torch.equal(predict_joint(model), expected)
+
+
+def test_without_a_function_flux_computes_fused_projections_as_stock():
+    model, stock = flux(), flux()
+    model.set_attn_processor(CustomFluxAttnProcessor())
+    for x in (model, stock):
+        x.fuse_qkv_projections()
+    assert torch.equal(predict_joint(model), predict_joint(stock))
+
+
+def test_sd3s_fused_projections_replace_the_processor_and_unfusing_brings_it_back():
+    model = sd3()
+    ours = CustomSD3AttnProcessor(joint_attention)
+    model.set_attn_processor(ours)
+    expected = predict_joint(model)
+    model.fuse_qkv_projections()
+    assert {type(p) for p in model.attn_processors.values()} == {FusedJointAttnProcessor2_0}
+    model.unfuse_qkv_projections()
+    assert all(p is ours for p in model.attn_processors.values())
+    assert torch.equal(predict_joint(model), expected)
+    model.fuse_qkv_projections()
+    model.set_attn_processor(ours)  # after fusing: it calls the separate projections, which are still there
+    assert torch.equal(predict_joint(model), expected)
