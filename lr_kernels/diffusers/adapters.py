@@ -3,31 +3,44 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from diffusers.utils import is_peft_available
 from torch import nn
 
 from ..checks import fail
 
 
+def active_adapters(models: Sequence[nn.Module]) -> set[str]:
+    """Names of the adapters (LoRA and others of peft) that act in any layer of the models."""
+    return {name for layer in _layers(models) if not layer.disable_adapters for name in layer.active_adapters}
+
+
 @contextmanager
-def adapters_off(models: Sequence[nn.Module], names: Sequence[str] | None = None) -> Iterator[None]:
-    """Models without their active adapters of these names, or without any; all is as before afterwards.
+def adapters_off(op: str, models: Sequence[nn.Module], names: Sequence[str] | None = None) -> Iterator[None]:
+    """While it lasts the models are without the active adapters of these names; None: without any.
 
     Raises:
-        ValueError: a name that no layer has active.
+        ValueError: a name that is not active, adapters that are fused.
     """
-    layers = [module for model in models for module in model.modules() if hasattr(module, "active_adapters")]
-    active = {name for layer in layers for name in layer.active_adapters}
-    for name in names or ():
-        if name not in active:
-            fail("layout_retouch", "personalized_adapters", f"among the active adapters {sorted(active)}", repr(name))
-    before = [(layer, layer._active_adapter, layer._disable_adapters) for layer in layers]
+    layers, active = _layers(models), active_adapters(models)
+    off = active if names is None else set(names)
+    if off - active or (names is not None and not off):
+        fail(op, "adapters", f"some of the active ones, {sorted(active)}", sorted(off))
+    if any(layer.merged for layer in layers):
+        fail(op, "adapters", "adapters that are not fused", "fused ones", "call unfuse_lora() first")
+    before = [(layer, layer._active_adapter) for layer in layers]
     try:
         for layer in layers:
-            kept = [] if names is None else [name for name in layer.active_adapters if name not in names]
-            # Not set_adapter and enable_adapters: they also change which parameters require a gradient.
-            layer._active_adapter = kept
-            layer._disable_adapters = layer._disable_adapters or not kept
+            # peft's set_adapter and enable_adapters would also change which weights require a gradient.
+            layer._active_adapter = [name for name in layer.active_adapters if name not in off]
         yield
     finally:
-        for layer, names_before, disabled in before:
-            layer._active_adapter, layer._disable_adapters = names_before, disabled
+        for layer, names_before in before:
+            layer._active_adapter = names_before
+
+
+def _layers(models: Sequence[nn.Module]) -> list[nn.Module]:
+    if not is_peft_available():
+        return []
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module for model in models for module in model.modules() if isinstance(module, BaseTunerLayer)]

@@ -111,7 +111,7 @@ class PersonalizedPipeline:
         if self.personalized_unet is not None:
             yield
             return
-        with adapters_off([self.unet, *self.text_encoders(personal=False)], self.config.personalized_adapters):
+        with adapters_off(OP, [self.unet, *self.text_encoders(personal=False)], self.config.personalized_adapters):
             yield
 
     def encode_images(self, images: Image | list[Image], height: int, width: int) -> Tensor:

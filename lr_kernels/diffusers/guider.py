@@ -1,7 +1,8 @@
 """Step-blended denoising, stage 1 of Layout-and-Retouch, as a guider of diffusers' modular pipelines."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import ClassVar
 
 import torch
@@ -9,12 +10,11 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.guiders.guider_utils import GuiderOutput
 from diffusers.modular_pipelines.modular_pipeline import BlockState
-from diffusers.utils import is_peft_available
 from torch import Tensor, nn
 
 from ..checks import fail
-from .schedule import blend_weights, step_in_schedule
-from .stages import DEFAULT_SWITCH
+from .adapters import active_adapters, adapters_off
+from .schedule import DEFAULT_SWITCH, Blend, blend_weights, step_in_schedule
 
 _OP = "StepBlendGuidance"
 _ABSENT = object()
@@ -62,7 +62,7 @@ class StepBlendGuidance(ClassifierFreeGuidance):
         self,
         guidance_scale: float = 7.5,
         layout_steps: int | None = None,
-        layout_blend: str | Callable[[int], float] | Sequence[float] | Tensor = "hard",
+        layout_blend: Blend = "hard",
         adapters: Sequence[str] | None = None,
         guidance_rescale: float = 0.0,
         use_original_formulation: bool = False,
@@ -95,7 +95,7 @@ class StepBlendGuidance(ClassifierFreeGuidance):
         self.vanilla = vanilla
         self._weight = 1.0
         self._layout_inputs: dict[str, Tensor] = {}
-        self._changed: list[tuple[nn.Module, str, object]] = []
+        self._acting = ExitStack()  # what makes the denoiser the vanilla model
 
     def new(self, **kwargs) -> "StepBlendGuidance":
         """A guider of the same configuration and vanilla model, but for `kwargs`; without layout inputs."""
@@ -117,12 +117,7 @@ class StepBlendGuidance(ClassifierFreeGuidance):
 
     def reset(self) -> None:
         """Make the denoiser the personalized model again, exactly as it was. Only needed where the denoiser raised."""
-        while self._changed:
-            owner, name, value = self._changed.pop()
-            if value is _ABSENT:
-                del vars(owner)[name]
-            else:
-                vars(owner)[name] = value
+        self._acting.close()
 
     # What the pipelines call
 
@@ -150,10 +145,12 @@ class StepBlendGuidance(ClassifierFreeGuidance):
         super().prepare_models(denoiser)
         if not self._current.startswith("layout"):
             return
-        if self.vanilla is None:
-            self._switch_adapters_off(denoiser)
-        else:
-            self._change(denoiser, "forward", self.vanilla)
+        if self.vanilla is not None:
+            self._acting.enter_context(_calling(denoiser, self.vanilla))
+            return
+        if not active_adapters([denoiser]):
+            fail(_OP, "vanilla", "a model, or a denoiser that has active adapters", "neither")
+        self._acting.enter_context(adapters_off(_OP, [denoiser], self.adapters))
 
     def cleanup_models(self, denoiser: nn.Module) -> None:
         self.reset()
@@ -211,25 +208,6 @@ class StepBlendGuidance(ClassifierFreeGuidance):
             batches[0][name] = x
         return batches
 
-    def _switch_adapters_off(self, denoiser: nn.Module) -> None:
-        layers = _adapter_layers(denoiser)
-        active = {name for layer in layers if not layer.disable_adapters for name in layer.active_adapters}
-        if not active:
-            fail(_OP, "vanilla", "a model, or a denoiser that has active adapters", "neither")
-        off = active if self.adapters is None else set(self.adapters)
-        if not off or off - active:
-            fail(_OP, "adapters", f"some of the active ones, {sorted(active)}", sorted(off))
-        if any(layer.merged for layer in layers):
-            fail(_OP, "adapters", "adapters that are not fused", "fused ones", "call unfuse_lora() first")
-        for layer in layers:
-            # peft's set_adapter and enable_adapters would also change which weights require a gradient.
-            self._change(layer, "_active_adapter", [name for name in layer.active_adapters if name not in off])
-
-    def _change(self, owner: nn.Module, name: str, value: object) -> None:
-        """Set an attribute of this instance alone, past nn.Module, which would make a submodule of a module."""
-        self._changed.append((owner, name, vars(owner).get(name, _ABSENT)))
-        vars(owner)[name] = value
-
     def _blend(self, layout: Tensor | None, personalized: Tensor | None) -> Tensor | None:
         if layout is None:
             return None
@@ -237,9 +215,15 @@ class StepBlendGuidance(ClassifierFreeGuidance):
         return torch.lerp(layout.to(dtype), personalized.to(dtype), self._weight)
 
 
-def _adapter_layers(denoiser: nn.Module) -> list[nn.Module]:
-    if not is_peft_available():
-        return []
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return [module for module in denoiser.modules() if isinstance(module, BaseTunerLayer)]
+@contextmanager
+def _calling(denoiser: nn.Module, vanilla: nn.Module) -> Iterator[None]:
+    """While it lasts this instance of the denoiser runs the vanilla model."""
+    before = vars(denoiser).get("forward", _ABSENT)
+    vars(denoiser)["forward"] = vanilla  # past nn.Module, which would make it a submodule
+    try:
+        yield
+    finally:
+        if before is _ABSENT:
+            del vars(denoiser)["forward"]
+        else:
+            vars(denoiser)["forward"] = before

@@ -1,113 +1,330 @@
-"""The denoiser of the retouch stage: one UNet call for targets, contexts and references, with shared self-attention."""
+"""Stage 2 of Layout-and-Retouch (arXiv 2407.09779): multi-source attention swapping."""
 
-import math
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
-from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
+from ..checks import fail
+from ..masks import subject_mask
+from ..step_blend import step_blend
 from .bank import ReferenceBank
-from .condition import Condition, Control, placed, predict
-from .install import Installation, install_processors, layer_grid, layer_scale
-from .processors import AttentionState, MultiSourceAttnProcessor
-from .routing import RetouchBatch, Routing, Swap
-from .subject import SubjectMaps, SubjectTokens, TargetMasks
+from .components import OP, Callback, Generator, GivenImages, Image, as_list, as_mask, noise_like
+from .condition import Condition, predict
+from .denoiser import RetouchDenoiser
+from .install import install_processors, select_layers
+from .inversion import renoise
+from .matching import FeatureRecorder, matcher
+from .output import LayoutRetouchOutput, timed
+from .routing import RetouchBatch, route, swap
+from .schedule import DEFAULT_SWITCH, ddim_table, step_in_schedule
+from .subject import TargetMasks, as_subjects, rescaled, shown_subjects
+
+SOURCES = ("inversion", "renoise")
+READINGS = ("routing", "swap")
 
 
-@dataclass
-class RetouchDenoiser:
-    """Predictions for the targets of the retouch stage (arXiv 2407.09779); a context manager around the loop.
+class RetouchStage:
+    """The methods `retouch` and `reference_bank` of the pipelines; arguments are described at `LayoutRetouch`."""
 
-    Entering it puts processors into the UNet, leaving it restores the previous ones.
-    """
+    @torch.no_grad()
+    def reference_bank(
+        self,
+        reference_image: Image | list[Image],
+        reference_prompt: str | list[str],
+        subject_tokens: str | Sequence[str] | Sequence[Sequence[str]],
+        *,
+        reference_mask: Image | list[Image | None] | None = None,
+        reference_subjects: Sequence[int] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 7.5,
+        retouch_start: int | None = None,
+        retouch_end: int | None = None,
+        retouch_layers: Sequence[int | str] | None = None,
+        sources: str = "inversion",
+        mask_threshold: float | str = "otsu",
+        storage: str = "device",
+        limit: int | None = None,
+        backend: str = "auto",
+    ) -> ReferenceBank:
+        """What the references contribute to the retouch stage: keys and values of every layer and step that shares.
 
-    unet: UNet2DConditionModel
-    batch: RetouchBatch
-    condition: Condition
-    """of batch.size rows"""
-    layers: Mapping[str, Attention]
-    """the self-attention layers that share"""
-    share: range
-    """the steps in which they do"""
-    reading: Callable[[Tensor, tuple[int, int]], Routing | Swap]
-    """(masks, grid) -> what layers with that many tokens read"""
-    mask: Tensor | None
-    """bool (subjects, n, h, w): the targets' foreground, None while unknown: nothing is shared until then"""
-    tracker: TargetMasks | None
-    """makes the mask of the next step; None: the mask stays"""
-    tokens: SubjectTokens
-    """of the targets' prompts, n"""
-    latent_size: tuple[int, int]
-    bank: ReferenceBank | None = None
-    """has the references, which are then not in the batch"""
-    bank_steps: Mapping[int, int] = field(default_factory=dict)
-    """the bank's step of each of the steps that share"""
-    control: Control | None = None
-    """of the targets"""
-    backend: str = "auto"
-    _state: AttentionState = field(init=False)
-    _stack: ExitStack = field(default_factory=ExitStack, init=False)
-    _installed: list[Installation] = field(default_factory=list, init=False)
-    _recorder: SubjectMaps | None = field(default=None, init=False)
-    _routed: Tensor | None = field(default=None, init=False)
+        Pass it as `reference_bank` to any number of calls with the same size, steps, range of steps, layers (or fewer)
+        and with or without guidance as here; `save` keeps it for other processes. Arguments as in `__call__`, and
+        storage, limit as in `ReferenceBank`.
+        """
+        device = self._execution_device
+        self._check_sources(sources)
+        timesteps = self.begin(num_inference_steps, device)
+        start, end = self._range(retouch_start, retouch_end, num_inference_steps)
+        layers = select_layers(self.personal_unet, "self", retouch_layers)
+        subjects = as_subjects(subject_tokens)
+        images = _as_images(reference_image)
+        shows = shown_subjects(reference_subjects, len(images), len(subjects))
+        size = self.latent_size(height, width, None)
+        prompts = as_list(reference_prompt, len(images), "reference_prompt")
+        negatives = [None] * len(images) if guidance_scale > 1 else []
+        condition = self.embed(negatives + prompts, size, personal=True)
+        tokens = self.subject_tokens(prompts, subjects, shows)
+        own = condition.rows(slice(-len(images), None))
+        given = self.given_images(None, self._references(images, size, own), own, tokens, None)
+        to_mask = partial(self._to_mask, size=size, threshold=mask_threshold, backend=backend)
+        bank = ReferenceBank(timesteps[start:end].tolist(), storage=storage, limit=limit)
+        masks = _masks(reference_mask, len(images))
+        maps = self.subject_maps(given, backend=backend) if any(mask is None for mask in masks) else None
+        bank.foreground = self._foreground(masks, maps, shows, to_mask, size)
+        trajectory = self._trajectory(given, sources, start, backend)
+        with install_processors(layers, bank.processors(layers)), self.progress_bar(total=end - start) as bar:
+            for step in range(end - start):
+                latents = torch.cat([trajectory[step]] * (2 if guidance_scale > 1 else 1))
+                with bank.extract(step):
+                    predict(self.personal_unet, latents, timesteps[start + step], condition)
+                bar.update()
+        self.maybe_free_model_hooks()
+        return bank
 
-    def __post_init__(self) -> None:
-        self._state = AttentionState(backend=self.backend)
+    @torch.no_grad()
+    def retouch(
+        self,
+        prompt: str | list[str],
+        reference_image: Image | list[Image] | None = None,
+        reference_prompt: str | list[str] | None = None,
+        subject_tokens: str | Sequence[str] | Sequence[Sequence[str]] = (),
+        *,
+        context_latents: Tensor | None,
+        reference_mask: Image | list[Image | None] | None = None,
+        reference_subjects: Sequence[int] | None = None,
+        reference_bank: ReferenceBank | None = None,
+        negative_prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 7.5,
+        eta: float = 0.0,
+        retouch_start: int | None = None,
+        retouch_end: int | None = None,
+        retouch_layers: Sequence[int | str] | None = None,
+        reading: str = "routing",
+        sources: str = "inversion",
+        mask_blending: bool = False,
+        mask_threshold: float | str = "otsu",
+        control_image: Image | list[Image] | None = None,
+        control_scale: float = 1.0,
+        generator: Generator = None,
+        latents: Tensor | None = None,
+        backend: str = "auto",
+        output_type: str = "pil",
+        callback_on_step_end: Callback = None,
+    ) -> LayoutRetouchOutput:
+        """Stage 2: targets take their layout from the contexts and their appearance from the references.
 
-    def __enter__(self) -> "RetouchDenoiser":
-        with ExitStack() as stack:
-            buffers = {name: None if self.bank is None else self.bank.layer(name) for name in self.layers}
-            processors = {name: MultiSourceAttnProcessor(self._state, buffer) for name, buffer in buffers.items()}
-            self._installed.append(stack.enter_context(install_processors(self.layers, processors)))
-            if self.tracker is not None:
-                self._recorder = stack.enter_context(SubjectMaps(self.unet, self._state, self.latent_size))
-                self._installed.append(self._recorder.installation)
-                rows = torch.arange(self.batch.size, device=self.tokens.indices.device) % self.batch.half
-                self._state.token_indices = self.tokens.indices[rows % self.batch.images]  # only the targets' are used
-                self._state.capturing = True
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._stack.close()
-
-    def predict(self, latents: Tensor, sources: Tensor, step: int, t: Tensor) -> list[Tensor]:
-        """(unconditional, conditional) predictions, each (n, C, h, w); the same one twice without guidance.
+        Arguments as in `__call__`, and
 
         Args:
-            latents: (n, C, h, w) of the targets. sources: of the batch's contexts and references, at the same noise
-                level.
+            context_latents: (n, C, height/f, width/f), clean latents of the layouts, from `layout` or `encode_images`.
+                None: the references alone. The targets then start from noise; from retouch_start on, their subjects by
+                their own cross-attention read the references' besides their own row.
+            height, width, latents: only without contexts.
         """
-        for installation in self._installed:
-            installation.verify()
-        sharing = step in self.share and self.mask is not None
-        self._state.sharing = sharing
-        if sharing and self.mask is not self._routed:
-            self._state.routings = self._route()
-            self._routed = self.mask
-        inputs = torch.cat([latents, sources] * self.batch.halves)
-        banked = self.bank.read(self.bank_steps[step]) if sharing and self.bank is not None else nullcontext()
-        with banked:
-            out = predict(self.unet, inputs, t, self.condition, self._controlled(latents, t))
-        if self._recorder is not None:
-            start = self.batch.size - self.batch.half  # the conditional half
-            maps = self._recorder.collect(slice(start, start + self.batch.images), self.tokens.weights)
-            self.mask = self.tracker.update(maps)
-        targets = self.batch.targets(out)
-        return [targets[0], targets[-1]]
+        prompt = as_list(prompt)
+        count, steps, guided, device = len(prompt), num_inference_steps, guidance_scale > 1, self._execution_device
+        self._check_sources(sources)
+        if reading not in READINGS:
+            fail(OP, "reading", "one of " + ", ".join(READINGS), repr(reading))
+        has_context = context_latents is not None
+        if has_context:
+            for name, x in (("height", height), ("width", width), ("latents", latents)):
+                if x is not None:
+                    fail(OP, name, "None, since context_latents are given", type(x).__name__)
+            if len(context_latents) != count:
+                fail(OP, "context_latents", f"{count} rows, one per prompt", len(context_latents))
+        if reading == "swap" and (reference_bank is not None or not has_context):
+            expected = "'routing' with a reference_bank, which has no features to match, or without layouts"
+            fail(OP, "reading", expected, "'swap'", error=NotImplementedError)
+        timesteps = self.begin(steps, device)
+        start, end = self._range(retouch_start, retouch_end, steps)
+        layers = select_layers(self.personal_unet, "self", retouch_layers)
+        table = ddim_table(self.scheduler, guidance_scale=guidance_scale if guided else 1, eta=eta, device=device)
+        subjects = as_subjects(subject_tokens)
+        bank_steps = {}
+        if reference_bank is None:
+            images = _as_images(reference_image)
+            references = len(images)
+        else:
+            for name, x in (("reference_image", reference_image), ("reference_prompt", reference_prompt),
+                            ("reference_mask", reference_mask)):  # fmt: skip
+                if x is not None:
+                    fail(OP, name, "None, since the reference_bank has it", type(x).__name__)
+            images, references = [], len(reference_bank.foreground)
+            bank_steps = {i: reference_bank.step_of(self.scheduler.timesteps[i]) for i in range(start, end)}
+        shows = shown_subjects(reference_subjects, references, len(subjects))
+        batch = RetouchBatch(count, has_context, guided, references, banked=reference_bank is not None)
+        if reference_bank is not None and reference_bank.rows_held != references * batch.halves:
+            built = "with guidance" if guided else "without guidance"
+            fail(OP, "reference_bank", f"built {built}: {references * batch.halves} rows", reference_bank.rows_held)
+        size = self.latent_size(height, width, context_latents if has_context else latents)
+        seconds: dict[str, float] = {}
 
-    def _controlled(self, latents: Tensor, t: Tensor) -> dict | None:
-        if self.control is None:
-            return None
-        rows = torch.cat(self.batch.targets(torch.arange(self.batch.size, device=latents.device)))
-        repeated = latents.repeat(self.batch.halves, 1, 1, 1)
-        residuals = self.control.residuals(repeated, t, self.condition.rows(rows))
-        return placed(residuals, rows, self.batch.size)
+        with timed(seconds, "encode", device):
+            copies = 2 if has_context else 1
+            reference_prompts = as_list(reference_prompt, references, "reference_prompt") if images else []
+            conditions = prompt * copies + reference_prompts
+            negatives = as_list(negative_prompt, count, "negative_prompt") * copies + [None] * len(images)
+            condition = self.embed((negatives if guided else []) + conditions, size, personal=True)
+            tokens = self.subject_tokens(conditions, subjects, [None] * (count * copies) + list(shows)[: len(images)])
+            dtype = condition.embeds.dtype
+            if has_context:
+                latents = context_latents.to(device, dtype)
+            else:
+                latents = self.initial_latents(count, size, dtype, generator, latents)
+            rows = slice(count, None)  # of a half: all but the targets
+            own = condition.rows(slice(-batch.half, None)).rows(rows)
+            contexts = latents if has_context else None
+            given = self.given_images(contexts, self._references(images, size, own), own, tokens.rows(rows), generator)
+            control = self.control(control_image, control_scale, count, size, dtype)
 
-    def _route(self) -> dict[int, Routing | Swap]:
-        grids = {layer_grid(layer_scale(self.unet, name), *self.latent_size) for name in self.layers}
-        return {math.prod(grid): self.reading(self.mask, grid) for grid in grids}
+        to_mask = partial(self._to_mask, size=size, threshold=mask_threshold, backend=backend)
+        with timed(seconds, "mask", device):
+            features = FeatureRecorder(self.personal_unet) if reading == "swap" else None
+            masks = _masks(reference_mask, len(images))
+            maps = None
+            if has_context or any(mask is None for mask in masks):
+                maps = self.subject_maps(given, features, backend=backend)
+            context_maps = maps[:, :count] if has_context else None
+            context_mask = to_mask(context_maps) if has_context else None
+            if reference_bank is None:
+                seen = self._foreground(masks, None if maps is None else maps[:, -references:], shows, to_mask, size)
+            else:
+                seen = reference_bank.foreground
+            tracker = None
+            if mask_blending or not has_context:
+                tracker = TargetMasks(rescaled(context_maps) if has_context else None, to_mask, steps - start)
+
+        begin = start if has_context else 0
+        with timed(seconds, "invert", device):
+            trajectory = self._trajectory(given, sources, begin, backend)
+
+        if reading == "swap":
+            matches = matcher(features.features, references, backend=backend)
+
+            def read(mask: Tensor, grid: tuple[int, int]) -> object:
+                return swap(batch, mask, seen, grid, shows, matches(grid))
+        else:
+
+            def read(mask: Tensor, grid: tuple[int, int]) -> object:
+                return route(batch, mask, seen, grid, shows)
+
+        denoiser = RetouchDenoiser(
+            self.personal_unet,
+            batch,
+            condition,
+            layers=layers,
+            share=range(start, end),
+            reading=read,
+            mask=context_mask,
+            tracker=tracker,
+            tokens=tokens.rows(slice(count)),
+            latent_size=size,
+            bank=reference_bank,
+            bank_steps=bank_steps,
+            control=control,
+            backend=backend,
+        )
+        latents = trajectory[0][:count] if has_context else latents
+        with timed(seconds, "retouch", device), self.progress_bar(total=steps - begin) as bar, denoiser:
+            for i, t in enumerate(timesteps[begin:], begin):
+                if self.interrupt:
+                    continue
+                predictions = denoiser.predict(latents, trajectory[i - begin], i, t)
+                keep = mask_blending and has_context
+                latents = step_blend(
+                    latents,
+                    predictions,
+                    table,
+                    i,
+                    mask=(denoiser.mask | context_mask).any(0) if keep else None,
+                    background=trajectory[i + 1 - begin][:count] if keep else None,
+                    noise=noise_like(latents, generator) if eta > 0 else None,
+                    backend=backend,
+                )
+                latents = self.after_step(callback_on_step_end, i, t, latents)
+                bar.update()
+        images, nsfw = self.decode(latents, output_type, seconds)
+        return LayoutRetouchOutput(
+            images=images,
+            latents=latents,
+            masks=denoiser.mask.any(0),
+            subject_masks=denoiser.mask,
+            reference_mask=seen,
+            nsfw_content_detected=nsfw,
+            seconds=seconds,
+        )
+
+    def _check_sources(self, sources: str) -> None:
+        if sources not in SOURCES:
+            fail(OP, "sources", "one of " + ", ".join(SOURCES), repr(sources))
+
+    def _range(self, start: int | None, end: int | None, steps: int) -> tuple[int, int]:
+        """The steps that share, from and to."""
+        start = step_in_schedule("retouch_start", start, round(DEFAULT_SWITCH * steps), 0, steps - 1)
+        return start, step_in_schedule("retouch_end", end, steps, start, steps)
+
+    def _references(self, images: list[Image], size: tuple[int, int], condition: Condition) -> Tensor:
+        """Latents (R, C, *size) of the references; R may be 0."""
+        if not images:
+            return condition.embeds.new_empty(0, self.unet.config.in_channels, *size)
+        return self.encode_images(images, *(x * self.vae_scale_factor for x in size)).to(condition.embeds.dtype)
+
+    def _to_mask(self, maps: Tensor, *, size: tuple[int, int], threshold: float | str, backend: str) -> Tensor:
+        """Maps (S, n, L, h, w) -> bool (S, n, *size)."""
+        masks = subject_mask(maps.flatten(0, 1), size=size, threshold=threshold, backend=backend)
+        return masks.unflatten(0, maps.shape[:2])
+
+    def _foreground(
+        self, masks: list[Image | None], maps: Tensor | None, shows: Sequence[int], to_mask: Callable, size: tuple
+    ) -> Tensor:
+        """bool (R, *size) of the references: the masks given, else those of the maps (S, R, L, h, w)."""
+        found = []
+        for r, (mask, subject) in enumerate(zip(masks, shows)):
+            if mask is None:
+                seen = to_mask(maps[subject : subject + 1, r : r + 1])[0]
+            else:
+                seen = as_mask(mask, size, self._execution_device)
+            if not seen.any():
+                name = "reference_mask" if len(masks) == 1 else f"reference_mask[{r}]"
+                hint = "check subject_tokens and reference_prompt, or pass a mask"
+                fail(OP, name, "a foreground", "none", hint)
+            found.append(seen)
+        return torch.cat(found)
+
+    def _trajectory(self, given: GivenImages, sources: str, start: int, backend: str) -> list[Tensor]:
+        """Latents of the given images from step `start` on, and the clean ones."""
+        if sources == "inversion" and len(given.latents):
+            return self.invert(given, start=start, backend=backend)
+        return renoise(given.latents, given.noise, self.scheduler, start=start)
+
+
+def _as_images(images: Image | list[Image] | None) -> list[Image]:
+    """One image, several, or a batch (R, ...) -> a list."""
+    if images is None:
+        fail(OP, "reference_image", "an image, several, or a reference_bank", None)
+    if isinstance(images, (list, tuple)):
+        found = list(images)
+    elif getattr(images, "ndim", 0) == 4:
+        found = [images[r : r + 1] for r in range(len(images))]
+    else:
+        found = [images]
+    if not found:
+        fail(OP, "reference_image", "at least one image", 0)
+    return found
+
+
+def _masks(masks: Image | list[Image | None] | None, references: int) -> list[Image | None]:
+    """One entry per reference."""
+    found = list(masks) if isinstance(masks, (list, tuple)) else [masks] * (references if masks is None else 1)
+    if len(found) != references:
+        fail(OP, "reference_mask", f"{references} masks, one per reference", len(found))
+    return found

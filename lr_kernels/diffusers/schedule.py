@@ -11,6 +11,10 @@ from ..checks import fail
 from ..coefficients import PREDICTION_TYPES, blend_schedule, step_coefficients
 
 _OP = "layout_retouch"
+DEFAULT_SWITCH = 0.3
+"""Share of the steps for layout_steps and retouch_start: with 6 of 20, layouts stay and identity comes back."""
+
+Blend = str | Callable[[int], float] | Sequence[float] | Tensor
 
 
 def check_scheduler(scheduler: object) -> None:
@@ -53,9 +57,7 @@ def ddim_table(
     ).to(device)
 
 
-def blend_weights(
-    blend: str | Callable[[int], float] | Sequence[float] | Tensor, layout_steps: int, steps: int
-) -> Tensor:
+def blend_weights(blend: Blend, layout_steps: int, steps: int) -> Tensor:
     """Weight of the personalized model at each step: fp32 (steps,) in [0, 1].
 
     Args:
