@@ -109,7 +109,7 @@ def components_xl() -> dict:
 def tiny_controlnet(unet: UNet2DConditionModel) -> ControlNetModel:
     """One that changes something: its last layers are zero in a new one."""
     torch.manual_seed(9)
-    net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(16,)).eval()
+    net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(16, 32)).eval()
     for parameter in (*net.controlnet_down_blocks.parameters(), *net.controlnet_mid_block.parameters()):
         torch.nn.init.normal_(parameter, std=0.3)
     torch.nn.init.normal_(net.controlnet_cond_embedding.conv_out.weight, std=0.3)

@@ -1,0 +1,456 @@
+"""The retouch stage beyond one subject and one reference: readings by hand, subjects, banks, personalization by LoRA or
+textual inversion, ControlNets, offloading. Numbers in names are rows of the fault list in DESIGN.md."""
+
+import copy
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionControlNetPipeline, StableDiffusionXLControlNetPipeline
+from peft import LoraConfig, get_peft_model_state_dict
+from tiny_models import (
+    TOLERANCE,
+    XL_UNET,
+    components,
+    components_xl,
+    distance,
+    tiny_controlnet,
+    tiny_scheduler,
+    tiny_unet,
+)
+from torch.nn import functional as F
+
+from lr_kernels.diffusers import (
+    MultiSourceAttnProcessor,
+    ReferenceBank,
+    RetouchBatch,
+    StableDiffusionLayoutRetouchPipeline,
+    StableDiffusionXLLayoutRetouchPipeline,
+    route,
+    swap,
+)
+from lr_kernels.diffusers.processors import AttentionState
+from lr_kernels.diffusers.subject import as_subjects, shown_subjects
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+STEPS = 4
+PROMPTS = ["a sks ball", "sks ball at sea"]
+BOTH = ["a sks ball by a box", "a box and sks ball"]
+NOISE = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(6))
+IMAGES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(5))
+MASK = np.zeros((32, 32), bool)
+MASK[8:24, 8:24] = True
+SHARED = {"num_inference_steps": STEPS, "output_type": "latent", "guidance_scale": 2.0}
+
+
+def fresh(kind="sd", **parts):
+    if kind == "sd":
+        parts = {**components(), "personalized_unet": tiny_unet(1), **parts}
+        pipe = StableDiffusionLayoutRetouchPipeline(**parts)
+    else:
+        parts = {**components_xl(), "personalized_unet": tiny_unet(1, **XL_UNET), **parts}
+        pipe = StableDiffusionXLLayoutRetouchPipeline(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def pipes():
+    return {"sd": fresh("sd"), "xl": fresh("xl")}
+
+
+@pytest.fixture
+def pipe(pipes):
+    return pipes["sd"]
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def retouch(pipe, prompt=PROMPTS, image=IMAGES[:1], reference_prompt="a sks ball", words=("sks", "ball"), **kwargs):
+    kwargs = {**SHARED, "context_latents": NOISE[: len(prompt)], "reference_mask": MASK, **kwargs}
+    kwargs.setdefault("generator", seeded())
+    return pipe.retouch(prompt, image, reference_prompt, words, **kwargs)
+
+
+# The readings, by hand
+
+
+def attention(q, k, v, visible):
+    """(H, N, D) x (H, M, D), visible (N, M)."""
+    return F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=visible[None, None])[0]
+
+
+@pytest.mark.parametrize(("context", "guided"), list(itertools.product([True, False], repeat=2)))
+def test_several_subjects_and_references_read_by_hand(context, guided):
+    torch.manual_seed(0)
+    shows = (1, 0, 1)
+    batch = RetouchBatch(2, context, guided, references=3)
+    masks, seen = torch.rand(2, 2, 4, 6) < 0.4, torch.rand(3, 4, 6) < 0.5
+    q, k, v = torch.randn(3, batch.size, 2, 24, 8)
+    state = AttentionState(sharing=True, routings={24: route(batch, masks, seen, (4, 6), shows)})
+    found = MultiSourceAttnProcessor(state).attend(q, k, v, None, False)
+    expected = F.scaled_dot_product_attention(q, k, v)
+    masks, seen = masks.flatten(2), seen.flatten(1)
+    for start, image in itertools.product(range(0, batch.size, batch.half), range(2)):
+        row = start + image
+        references = [start + batch.half - 3 + r for r in range(3)]
+        own = row + 2 if context else row
+        nobody = ~masks[:, image].any(0)
+        visible = [(nobody if context else torch.ones_like(nobody))[:, None].expand(24, 24)]
+        visible += [masks[s, image][:, None] & seen[r][None] for r, s in enumerate(shows)]
+        keys, values = (torch.cat([x[own], *(x[r] for r in references)], 1) for x in (k, v))
+        expected[row] = attention(q[row], keys, values, torch.cat(visible, 1))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_swap_takes_structure_from_the_context_and_values_from_where_it_matches(guided):
+    torch.manual_seed(0)
+    shows = (0, 0)
+    batch = RetouchBatch(2, True, guided, references=2)
+    masks, seen = torch.rand(1, 2, 4, 6) < 0.6, torch.rand(2, 4, 6) < 0.6
+    matches = [(torch.randint(24, (2, 24)), torch.rand(2, 24) < 0.7) for _ in shows]
+    q, k, v = torch.randn(3, batch.size, 2, 24, 8)
+    state = AttentionState(sharing=True, routings={24: swap(batch, masks, seen, (4, 6), shows, matches)})
+    found = MultiSourceAttnProcessor(state).attend(q, k, v, None, False)
+    expected = F.scaled_dot_product_attention(q, k, v)
+    masks, seen = masks.flatten(2), seen.flatten(1)
+    taken = 0
+    for start, image in itertools.product(range(0, batch.size, batch.half), range(2)):
+        context = start + 2 + image
+        values = v[context].clone()
+        for token in range(24):
+            for r in (0, 1):
+                index, consistent = matches[r][0][image, token], matches[r][1][image, token]
+                if consistent and masks[0, image, token] and seen[r, index]:
+                    values[:, token] = v[start + batch.half - 2 + r, :, index]
+                    taken += 1
+                    break
+        every = torch.ones(24, 24, dtype=torch.bool)
+        expected[start + image] = attention(q[context], k[context], values, every)
+    assert taken
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_readings_differ_and_both_share(pipe):
+    routing, swapped = (retouch(pipe, reading=reading).latents for reading in ("routing", "swap"))
+    alone = retouch(pipe, retouch_start=1, retouch_end=1).latents
+    assert distance(routing, swapped) > TOLERANCE and distance(swapped, alone) > TOLERANCE
+    assert torch.equal(swapped, retouch(pipe, reading="swap").latents)
+
+
+def test_16_swap_without_layouts_or_with_a_bank_is_refused(pipe):
+    with pytest.raises(NotImplementedError, match="reading: expected 'routing' with a reference_bank"):
+        retouch(pipe, reading="swap", context_latents=None, latents=NOISE)
+    with pytest.raises(ValueError, match="reading: expected one of routing, swap, got 'both'"):
+        retouch(pipe, reading="both")
+
+
+# Several subjects and references
+
+
+SUBJECTS = [("sks", "ball"), ("box",)]
+
+
+def two(pipe, prompt=BOTH, **kwargs):
+    kwargs = {"reference_mask": [MASK, None], **kwargs}
+    return retouch(pipe, prompt, list(IMAGES), ["a sks ball", "a box"], SUBJECTS, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"mask_blending": True}, {"reading": "swap"}, {"context_latents": None}], ids=str
+)
+def test_two_subjects(pipe, kwargs):
+    kwargs = {**kwargs, "latents": NOISE} if "context_latents" in kwargs else kwargs
+    out = two(pipe, **kwargs)
+    assert out.subject_masks.shape == (2, 2, 8, 8) and out.reference_mask.shape == (2, 8, 8)
+    assert torch.equal(out.masks, out.subject_masks.any(0))
+    reference = two(pipe, backend="reference", **kwargs)
+    assert distance(out.latents, reference.latents) <= TOLERANCE
+
+
+def test_images_of_a_batch_are_independent_with_two_subjects(pipe):
+    both = two(pipe, generator=[seeded(1), seeded(2)]).latents
+    for i in range(2):
+        one = two(pipe, BOTH[i : i + 1], generator=seeded(1 + i), context_latents=NOISE[i : i + 1]).latents
+        assert distance(both[i : i + 1], one) <= TOLERANCE
+
+
+def test_more_references_of_a_subject_add_to_it(pipe):
+    one = retouch(pipe).latents
+    more = retouch(pipe, image=IMAGES, reference_mask=[MASK, MASK]).latents
+    again = retouch(pipe, image=[IMAGES[:1], IMAGES[1:]], reference_mask=[MASK, MASK]).latents
+    assert distance(one, more) > TOLERANCE and torch.equal(more, again)
+    twice = retouch(pipe, image=IMAGES[[0, 0]], reference_mask=[MASK, MASK]).latents  # of no more weight than once
+    assert distance(one, twice) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"reference_mask": [MASK]}, "reference_mask: expected 2 masks, one per reference, got 1"),
+        ({"reference_mask": [MASK, np.zeros((4, 4))]}, r"reference_mask\[1\]: expected a foreground, got none"),
+        ({"reference_subjects": [0, 0]}, r"reference_subjects: expected 2 numbers, among them each of 0 to 1"),
+        ({"reference_subjects": [0, 2]}, r"reference_subjects: expected 2 numbers"),
+        ({"prompt": ["a sks ball", "a box"]}, r"subject_tokens: expected words of the prompt 'a sks ball', got 'box'"),
+    ],
+)
+def test_what_does_not_fit_several_subjects_is_named(pipe, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        two(pipe, **kwargs)
+
+
+def test_words_of_subjects_and_subjects_of_references():
+    assert as_subjects("dog") == [["dog"]] and as_subjects(("sks", "dog")) == [["sks", "dog"]]
+    assert as_subjects([("sks", "dog"), ["cat"]]) == [["sks", "dog"], ["cat"]]
+    assert shown_subjects(None, 3, 1) == (0, 0, 0) and shown_subjects(None, 2, 2) == (0, 1)
+    with pytest.raises(ValueError, match="subject_tokens: expected words"):
+        as_subjects(())
+    with pytest.raises(ValueError, match="reference_subjects: expected the subject of each of 3 references"):
+        shown_subjects(None, 3, 2)
+
+
+def test_one_reference_image_is_needed(pipe):
+    with pytest.raises(ValueError, match="reference_image: expected an image, several, or a reference_bank"):
+        retouch(pipe, image=None)
+
+
+# The reference bank
+
+
+def banked(pipe, **kwargs):
+    kwargs = {"reference_mask": MASK, "num_inference_steps": STEPS, "guidance_scale": 2.0, **kwargs}
+    return pipe.reference_bank(IMAGES[:1], "a sks ball", ("sks", "ball"), **kwargs)
+
+
+def from_bank(pipe, bank, **kwargs):
+    return retouch(pipe, image=None, reference_prompt=None, reference_mask=None, reference_bank=bank, **kwargs)
+
+
+@pytest.mark.parametrize("context", [True, False])
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("kind", ["sd", "xl"])
+def test_a_bank_gives_what_the_reference_in_the_batch_gives(pipes, kind, guidance, context):
+    pipe, kwargs = pipes[kind], {"guidance_scale": guidance}
+    bank = banked(pipe, **kwargs)
+    if not context:
+        kwargs |= {"context_latents": None, "latents": NOISE}
+    assert distance(from_bank(pipe, bank, **kwargs).latents, retouch(pipe, **kwargs).latents) <= TOLERANCE
+
+
+def test_a_bank_of_several_subjects_in_a_file_serves_other_prompts_and_pipelines(pipe, tmp_path):
+    shared = {"num_inference_steps": STEPS, "guidance_scale": 2.0, "sources": "renoise", "storage": "cpu"}
+    bank = pipe.reference_bank(
+        list(IMAGES), ["a sks ball", "a box"], SUBJECTS, reference_mask=[MASK, None], retouch_layers=[2], **shared
+    )
+    bank.save(tmp_path / "bank.safetensors", model="tiny")
+    other = StableDiffusionLayoutRetouchPipeline(**{**pipe.components, "scheduler": tiny_scheduler()},
+                                                 requires_safety_checker=False)  # fmt: skip
+    other.set_progress_bar_config(disable=True)
+    for prompts in (BOTH, BOTH[1:]):
+        loaded = ReferenceBank.load(tmp_path / "bank.safetensors", model="tiny")
+        arguments = {"words": SUBJECTS, "sources": "renoise", "retouch_layers": [2]}
+        found = from_bank(other, loaded, prompt=prompts, **arguments)
+        arguments.pop("words")
+        assert distance(found.latents, two(pipe, prompts, **arguments).latents) <= TOLERANCE
+    assert found.reference_mask.shape == (2, 8, 8)
+
+
+def test_a_bank_serves_the_whole_pipeline(pipe):
+    bank = banked(pipe)
+    arguments = {**SHARED, "latents": NOISE, "generator": seeded()}
+    found = pipe(PROMPTS, "a ball", None, None, ("sks", "ball"), reference_bank=bank, **arguments)
+    assert distance(found.latents, run(pipe).latents) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"num_inference_steps": 5}, r"bank: expected built for timesteps .*; use the same number of steps"),
+        ({"retouch_start": 0}, "bank: expected built for timesteps"),
+        ({"guidance_scale": 1.0}, "reference_bank: expected built without guidance: 1 rows, got 2"),
+        ({"context_latents": torch.zeros(2, 4, 4, 4)}, r"bank: expected built for .*call reset\(\)"),
+        ({"words": SUBJECTS, "prompt": BOTH}, "reference_subjects: expected the subject of each of 1 references"),
+    ],
+    ids=["steps", "range", "guidance", "size", "subjects"],
+)
+def test_33_a_bank_built_for_something_else_is_refused(pipe, kwargs, message):
+    bank = banked(pipe)
+    with pytest.raises(ValueError, match=message):
+        from_bank(pipe, bank, **kwargs)
+
+
+def test_33_two_pipelines_with_banks_interleaved(pipes):
+    """Each keeps its own; the other's is refused or gives the other's result, never a mixture."""
+    first, second = banked(pipes["sd"]), banked(pipes["sd"], reference_mask=~MASK)
+    alone = [from_bank(pipes["sd"], bank).latents for bank in (first, second)]
+    for bank, expected in ((first, alone[0]), (second, alone[1]), (first, alone[0])):
+        assert torch.equal(from_bank(pipes["sd"], bank).latents, expected)
+    assert distance(*alone) > TOLERANCE
+
+
+def test_what_a_bank_has_is_not_given_again(pipe):
+    with pytest.raises(ValueError, match="reference_mask: expected None, since the reference_bank has it"):
+        retouch(pipe, image=None, reference_prompt=None, reference_bank=banked(pipe))
+
+
+def test_44_a_bank_beyond_its_limit_is_refused(pipe):
+    with pytest.raises(ValueError, match="limit: expected a bank within 1000 bytes"):
+        banked(pipe, limit=1000)
+    assert all(type(p).__name__ == "AttnProcessor2_0" for p in pipe.personalized_unet.attn_processors.values())
+
+
+# Personalization by LoRA and by textual inversion
+
+
+def with_lora(unet, *names):
+    for i, name in enumerate(names):
+        torch.manual_seed(20 + i)
+        unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v"]), adapter_name=name)
+    for name, parameter in unet.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    unet.set_adapters(list(names))
+    return unet.requires_grad_(False)
+
+
+def run(pipe, **kwargs):
+    kwargs = {**SHARED, "latents": NOISE, "reference_mask": MASK, "generator": seeded(), **kwargs}
+    return pipe(PROMPTS, "a ball", IMAGES[:1], "a sks ball", ("sks", "ball"), **kwargs)
+
+
+@pytest.mark.parametrize("blend", ["hard", [0.0, 0.3, 0.6, 1.0]], ids=["hard", "soft"])
+@pytest.mark.parametrize("kind", ["sd", "xl"])
+def test_a_lora_on_one_unet_is_two_unets(kind, blend):
+    config = {} if kind == "sd" else XL_UNET
+    unet = with_lora(tiny_unet(0, **config), "subject")
+    one = fresh(kind, unet=unet, personalized_unet=None)
+    both = fresh(kind, unet=tiny_unet(0, **config), personalized_unet=copy.deepcopy(unet))
+    found, expected = (run(p, layout_blend=blend) for p in (one, both))
+    assert torch.equal(found.layout_images, expected.layout_images) and torch.equal(found.latents, expected.latents)
+    assert distance(found.layout_images, run(one, layout_steps=STEPS).layout_images) > TOLERANCE
+    assert unet.active_adapters() == ["subject"] and not any(p.requires_grad for p in unet.parameters())
+
+
+def test_named_adapters_alone_are_the_personalization():
+    unet = with_lora(tiny_unet(0), "style", "subject")
+    one = fresh(unet=unet, personalized_unet=None, personalized_adapters=["subject"])
+    style = copy.deepcopy(unet)
+    style.set_adapters(["style"])
+    both = fresh(unet=style, personalized_unet=copy.deepcopy(unet))
+    found, expected = (run(p) for p in (one, both))
+    assert torch.equal(found.layout_images, expected.layout_images) and torch.equal(found.latents, expected.latents)
+    assert unet.active_adapters() == ["style", "subject"]
+    missing = fresh(unet=unet, personalized_unet=None, personalized_adapters=["dog"])
+    with pytest.raises(ValueError, match=r"adapters: expected some of the active ones, \['style', 'subject'\]"):
+        run(missing)
+
+
+def test_a_lora_file_personalizes(tmp_path):
+    trained = with_lora(tiny_unet(0), "subject")
+    state = get_peft_model_state_dict(trained, adapter_name="subject")
+    StableDiffusionLayoutRetouchPipeline.save_lora_weights(tmp_path, unet_lora_layers=state)
+    pipe = fresh(personalized_unet=None)
+    vanilla = run(pipe, layout_steps=STEPS).layout_images
+    pipe.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors", adapter_name="subject")
+    expected = run(fresh(unet=trained, personalized_unet=None))
+    assert torch.equal(run(pipe).latents, expected.latents)
+    assert torch.equal(run(pipe, layout_steps=STEPS).layout_images, vanilla)
+
+
+def test_36_adapters_are_on_again_after_an_exception():
+    unet = with_lora(tiny_unet(0), "subject")
+    pipe = fresh(unet=unet, personalized_unet=None)
+
+    def failing(*args, **kwargs):
+        raise InterruptedError
+
+    unet.register_forward_hook(failing)
+    with pytest.raises(InterruptedError):
+        run(pipe)
+    assert unet.active_adapters() == ["subject"]
+
+
+def test_a_textual_inversion_is_a_personalization():
+    pipe = fresh(personalized_unet=None)
+    plain = run(pipe).latents
+    pipe.load_textual_inversion({"<dog>": torch.randn(2, 16, generator=torch.Generator().manual_seed(3))})
+    arguments = {**SHARED, "latents": NOISE, "reference_mask": MASK, "generator": seeded()}
+    found = pipe(["a <dog> ball", "<dog> at sea"], "a ball", IMAGES[:1], "a <dog>", "<dog>", **arguments)
+    assert found.masks.shape == (2, 8, 8) and distance(found.latents, plain) > TOLERANCE
+    out = pipe.layout(["a <dog>"] * 2, "a ball", layout_steps=STEPS, **SHARED, latents=NOISE)
+    plain = fresh(personalized_unet=None).layout(["a"] * 2, "a ball", layout_steps=STEPS, **SHARED, latents=NOISE)
+    assert torch.equal(out.latents, plain.latents)
+
+
+# ControlNets and offloading
+
+
+EDGES = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(4))
+
+
+@pytest.mark.parametrize("personalized", [False, True])
+@pytest.mark.parametrize("kind", ["sd", "xl"])
+def test_layout_endpoints_with_a_controlnet_are_the_stock_pipeline(pipes, kind, personalized):
+    pipe = pipes[kind]
+    net = tiny_controlnet(pipe.unet)
+    parts = {
+        name: x for name, x in pipe.components.items() if name in (components() if kind == "sd" else components_xl())
+    }
+    unet = pipe.personalized_unet if personalized else pipe.unet
+    stock_class, extra = (
+        (StableDiffusionControlNetPipeline, {"requires_safety_checker": False, "safety_checker": None})
+        if kind == "sd"
+        else (StableDiffusionXLControlNetPipeline, {"add_watermarker": False})
+    )
+    stock = stock_class(**{**parts, **extra, "unet": unet, "controlnet": net})
+    stock.set_progress_bar_config(disable=True)
+    prompts = PROMPTS if personalized else ["a ball"] * 2
+    expected = stock(
+        prompts, image=EDGES, controlnet_conditioning_scale=0.7, latents=NOISE, height=16, width=16, **SHARED
+    ).images
+    ours = fresh(kind, **{**parts, "personalized_unet": pipe.personalized_unet, "controlnet": net})
+    layout = {**SHARED, "latents": NOISE, "layout_steps": 0 if personalized else STEPS}
+    found = ours.layout(PROMPTS, "a ball", control_image=EDGES, control_scale=0.7, **layout).latents
+    assert distance(found, expected) <= TOLERANCE
+    assert distance(found, ours.layout(PROMPTS, "a ball", **layout).latents) > TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["sd", "xl"])
+def test_the_retouch_follows_the_controlnet(pipes, kind):
+    parts = pipes[kind].components
+    extra = {"requires_safety_checker": False} if kind == "sd" else {"add_watermarker": False}
+    pipe = fresh(kind, **{**parts, **extra, "controlnet": tiny_controlnet(parts["unet"])})
+    plain = run(pipe).latents
+    assert distance(run(pipe, control_image=EDGES, control_scale=0.0).latents, plain) <= TOLERANCE
+    assert distance(run(pipe, control_image=EDGES).latents, plain) > TOLERANCE
+    each = run(pipe, control_image=EDGES.expand(2, -1, -1, -1)).latents
+    assert torch.equal(each, run(pipe, control_image=EDGES).latents)
+
+
+def test_a_control_image_that_does_not_fit_is_named(pipe):
+    with pytest.raises(ValueError, match="control_image: expected None, since the pipeline has no controlnet"):
+        run(pipe, control_image=EDGES)
+    parts = {**pipe.components, "controlnet": tiny_controlnet(pipe.unet), "requires_safety_checker": False}
+    with pytest.raises(ValueError, match="control_image: expected 1 or 2 images, as there are prompts, got 3"):
+        run(fresh(**parts), control_image=EDGES.expand(3, -1, -1, -1))
+
+
+@pytest.mark.parametrize("kind", ["sd", "xl"])
+def test_model_offload_gives_the_same_bits_and_frees_every_model(pipes, kind):
+    pipe = fresh(kind)
+    expected = run(pipe).latents
+    pipe.enable_model_cpu_offload(device="cpu")
+    moved = []
+    for hook in pipe._all_hooks:
+        hook.hook.original = hook.hook.pre_forward
+        hook.hook.pre_forward = lambda module, *a, hook=hook.hook, **k: (
+            moved.append(module) or hook.original(module, *a, **k)
+        )
+    assert torch.equal(run(pipe).latents, expected)
+    names = {name for name, part in pipe.components.items() if any(part is module for module in moved)}
+    assert names >= {"unet", "personalized_unet", "text_encoder", "vae"}
