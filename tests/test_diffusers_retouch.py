@@ -310,10 +310,10 @@ def test_44_a_bank_beyond_its_limit_is_refused(pipe):
 def with_lora(unet, *names):
     for i, name in enumerate(names):
         torch.manual_seed(20 + i)
-        unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v"]), adapter_name=name)
+        unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_k", "to_v"]), adapter_name=name)
     for name, parameter in unet.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
+            torch.nn.init.normal_(parameter, std=0.3)
     unet.set_adapters(list(names))
     return unet.requires_grad_(False)
 
