@@ -1,4 +1,4 @@
-"""`python -m lr_kernels`: info and demo."""
+"""`python -m lr_kernels`: info, demo and presets."""
 
 import argparse
 from pathlib import Path
@@ -16,9 +16,16 @@ def main() -> None:
     demo.add_argument("--output", type=Path, default=Path("outputs/demo"), help="folder for the PNG and JSON")
     demo.add_argument("--seeds", type=int, default=3, help="seeds per prompt (default 3)")
     demo.add_argument("--backend", default="auto", help="auto, cpu, triton, cuda or reference (default auto)")
+    presets = commands.add_parser("presets", help="every preset on the embedded toy model: a picture")
+    presets.add_argument("--output", type=Path, default=Path("outputs/presets"), help="folder for the PNG")
     options = parser.parse_args()
     if options.command == "info":
         print(info.report())
+        return
+    if options.command == "presets":
+        from .gallery import run as draw
+
+        print(draw(options.output))
         return
     from .demo import run  # needs diffusers, which info does not
 

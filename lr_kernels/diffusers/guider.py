@@ -145,6 +145,8 @@ class StepBlendGuidance(ClassifierFreeGuidance):
         super().prepare_models(denoiser)
         if not self._current.startswith("layout"):
             return
+        if self.vanilla is denoiser:
+            fail(_OP, "vanilla", "another module than the denoiser, which is the personalized model", "the same")
         if self.vanilla is not None:
             self._acting.enter_context(_calling(denoiser, self.vanilla))
             return
