@@ -31,14 +31,16 @@ def scaled_dot_product_attention(
     Args:
         query: (B, H, N, D) or (B, N, D). key, value: (B, H, M, D) or (B, M, D).
         attn_mask: bool (True: takes part) or float (added), broadcastable to (B, H, N, M), the same for all heads and
-            queries: sizes 1, or expanded, in these dimensions.
+            queries: of size 1 or expanded in these dimensions. Copies are compared, which synchronizes with a GPU;
+            under torch.compile and while a CUDA graph is captured the device compares them, and stops at a difference.
         enable_gqa: key and value have fewer heads, each for several of the query's: they are repeated, which copies.
 
     Returns:
         like query. A query that sees no key gets 0.
 
     Raises:
-        NotImplementedError: is_causal, dropout_p, a mask that differs between heads or queries.
+        NotImplementedError: is_causal, dropout_p, a mask that differs between heads or queries, copies that require
+            gradients.
     """
     op = "scaled_dot_product_attention"
     if query.dim() == 3:
@@ -141,7 +143,7 @@ def attend(
     query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
     source, plan = Source(key, value), None
     if mask is not None:
-        per_key = _per_key(op, mask, query.shape[0], key.shape[1])
+        per_key = _per_key(op, mask, (query.shape[0], heads, query.shape[1], key.shape[1]))
         if per_key.dtype == torch.bool:
             source = source._replace(key_mask=per_key)
             plan = plan_attention([per_key])
@@ -152,17 +154,27 @@ def attend(
     return multi_source_attention(query, [source], scale=scale, plan=plan, return_lse=return_lse)
 
 
-def _per_key(op: str, mask: Tensor, batch: int, keys: int) -> Tensor:
-    """(B or 1, M) of a mask that is broadcastable to (B, H, N, M) and the same for all heads and queries."""
+def _per_key(op: str, mask: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """(B or 1, M) of a mask that is broadcastable to `shape`, (B, H, N, M), and the same for all heads and queries."""
     if not 1 <= mask.dim() <= 4:
         fail(op, "attn_mask", "1 to 4 dimensions", mask.dim())
     mask = mask[(None,) * (4 - mask.dim())]
-    if mask.shape[0] not in (1, batch) or mask.shape[3] not in (1, keys):
-        fail(op, "attn_mask", f"a shape that broadcasts to ({batch}, heads, queries, {keys})", tuple(mask.shape))
+    if any(n not in (1, wanted) for n, wanted in zip(mask.shape, shape)):
+        fail(op, "attn_mask", f"a shape that broadcasts to {shape}", tuple(mask.shape))
+    if 0 in mask.shape[1:3]:  # no query that could see it
+        mask = mask.new_ones(1, 1, 1, 1)
     for dim, what in ((1, "head"), (2, "query")):
+        first = mask.narrow(dim, 0, 1)
         if mask.shape[dim] != 1 and mask.stride(dim) != 0:
-            _not_implemented(op, "attn_mask", f"the same for every {what}", f"shape {tuple(mask.shape)}")
-    return mask[:, 0, 0].expand(mask.shape[0], keys)
+            if mask.requires_grad and torch.is_grad_enabled():  # each copy has a gradient of its own
+                _not_implemented(op, "attn_mask", f"the same for every {what}", "copies that require gradients")
+            same = (mask == first).all()
+            if torch.compiler.is_compiling() or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+                torch._assert_async(same, f"lr_kernels.{op}: attn_mask: expected the same for every {what}")
+            elif not same:
+                _not_implemented(op, "attn_mask", f"the same for every {what}", f"different ones, {tuple(mask.shape)}")
+        mask = first
+    return mask[:, 0, 0].expand(mask.shape[0], shape[3])
 
 
 def _refuse(op: str, /, **arguments: object) -> None:

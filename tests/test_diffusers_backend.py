@@ -8,6 +8,7 @@ import torch
 from diffusers import (
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    LTXVideoTransformer3DModel,
     QwenImageTransformer2DModel,
     UNet2DConditionModel,
     WanTransformer3DModel,
@@ -88,6 +89,21 @@ def z_image():
     return model.eval(), inputs
 
 
+def ltx():
+    """The second prompt is shorter; diffusers repeats the mask of its padding for every head."""
+    torch.manual_seed(0)
+    model = LTXVideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, cross_attention_dim=32,
+        num_layers=2, caption_channels=16,
+    )  # fmt: skip
+    inputs = {
+        "hidden_states": torch.randn(2, 2 * 4 * 4, 4), "encoder_hidden_states": torch.randn(2, 7, 16),
+        "encoder_attention_mask": torch.tensor([[1] * 7, [1] * 4 + [0] * 3]), "timestep": torch.tensor([500, 300]),
+        "num_frames": 2, "height": 4, "width": 4,
+    }  # fmt: skip
+    return model.eval(), inputs
+
+
 def run(model, inputs):
     with torch.no_grad():
         found = model(**inputs, return_dict=False)[0]
@@ -111,7 +127,7 @@ def restored():
     _AttentionBackendRegistry.set_active_backend(active)
 
 
-MODELS = [(flux, 2), (wan, 4), (qwen_image, 2), (flux2, 2), (z_image, 3)]
+MODELS = [(flux, 2), (wan, 4), (qwen_image, 2), (flux2, 2), (z_image, 3), (ltx, 4)]
 
 
 @pytest.mark.parametrize(("build", "layers"), MODELS, ids=[build.__name__ for build, _ in MODELS])

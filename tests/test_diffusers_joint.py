@@ -57,6 +57,16 @@ def run(build, processor=None, dtype=torch.float32):
         model.set_attn_processor(stock)
 
 
+@pytest.mark.parametrize("build", [flux, sd3])
+def test_the_layers_are_those_of_the_models_processors(build):
+    model = build()
+    found = joint.joint_attention_layers(model)
+    assert {f"{name}.processor": layer.processor for name, layer in found.items()} == model.attn_processors
+    assert joint.joint_attention_layers(torch.compile(model)) == found
+    with pytest.raises(ValueError, match="model: expected one with Flux's or SD3's attention, got Linear"):
+        joint.joint_attention_layers(torch.nn.Linear(2, 2))
+
+
 CASES = [(flux, joint.CustomFluxAttnProcessor), (sd3, joint.CustomSD3AttnProcessor)]
 
 

@@ -204,16 +204,27 @@ def test_install_touches_only_its_layers_and_restores_exactly():
     assert all(unet.attn_processors[name] is processor for name, processor in before.items())
 
 
+def refuse(processor):
+    """In place of a layer's `set_processor`: fails for ours."""
+    if isinstance(processor, MultiSourceAttnProcessor):
+        raise MemoryError
+
+
 @pytest.mark.parametrize("fails_at", [0, 1, 3, 6])
-def test_36_install_restores_after_an_exception_midway(fails_at):
+def test_36_install_restores_after_an_exception_midway(fails_at, monkeypatch):
     unet = tiny_unet()
     before = dict(unet.attn_processors)
     layers = select_layers(unet, "self")
+    state = AttentionState()
+    new = {name: MultiSourceAttnProcessor(state) for name in layers}
     failing = list(layers)[fails_at]
-    new = {name: MultiSourceAttnProcessor() for name in layers if name != failing}
     with pytest.raises(KeyError, match=failing):
+        install_processors(layers, {name: processor for name, processor in new.items() if name != failing})
+    monkeypatch.setattr(layers[failing], "set_processor", refuse)
+    with pytest.raises(MemoryError):
         install_processors(layers, new)
     assert all(unet.attn_processors[name] is processor for name, processor in before.items())
+    assert all(processor.state is state for processor in new.values())
 
 
 def test_install_refuses_a_processor_that_is_not_stock():
@@ -239,7 +250,7 @@ def test_replaced_processors_warn_once_and_stay():
         installation.verify()
     assert len(caught) == 1
     installation.remove()
-    assert first.processor is other
+    assert first.processor is other and not installation.replaced()
     assert not any(isinstance(p, MultiSourceAttnProcessor) for p in unet.attn_processors.values())
 
 

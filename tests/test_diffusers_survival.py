@@ -4,6 +4,8 @@ computed as without them, reported by `Installation.verify`, or refused by name.
 Numbers in names: DESIGN.md's fault list.
 """
 
+import contextlib
+
 import accelerate
 import pytest
 import torch
@@ -18,8 +20,11 @@ from diffusers.models.attention_processor import (
     FusedAttnProcessor2_0,
     FusedJointAttnProcessor2_0,
     IPAdapterAttnProcessor2_0,
+    SD3IPAdapterJointAttnProcessor2_0,
     SlicedAttnProcessor,
 )
+from diffusers.models.embeddings import IPAdapterTimeImageProjection
+from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from peft import LoraConfig
 from safetensors.torch import save_file
 
@@ -36,6 +41,7 @@ from lr_kernels.diffusers import (
     TokenMapAttnProcessor,
     install_processors,
     joint_attention,
+    joint_attention_layers,
     route,
     select_layers,
 )
@@ -119,9 +125,9 @@ def read_the_last_row(query, key, value):
     return multi_source_attention(query, [Source(key, value), Source(key, value, rows)])
 
 
-def add_lora(model, *more):
+def add_lora(model):
     torch.manual_seed(1)
-    targets = ["to_q", "to_k", "to_v", "to_out.0", *more]
+    targets = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
     model.add_adapter(LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
 
 
@@ -215,7 +221,7 @@ def test_an_ip_adapter_unloaded_meanwhile_is_reported_and_remove_gives_stock(kin
     load_ip_adapter(unet)
     installed = Installed(kind, unet)
     pipeline(unet).unload_ip_adapter()
-    with pytest.warns(RuntimeWarning, match="7 of 7 attention processors were replaced"):
+    with pytest.warns(RuntimeWarning, match=rf"7 of 7 attention processors .* is now a new {kind.__name__}\)"):
         installed.installation.verify()
     installed.installation.remove()
     assert not any(isinstance(p, KINDS) for p in unet.attn_processors.values())
@@ -241,39 +247,34 @@ def test_processors_work_beside_an_ip_adapter(kind, load_ip_adapter):
     assert unet.attn_processors == before
 
 
-def test_16_an_ip_adapters_layers_are_refused(load_ip_adapter):
+def test_16_an_ip_adapters_layers_are_refused_and_the_named_remedy_helps(load_ip_adapter):
     unet = tiny_unet()
+    expected = Installed(TokenMapAttnProcessor, tiny_unet()).predict()
     load_ip_adapter(unet)
     before = unet.attn_processors
-    with pytest.raises(
-        NotImplementedError, match="expected a stock attention processor, got IPAdapterAttnProcessor2_0"
-    ):
+    message = r"expected a stock attention processor, got IPAdapterAttnProcessor2_0; .*unload_ip_adapter\(\)"
+    with pytest.raises(NotImplementedError, match=message):
         Installed(TokenMapAttnProcessor, unet)
     assert unet.attn_processors == before
+    pipeline(unet).unload_ip_adapter()
+    assert torch.equal(Installed(TokenMapAttnProcessor, unet).predict(), expected)
 
 
-def slice_attention(unet):
-    pipeline(unet).enable_attention_slicing()
+CHANGES = {
+    FusedAttnProcessor2_0: (lambda unet: unet, "fuse_qkv_projections", "unfuse_qkv_projections"),
+    SlicedAttnProcessor: (pipeline, "enable_attention_slicing", "disable_attention_slicing"),
+}
+"""Processor -> (what of the UNet has the methods, the one that sets it, the one that undoes that)."""
 
 
-def fuse(unet):
-    unet.fuse_qkv_projections()
-
-
-def unslice(unet):
-    pipeline(unet).disable_attention_slicing()
-
-
-CHANGES = [(fuse, FusedAttnProcessor2_0), (slice_attention, SlicedAttnProcessor)]
-
-
-@pytest.mark.parametrize(("change", "processor"), CHANGES, ids=["fused", "sliced"])
+@pytest.mark.parametrize("processor", CHANGES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_fused_projections_and_slicing_meanwhile_are_reported(kind, change, processor):
+def test_fused_projections_and_slicing_meanwhile_are_reported(kind, processor):
     unet = tiny_unet()
     expected = predict(unet)
     installed = Installed(kind, unet)
-    change(unet)
+    owner, change, _ = CHANGES[processor]
+    getattr(owner(unet), change)()
     with pytest.warns(RuntimeWarning, match=rf"7 of 7 .* is now {processor.__name__}"):
         installed.installation.verify()
     installed.installation.remove()
@@ -281,15 +282,20 @@ def test_fused_projections_and_slicing_meanwhile_are_reported(kind, change, proc
     torch.testing.assert_close(predict(unet), expected)
 
 
-@pytest.mark.parametrize(("change", "processor"), CHANGES, ids=["fused", "sliced"])
+@pytest.mark.parametrize("processor", CHANGES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_16_fused_projections_and_slicing_before_are_refused(kind, change, processor):
+def test_16_fused_projections_and_slicing_before_are_refused_and_the_named_remedy_helps(kind, processor):
     unet = tiny_unet()
-    change(unet)
+    expected = Installed(kind, tiny_unet()).predict()
+    owner, change, undo = CHANGES[processor]
+    getattr(owner(unet), change)()
     before = unet.attn_processors
-    with pytest.raises(NotImplementedError, match=f"expected a stock attention processor, got {processor.__name__}"):
+    message = rf"expected a stock attention processor, got {processor.__name__}; .*{undo}\(\)"
+    with pytest.raises(NotImplementedError, match=message):
         Installed(kind, unet)
     assert unet.attn_processors == before
+    getattr(owner(unet), undo)()
+    assert torch.equal(Installed(kind, unet).predict(), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -304,12 +310,16 @@ def test_unfusing_brings_the_processors_back(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_after_slicing_is_disabled_processors_install(kind):
+def test_processors_that_unfusing_brings_back_after_removal_are_stock(kind):
     unet = tiny_unet()
-    expected = Installed(kind, tiny_unet()).predict()
-    slice_attention(unet)
-    unslice(unet)
-    assert torch.equal(Installed(kind, unet).predict(), expected)
+    expected = predict(unet)
+    installed = Installed(kind, unet)
+    installed.predict()
+    unet.fuse_qkv_projections()
+    installed.installation.remove()
+    unet.unfuse_qkv_projections()
+    with installed.bank.read(0) if kind is BankAttnProcessor else contextlib.nullcontext():
+        assert torch.equal(predict(unet), expected)
 
 
 def offload_by_accelerate(model):
@@ -366,20 +376,40 @@ JOINT = pytest.mark.parametrize(
 )
 
 
+def install_joint(model, kind, attention=None):
+    layers = joint_attention_layers(model)
+    return install_processors(layers, {name: kind(attention) for name in layers})
+
+
+def load_joint_ip_adapter(model):
+    """An IP-Adapter with random weights, by the model's own loader."""
+    torch.manual_seed(2)
+    if isinstance(model, FluxTransformer2DModel):
+        weights = FluxIPAdapterAttnProcessor(32, 32).state_dict()
+        tensors = {f"0.{name.replace('.0.', '.')}": x for name, x in weights.items()}
+        image = {"proj.weight": randn(4 * 32, 8), "proj.bias": torch.zeros(4 * 32)}
+        image |= {"norm.weight": torch.ones(32), "norm.bias": torch.zeros(32)}
+    else:
+        weights = SD3IPAdapterJointAttnProcessor2_0(32, 32, 8, 16).state_dict()
+        tensors = {f"{i}.{name}": x for i in range(len(model.attn_processors)) for name, x in weights.items()}
+        image = IPAdapterTimeImageProjection(8, 32, 64, heads=1, num_queries=4, timestep_in_dim=16).state_dict()
+    model._load_ip_adapter_weights({"ip_adapter": tensors, "image_proj": image})
+
+
 @JOINT
-@pytest.mark.parametrize("first", ["lora", "processor"])
+@pytest.mark.parametrize("first", ["lora", "installation"])
 def test_a_lora_is_computed_in_joint_attention(build, kind, first):
-    steps = [lambda m: add_lora(m, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
-             lambda m: m.set_attn_processor(kind())]  # fmt: skip
-    model = build()
-    for step in steps if first == "lora" else reversed(steps):
-        step(model)
-    inactive = predict_joint(model)
-    model.set_attn_processor(kind(joint_attention))
+    model, fused = build(), build()
+    for x in (model, fused):
+        if x is fused or first == "lora":
+            add_lora(x)
+    installation = install_joint(model, kind, joint_attention)
+    if first == "installation":
+        add_lora(model)
     active = predict_joint(model)
-    fused = build()
-    steps[0](fused)
-    assert torch.equal(inactive, predict_joint(fused))
+    installation.remove()
+    with install_joint(model, kind):
+        assert torch.equal(predict_joint(model), predict_joint(fused))
     fused.fuse_lora()
     torch.testing.assert_close(active, predict_joint(fused))
     assert not torch.allclose(active, predict_joint(build()), atol=1e-3)
@@ -389,18 +419,54 @@ def test_a_lora_is_computed_in_joint_attention(build, kind, first):
 @pytest.mark.parametrize("offload", OFFLOADS)
 def test_offloading_changes_no_bit_of_joint_attention(build, kind, offload):
     model = build()
-    model.set_attn_processor(kind(joint_attention))
+    install_joint(model, kind, joint_attention)
     keys, expected = list(model.state_dict()), predict_joint(model)
     assert keys == list(build().state_dict())
     offload(model)
     assert torch.equal(predict_joint(model), expected)
 
 
+@JOINT
+def test_36_installing_in_joint_attention_is_undone_exactly(build, kind, monkeypatch):
+    model = build()
+    before = model.attn_processors
+    with pytest.raises(KeyError, match="within"), install_joint(model, kind) as installation:
+        assert all(type(processor) is kind for processor in model.attn_processors.values())
+        assert not installation.replaced()
+        raise KeyError("within")
+    assert model.attn_processors == before
+    last = list(joint_attention_layers(model).values())[-1]
+    set_processor = last.set_processor
+    monkeypatch.setattr(last, "set_processor", lambda x: 1 / 0 if isinstance(x, kind) else set_processor(x))
+    with pytest.raises(ZeroDivisionError):
+        install_joint(model, kind)
+    assert model.attn_processors == before
+
+
+@JOINT
+def test_an_ip_adapter_in_joint_attention_is_reported_if_loaded_meanwhile_and_refused_if_before(build, kind):
+    model = build()
+    before = model.attn_processors
+    installation = install_joint(model, kind, joint_attention)
+    load_joint_ip_adapter(model)
+    layers = list(before)
+    with pytest.warns(RuntimeWarning, match=rf"{len(layers)} of {len(layers)} .* is now \w+IPAdapter\w+"):
+        installation.verify()
+    installation.remove()
+    left = model.attn_processors
+    adapters = [name for name, p in left.items() if isinstance(p, torch.nn.Module)]
+    assert adapters and all(left[name] is before[name] for name in layers if name not in adapters)
+    with pytest.raises(NotImplementedError, match=r"got \w+IPAdapter\w+; .*unload_ip_adapter\(\)"):
+        install_joint(model, kind)
+    assert model.attn_processors == left
+
+
 def test_16_flux_refuses_fused_projections_and_works_again_without():
     model = flux()
-    model.set_attn_processor(CustomFluxAttnProcessor(joint_attention))
+    installation = install_joint(model, CustomFluxAttnProcessor, joint_attention)
     expected = predict_joint(model)
     model.fuse_qkv_projections()
+    assert not installation.replaced()
     with pytest.raises(NotImplementedError, match="attn: expected separate projections, got fused ones"):
         predict_joint(model)
     model.unfuse_qkv_projections()
@@ -409,22 +475,34 @@ def test_16_flux_refuses_fused_projections_and_works_again_without():
 
 def test_without_a_function_flux_computes_fused_projections_as_stock():
     model, stock = flux(), flux()
-    model.set_attn_processor(CustomFluxAttnProcessor())
+    install_joint(model, CustomFluxAttnProcessor)
     for x in (model, stock):
         x.fuse_qkv_projections()
     assert torch.equal(predict_joint(model), predict_joint(stock))
 
 
-def test_sd3s_fused_projections_replace_the_processor_and_unfusing_brings_it_back():
+def test_sd3s_fused_projections_are_reported_and_unfusing_brings_the_processors_back():
     model = sd3()
-    ours = CustomSD3AttnProcessor(joint_attention)
-    model.set_attn_processor(ours)
+    installation = install_joint(model, CustomSD3AttnProcessor, joint_attention)
     expected = predict_joint(model)
     model.fuse_qkv_projections()
-    assert {type(p) for p in model.attn_processors.values()} == {FusedJointAttnProcessor2_0}
+    with pytest.warns(RuntimeWarning, match="3 of 3 .* is now FusedJointAttnProcessor2_0"):
+        installation.verify()
     model.unfuse_qkv_projections()
-    assert all(p is ours for p in model.attn_processors.values())
+    assert not installation.replaced()
     assert torch.equal(predict_joint(model), expected)
     model.fuse_qkv_projections()
-    model.set_attn_processor(ours)  # after fusing: it calls the separate projections, which are still there
+    model.set_attn_processor(CustomSD3AttnProcessor(joint_attention))  # it calls the separate projections, still there
+    assert torch.equal(predict_joint(model), expected)
+
+
+def test_sd3s_processors_that_unfusing_brings_back_after_removal_are_stock():
+    model = sd3()
+    expected = predict_joint(model)
+    installation = install_joint(model, CustomSD3AttnProcessor, joint_attention)
+    model.fuse_qkv_projections()
+    installation.remove()
+    assert {type(p) for p in model.attn_processors.values()} == {FusedJointAttnProcessor2_0}
+    model.unfuse_qkv_projections()
+    assert {type(p) for p in model.attn_processors.values()} == {CustomSD3AttnProcessor}
     assert torch.equal(predict_joint(model), expected)

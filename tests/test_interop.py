@@ -36,6 +36,10 @@ MASKS = {
     "float rows": randn(2, 1, 1, 50, seed=5),
     "expanded": (torch.rand(2, 1, 1, 50, generator=torch.Generator().manual_seed(5)) < 0.6).expand(2, 4, 33, 50),
     "one number": torch.tensor([[0.5]]),
+    "repeated over heads": randn(2, 1, 1, 50, seed=5).repeat_interleave(4, 1),
+    "repeated over queries": (torch.rand(2, 1, 1, 50, generator=torch.Generator().manual_seed(5)) < 0.6).repeat(
+        1, 1, 33, 1
+    ),
 }
 
 
@@ -82,6 +86,22 @@ def test_xformers(bias):
     check(flat, F.scaled_dot_product_attention, q[:, :, 0], k[:, :, 0], v[:, :, 0])
 
 
+def test_09_a_mask_without_queries():
+    q, k, v = tensors()
+    mask = torch.ones(2, 1, 0, 50, dtype=torch.bool)
+    assert interop.scaled_dot_product_attention(q[:, :, :0], k, v, mask).shape == (2, 4, 0, 40)
+
+
+def test_29_a_mask_repeated_over_heads_compiles_whole_and_is_compared_by_the_device():
+    q, k, v = tensors()
+    mask = MASKS["repeated over heads"].clone()
+    compiled = torch.compile(interop.scaled_dot_product_attention, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, k, v, mask), interop.scaled_dot_product_attention(q, k, v, mask))
+    mask[0, 1] += 1
+    with pytest.raises(RuntimeError, match="attn_mask: expected the same for every head"):
+        compiled(q, k, v, mask)
+
+
 def test_gradients_pass():
     q, k, v = (x.requires_grad_() for x in tensors())
     grads = torch.autograd.grad(interop.scaled_dot_product_attention(q, k, v).square().sum(), (q, k, v))
@@ -98,7 +118,12 @@ REFUSED = [
         dict(attn_mask=torch.ones(33, 50, dtype=torch.bool).tril()),
         "same for every query",
     ),
-    ("scaled_dot_product_attention", dict(attn_mask=torch.zeros(2, 4, 1, 50)), "same for every head"),
+    ("scaled_dot_product_attention", dict(attn_mask=randn(2, 4, 1, 50)), "same for every head"),
+    (
+        "scaled_dot_product_attention",
+        dict(attn_mask=torch.zeros(4, 1, 50).requires_grad_()),
+        "copies that require grad",
+    ),
     ("memory_efficient_attention", dict(p=0.5), "p: expected none"),
     ("memory_efficient_attention", dict(op=("forward", "backward")), "op: expected none"),
     ("memory_efficient_attention", dict(attn_bias=object()), "attn_bias: expected a tensor"),
@@ -118,10 +143,11 @@ def test_16_what_the_operator_has_not_is_refused_by_name(function, keywords, mes
 @pytest.mark.parametrize(
     ("change", "message"),
     [({"attn_mask": torch.zeros(49)}, "broadcasts"),
+     ({"attn_mask": torch.zeros(2, 3, 1, 50)}, r"broadcasts to \(2, 4, 33, 50\)"),
      ({"attn_mask": torch.zeros(50, dtype=torch.long)}, "bool or a floating"),
      ({"query": torch.zeros(3)}, "3 or 4 dimensions"),
      ({"key": randn(2, 3, 50, 40)}, "4 heads")],
-    ids=["mask shape", "mask dtype", "query", "heads"],
+    ids=["mask shape", "mask heads", "mask dtype", "query", "heads"],
 )  # fmt: skip
 def test_07_17_what_does_not_fit_is_named(change, message):
     q, k, v = tensors()

@@ -7,7 +7,13 @@ from .components_xl import PersonalizedStableDiffusionXLPipeline
 from .guider import StepBlendGuidance
 from .install import Installation, attention_layers, install_processors, select_layers
 from .inversion import invert, renoise
-from .joint import CustomFluxAttnProcessor, CustomSD3AttnProcessor, joint_attention, shared_joint_attention
+from .joint import (
+    CustomFluxAttnProcessor,
+    CustomSD3AttnProcessor,
+    joint_attention,
+    joint_attention_layers,
+    shared_joint_attention,
+)
 from .output import LayoutRetouchOutput
 from .pipeline import StableDiffusionLayoutRetouchPipeline, StableDiffusionXLLayoutRetouchPipeline
 from .processors import AttentionState, CustomAttnProcessor, MultiSourceAttnProcessor, TokenMapAttnProcessor
@@ -45,6 +51,7 @@ __all__ = [
     "install_processors",
     "invert",
     "joint_attention",
+    "joint_attention_layers",
     "register_attention_backend",
     "renoise",
     "route",

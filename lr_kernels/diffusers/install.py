@@ -1,13 +1,16 @@
-"""Finding a UNet's attention layers, and putting processors into them and back."""
+"""Finding a UNet's attention layers, and putting processors into a model's layers and back."""
 
 import warnings
 from collections.abc import Mapping, Sequence
 
-from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, JointAttnProcessor2_0
+from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
 from torch import nn
 
 from ..checks import fail
-from .processors import is_own
+from .processors import _OwnProcessor
+
+_STOCK = (AttnProcessor, AttnProcessor2_0, FluxAttnProcessor, JointAttnProcessor2_0)
 
 
 def attention_layers(unet: nn.Module, kind: str) -> dict[str, Attention]:
@@ -69,14 +72,14 @@ def select_layers(unet: nn.Module, kind: str, choice: Sequence[int | str] | None
 class Installation:
     """Processors in place of others: made by `install_processors`, undone by `remove` or the end of a `with` block."""
 
-    def __init__(self, layers: Mapping[str, Attention], processors: Mapping[str, object]):
+    def __init__(self, layers: Mapping[str, Attention | FluxAttention], processors: Mapping[str, object]):
         self.layers = dict(layers)
-        self.processors = dict(processors)
+        self.processors = {name: processors[name] for name in layers}
         self.previous = {name: layer.processor for name, layer in layers.items()}
         self._warned = False
 
     def replaced(self) -> list[str]:
-        """The layers whose processor is no longer the installed one."""
+        """The layers whose processor is no longer the installed one; none after `remove`."""
         return [name for name, layer in self.layers.items() if layer.processor is not self.processors[name]]
 
     def verify(self) -> None:
@@ -84,18 +87,27 @@ class Installation:
         replaced = self.replaced()
         if replaced and not self._warned:
             self._warned = True
+            ours, now = (type(x) for x in (self.processors[replaced[0]], self.layers[replaced[0]].processor))
             warnings.warn(
                 f"lr_kernels: {len(replaced)} of {len(self.layers)} attention processors were replaced after their "
-                f"installation ({replaced[0]} is now {type(self.layers[replaced[0]].processor).__name__}); "
+                f"installation ({replaced[0]} is now {'a new ' if now is ours else ''}{now.__name__}); "
                 "these layers take no part in the method",
                 RuntimeWarning,
                 stacklevel=3,
             )
 
     def remove(self) -> None:
-        """Put the previous processors back, except where something else has taken the place since."""
-        for name, layer in self.layers.items():
-            if layer.processor is self.processors[name] or is_own(layer.processor):
+        """Put the previous processors back, except where something else has taken the place since.
+
+        A processor of this package that was replaced becomes stock for good: what replaced it may bring it back, as
+        unfuse_qkv_projections() does.
+        """
+        while self.layers:
+            name, layer = self.layers.popitem()
+            ours = self.processors[name]
+            if layer.processor is not ours and isinstance(ours, _OwnProcessor):
+                ours.make_stock()
+            if layer.processor is ours or isinstance(layer.processor, _OwnProcessor):
                 layer.set_processor(self.previous[name])
 
     def __enter__(self) -> "Installation":
@@ -105,31 +117,36 @@ class Installation:
         self.remove()
 
 
-def install_processors(layers: Mapping[str, Attention], processors: Mapping[str, object]) -> Installation:
+def install_processors(
+    layers: Mapping[str, Attention | FluxAttention], processors: Mapping[str, object]
+) -> Installation:
     """Set each layer's processor; a context manager that restores the previous ones.
 
     Args:
-        layers: name -> layer, from `select_layers`. processors: name -> the processor for it.
+        layers: name -> layer, from `select_layers` or `joint_attention_layers`. processors: name -> the processor for
+            it.
 
     Raises:
         NotImplementedError: a layer has a processor that is not stock (IP-Adapter, attention slicing, fused
             projections): without it the model is another. Whatever is raised, all previous processors are back.
     """
     for name, layer in layers.items():
-        if type(layer.processor) not in (AttnProcessor, AttnProcessor2_0):
+        if type(layer.processor) not in _STOCK:
             fail(
                 "install_processors",
                 name,
                 "a stock attention processor",
                 type(layer.processor).__name__,
-                "leave the layer out, or call unet.set_default_attn_processor() first",
+                "undo what put it there (unfuse_qkv_projections(), disable_attention_slicing(), unload_ip_adapter()), "
+                "or leave the layer out",
                 NotImplementedError,
             )
     installation = Installation(layers, processors)
     try:
         for name, layer in layers.items():
-            layer.set_processor(processors[name])
+            layer.set_processor(installation.processors[name])
     except BaseException:
-        installation.remove()
+        for name, layer in layers.items():
+            layer.set_processor(installation.previous[name])
         raise
     return installation

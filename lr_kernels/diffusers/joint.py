@@ -4,15 +4,44 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
+from diffusers.models.attention_processor import (
+    Attention,
+    FusedJointAttnProcessor2_0,
+    JointAttnProcessor2_0,
+    SD3IPAdapterJointAttnProcessor2_0,
+)
 from diffusers.models.embeddings import apply_rotary_emb
-from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+from diffusers.models.transformers.transformer_flux import (
+    FluxAttention,
+    FluxAttnProcessor,
+    FluxIPAdapterAttnProcessor,
+)
 from torch import Tensor, nn
 
 from ..attention import multi_source_attention
 from ..checks import fail
 from ..source import Source
-from .processors import _refuse_mask
+from .processors import _OwnProcessor, _refuse_mask
+
+_JOINT_PROCESSORS = (FluxAttnProcessor, FluxIPAdapterAttnProcessor, JointAttnProcessor2_0, FusedJointAttnProcessor2_0,
+                     SD3IPAdapterJointAttnProcessor2_0)  # fmt: skip
+
+
+def joint_attention_layers(model: nn.Module) -> dict[str, Attention | FluxAttention]:
+    """The layers of a model that have Flux's or SD3's processor, their IP-Adapter's and fused ones included, by name.
+
+    Raises:
+        ValueError: a model without such layers.
+    """
+    model = getattr(model, "_orig_mod", model)  # torch.compile wraps the module and renames its children
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, Attention | FluxAttention) and isinstance(module.processor, _JOINT_PROCESSORS)
+    }
+    if not layers:
+        fail("joint_attention_layers", "model", "one with Flux's or SD3's attention", type(model).__name__)
+    return layers
 
 
 class Tokens(NamedTuple):
@@ -60,7 +89,7 @@ def shared_joint_attention(
     return None, torch.cat(parts, 1)
 
 
-class CustomFluxAttnProcessor(FluxAttnProcessor):
+class CustomFluxAttnProcessor(_OwnProcessor, FluxAttnProcessor):
     """Flux's joint attention by `attention`; None: diffusers' own processor, bit for bit."""
 
     def __init__(self, attention: JointAttention | None = None):
@@ -106,7 +135,7 @@ class CustomFluxAttnProcessor(FluxAttnProcessor):
         return out, attn.to_add_out(text_out.flatten(2).to(text.query.dtype))
 
 
-class CustomSD3AttnProcessor(JointAttnProcessor2_0):
+class CustomSD3AttnProcessor(_OwnProcessor, JointAttnProcessor2_0):
     """SD3's joint attention by `attention`; None: diffusers' own processor, bit for bit."""
 
     def __init__(self, attention: JointAttention | None = None):

@@ -31,7 +31,15 @@ class AttentionState:
     backend: str = "auto"
 
 
-class _StockAttnProcessor:
+class _OwnProcessor:
+    """Base of this package's processors: made without arguments, each is diffusers' own, bit for bit."""
+
+    def make_stock(self) -> None:
+        """Become what the class makes without arguments."""
+        vars(self).update(vars(type(self)()))
+
+
+class _StockAttnProcessor(_OwnProcessor):
     """AttnProcessor2_0 with its attention call as a method, `attend`, for subclasses to replace."""
 
     def __init__(self, state: AttentionState | None = None):
@@ -189,8 +197,3 @@ class TokenMapAttnProcessor(_StockAttnProcessor):
 def _refuse_mask(processor: str) -> None:
     hint = "leave the mask out, or make the processor inactive"
     fail(processor, "attention_mask", "None while the processor is active", "a tensor", hint, NotImplementedError)
-
-
-def is_own(processor: object) -> bool:
-    """Whether a processor is one of this module's."""
-    return isinstance(processor, _StockAttnProcessor)
