@@ -1,8 +1,8 @@
 """`python -m benchmarks`: the kernels against their peers; one Markdown table, and a CSV if asked.
 
 Cases: attention (self-attention of a retouch step in the layers of SD1.5 and SDXL), backward (training through it),
-step_blend (one denoising step), retouch (all self-attention of a retouch step of SD1.5), sweep (time over tokens,
-visible share and sources, for the plot).
+step_blend (one denoising step), retouch (all self-attention of a retouch step of SD1.5), unet (that whole step: ten
+minutes), sweep (time over tokens, visible share and sources, for the plot).
 """
 
 import argparse
@@ -15,7 +15,7 @@ from rich.progress import track
 
 from . import attention, backward, harness, retouch, step_blend, sweep, table
 
-CASES = ("attention", "backward", "step_blend", "retouch", "sweep")
+CASES = ("attention", "backward", "step_blend", "retouch", "unet", "sweep")
 FLEX_LAYERS = ("sd32", "xl32")
 SMALL_LAYERS = ("sd32", "sd16", "xl32")
 SWEEP_REPEATS = 3
@@ -64,6 +64,8 @@ def groups(options: argparse.Namespace) -> list[tuple[Callable[[], list[harness.
     rounds = [(build, options.repeats) for build in found]
     if "retouch" in options.cases:
         rounds += [(build, min(SWEEP_REPEATS, options.repeats)) for build in retouch.problems(options.dtypes)]
+    if "unet" in options.cases:
+        rounds += [(build, min(SWEEP_REPEATS, options.repeats)) for build in retouch.whole_steps(options.dtypes)]
     if "sweep" in options.cases:
         rounds += [(build, min(SWEEP_REPEATS, options.repeats)) for build in sweep.problems(options.dtypes)]
     return rounds
