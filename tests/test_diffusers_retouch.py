@@ -272,7 +272,7 @@ def test_a_bank_serves_the_whole_pipeline(pipe):
     [
         ({"num_inference_steps": 5}, r"bank: expected built for timesteps .*; use the same number of steps"),
         ({"retouch_start": 0}, "bank: expected built for timesteps"),
-        ({"guidance_scale": 1.0}, "reference_bank: expected built without guidance: 1 rows, got 2"),
+        ({"guidance_scale": 1.0}, "reference_bank: expected 1 rows, built without guidance, got 2"),
         ({"context_latents": torch.zeros(2, 4, 4, 4)}, r"bank: expected built for .*call reset\(\)"),
         ({"words": SUBJECTS, "prompt": BOTH}, "reference_subjects: expected the subject of each of 1 references"),
     ],
@@ -282,6 +282,15 @@ def test_33_a_bank_built_for_something_else_is_refused(pipe, kwargs, message):
     bank = banked(pipe)
     with pytest.raises(ValueError, match=message):
         from_bank(pipe, bank, **kwargs)
+
+
+def test_33_a_bank_without_a_foreground_or_never_filled_is_refused(pipe):
+    bank = ReferenceBank([1, 2])
+    with pytest.raises(ValueError, match="reference_bank: expected one with a foreground"):
+        from_bank(pipe, bank)
+    bank.foreground = torch.ones(1, 8, 8, dtype=torch.bool)
+    with pytest.raises(ValueError, match="reference_bank: expected 2 rows, built with guidance, got 0"):
+        from_bank(pipe, bank)
 
 
 def test_33_two_pipelines_with_banks_interleaved(pipes):

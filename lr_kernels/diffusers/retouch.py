@@ -17,7 +17,7 @@ from .install import install_processors, select_layers
 from .inversion import renoise
 from .matching import FeatureRecorder, matcher
 from .output import LayoutRetouchOutput, timed
-from .routing import RetouchBatch, route, swap
+from .routing import RetouchBatch, Routing, Swap, route, swap
 from .schedule import DEFAULT_SWITCH, ddim_table, step_in_schedule
 from .subject import TargetMasks, as_subjects, rescaled, shown_subjects
 
@@ -134,14 +134,19 @@ class RetouchStage:
         self._check_sources(sources)
         if reading not in READINGS:
             fail(OP, "reading", "one of " + ", ".join(READINGS), repr(reading))
-        has_context = context_latents is not None
+        has_context, has_bank = context_latents is not None, reference_bank is not None
         if has_context:
-            for name, x in (("height", height), ("width", width), ("latents", latents)):
-                if x is not None:
-                    fail(OP, name, "None, since context_latents are given", type(x).__name__)
+            _refuse("context_latents are given", height=height, width=width, latents=latents)
             if len(context_latents) != count:
                 fail(OP, "context_latents", f"{count} rows, one per prompt", len(context_latents))
-        if reading == "swap" and (reference_bank is not None or not has_context):
+        if has_bank:
+            _refuse(
+                "the reference_bank has it",
+                reference_image=reference_image,
+                reference_prompt=reference_prompt,
+                reference_mask=reference_mask,
+            )
+        if reading == "swap" and (has_bank or not has_context):
             expected = "'routing' with a reference_bank, which has no features to match, or without layouts"
             fail(OP, "reading", expected, "'swap'", error=NotImplementedError)
         timesteps = self.begin(steps, device)
@@ -149,32 +154,25 @@ class RetouchStage:
         layers = select_layers(self.personal_unet, "self", retouch_layers)
         table = ddim_table(self.scheduler, guidance_scale=guidance_scale if guided else 1, eta=eta, device=device)
         subjects = as_subjects(subject_tokens)
+        references = [] if has_bank else _as_images(reference_image)
+        count_references = _banked_references(reference_bank, guided) if has_bank else len(references)
+        shows = shown_subjects(reference_subjects, count_references, len(subjects))
+        batch = RetouchBatch(count, has_context, guided, count_references, banked=has_bank)
         bank_steps = {}
-        if reference_bank is None:
-            images = _as_images(reference_image)
-            references = len(images)
-        else:
-            for name, x in (("reference_image", reference_image), ("reference_prompt", reference_prompt),
-                            ("reference_mask", reference_mask)):  # fmt: skip
-                if x is not None:
-                    fail(OP, name, "None, since the reference_bank has it", type(x).__name__)
-            images, references = [], len(reference_bank.foreground)
+        if has_bank:
             bank_steps = {i: reference_bank.step_of(self.scheduler.timesteps[i]) for i in range(start, end)}
-        shows = shown_subjects(reference_subjects, references, len(subjects))
-        batch = RetouchBatch(count, has_context, guided, references, banked=reference_bank is not None)
-        if reference_bank is not None and reference_bank.rows_held != references * batch.halves:
-            built = "with guidance" if guided else "without guidance"
-            fail(OP, "reference_bank", f"built {built}: {references * batch.halves} rows", reference_bank.rows_held)
         size = self.latent_size(height, width, context_latents if has_context else latents)
         seconds: dict[str, float] = {}
 
         with timed(seconds, "encode", device):
             copies = 2 if has_context else 1
-            reference_prompts = as_list(reference_prompt, references, "reference_prompt") if images else []
-            conditions = prompt * copies + reference_prompts
-            negatives = as_list(negative_prompt, count, "negative_prompt") * copies + [None] * len(images)
+            conditions = prompt * copies
+            if references:
+                conditions += as_list(reference_prompt, len(references), "reference_prompt")
+            negatives = as_list(negative_prompt, count, "negative_prompt") * copies + [None] * len(references)
             condition = self.embed((negatives if guided else []) + conditions, size, personal=True)
-            tokens = self.subject_tokens(conditions, subjects, [None] * (count * copies) + list(shows)[: len(images)])
+            shown = [None] * (count * copies) + list(shows[: len(references)])
+            tokens = self.subject_tokens(conditions, subjects, shown)
             dtype = condition.embeds.dtype
             if has_context:
                 latents = context_latents.to(device, dtype)
@@ -183,22 +181,24 @@ class RetouchStage:
             rows = slice(count, None)  # of a half: all but the targets
             own = condition.rows(slice(-batch.half, None)).rows(rows)
             contexts = latents if has_context else None
-            given = self.given_images(contexts, self._references(images, size, own), own, tokens.rows(rows), generator)
+            clean = self._references(references, size, own)
+            given = self.given_images(contexts, clean, own, tokens.rows(rows), generator)
             control = self.control(control_image, control_scale, count, size, dtype)
 
         to_mask = partial(self._to_mask, size=size, threshold=mask_threshold, backend=backend)
         with timed(seconds, "mask", device):
             features = FeatureRecorder(self.personal_unet) if reading == "swap" else None
-            masks = _masks(reference_mask, len(images))
+            masks = _masks(reference_mask, len(references))
             maps = None
             if has_context or any(mask is None for mask in masks):
                 maps = self.subject_maps(given, features, backend=backend)
             context_maps = maps[:, :count] if has_context else None
             context_mask = to_mask(context_maps) if has_context else None
-            if reference_bank is None:
-                seen = self._foreground(masks, None if maps is None else maps[:, -references:], shows, to_mask, size)
-            else:
+            if has_bank:
                 seen = reference_bank.foreground
+            else:
+                reference_maps = None if maps is None else maps[:, -len(references) :]
+                seen = self._foreground(masks, reference_maps, shows, to_mask, size)
             tracker = None
             if mask_blending or not has_context:
                 tracker = TargetMasks(rescaled(context_maps) if has_context else None, to_mask, steps - start)
@@ -207,15 +207,12 @@ class RetouchStage:
         with timed(seconds, "invert", device):
             trajectory = self._trajectory(given, sources, begin, backend)
 
-        if reading == "swap":
-            matches = matcher(features.features, references, backend=backend)
+        matches = None if features is None else matcher(features.features, len(references), backend=backend)
 
-            def read(mask: Tensor, grid: tuple[int, int]) -> object:
-                return swap(batch, mask, seen, grid, shows, matches(grid))
-        else:
-
-            def read(mask: Tensor, grid: tuple[int, int]) -> object:
+        def read(mask: Tensor, grid: tuple[int, int]) -> Routing | Swap:
+            if matches is None:
                 return route(batch, mask, seen, grid, shows)
+            return swap(batch, mask, seen, grid, shows, matches(grid))
 
         denoiser = RetouchDenoiser(
             self.personal_unet,
@@ -305,6 +302,23 @@ class RetouchStage:
         if sources == "inversion" and len(given.latents):
             return self.invert(given, start=start, backend=backend)
         return renoise(given.latents, given.noise, self.scheduler, start=start)
+
+
+def _refuse(reason: str, **arguments: object) -> None:
+    for name, x in arguments.items():
+        if x is not None:
+            fail(OP, name, f"None, since {reason}", type(x).__name__)
+
+
+def _banked_references(bank: ReferenceBank, guided: bool) -> int:
+    """How many references a bank has, whose rows are theirs for each half of the guidance."""
+    if bank.foreground is None:
+        fail(OP, "reference_bank", "one with a foreground, as the pipeline's reference_bank makes it", "none")
+    count = len(bank.foreground)
+    if bank.rows_held != count * (2 if guided else 1):
+        expected = f"{count * (2 if guided else 1)} rows, built {'with' if guided else 'without'} guidance"
+        fail(OP, "reference_bank", expected, bank.rows_held)
+    return count
 
 
 def _as_images(images: Image | list[Image] | None) -> list[Image]:
