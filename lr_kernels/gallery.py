@@ -120,21 +120,25 @@ def alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return multi_source_attention(q, [Source(k, v)])
 
 
+def the_first(q: Tensor) -> Tensor:
+    """The first row for every row."""
+    return torch.zeros(len(q), dtype=torch.int32)
+
+
 def masactrl(q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
     """All read the first picture."""
-    return presets.masactrl(q, k, v, torch.zeros(len(q), dtype=torch.int32))
+    return presets.masactrl(q, k, v, the_first(q))
 
 
 def masactrl_masked(q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
     """Subject from subject, background from background; the first picture itself sees all of itself."""
-    masks, rows = batch.masks[q.shape[1]], torch.zeros(len(q) - 1, dtype=torch.int32)
-    targets = presets.masactrl(q[1:], k[:1], v[:1], rows, masks[1:], masks[:1])
-    return torch.cat([alone(q[:1], k[:1], v[:1]), targets])
+    masks = batch.masks[q.shape[1]]
+    return presets.masactrl(q, k, v, the_first(q), masks, masks)
 
 
 def style_aligned(q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
     """All follow the first picture."""
-    return presets.style_aligned(q, k, v, torch.zeros(len(q), dtype=torch.int64))
+    return presets.style_aligned(q, k, v, the_first(q))
 
 
 def consistory(q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
@@ -173,11 +177,10 @@ def dream_matcher(q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
 
 
 def mca_ctrl(q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
-    """The subject is the reference's, the rest that of a condition image; these rows see all of themselves."""
+    """The subject is the reference's, the rest that of a condition image; these rows attend to themselves."""
     n, masks, rows = batch.images, batch.masks[q.shape[1]], torch.arange(len(q), dtype=torch.int32)
     subject, condition = (torch.where(rows < n, x, -1).int() for x in (2 * n, rows + n))
-    out = presets.mca_ctrl(q, k, v, subject, condition, torch.cat([masks[n : 2 * n], masks[n:]]), masks[-1:])
-    return torch.cat([out[:n], alone(q[n:], k[n:], v[n:])])
+    return presets.mca_ctrl(q, k, v, subject, condition, masks, masks)
 
 
 METHODS = {

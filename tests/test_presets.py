@@ -52,6 +52,7 @@ def softmax_attention(q, k, v, visible=None, scale=None, shift=None):
 SOURCE = torch.tensor([0, 0, 2, 2], dtype=torch.int32)
 """Rows 1 and 3 read rows 0 and 2."""
 REFERENCE = torch.tensor([-1, 0, -1, 2], dtype=torch.int32)
+ITSELF = (SOURCE == torch.arange(ROWS))[:, None, None, None]
 
 
 def masactrl(q, k, v):
@@ -69,11 +70,13 @@ def masactrl_masked(q, k, v):
 def masactrl_masked_plain(q, k, v):
     k, v, source = k[SOURCE.long()], v[SOURCE.long()], mask_of(q.shape[1], seed=1)[SOURCE.long()]
     inside, outside = (softmax_attention(q, k, v, x[:, None]) for x in (source, ~source))
-    return torch.where(mask_of(q.shape[1])[:, :, None, None], inside, outside)
+    blend = torch.where(mask_of(q.shape[1])[:, :, None, None], inside, outside)
+    return torch.where(ITSELF, softmax_attention(q, k, v), blend)
 
 
 def style_aligned(q, k, v):
-    return presets.style_aligned(q, k, v, SOURCE.long(), shift=torch.tensor(0.7), scale=torch.tensor(0.9))
+    rows = torch.tensor([0, 0, -1, 2], dtype=torch.int16)  # row 0 names itself, row 2 none, which is the same
+    return presets.style_aligned(q, k, v, rows, shift=torch.tensor(0.7), scale=torch.tensor(0.9))
 
 
 def style_aligned_plain(q, k, v):
@@ -84,7 +87,7 @@ def style_aligned_plain(q, k, v):
         )
         other = (reference.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
         moved = (x - mean) / deviation * other + reference.mean(1, keepdim=True)
-        return torch.where((SOURCE != torch.arange(ROWS))[:, None, None, None], moved, x)
+        return torch.where(ITSELF, x, moved)
 
     query, key, tokens = matched(q), matched(k), q.shape[1]
     keys, values = torch.cat([key, k[SOURCE.long()]], 1), torch.cat([v, v[SOURCE.long()]], 1)
@@ -99,36 +102,44 @@ def style_aligned_plain(q, k, v):
 ANCHORS = (0, 2)
 
 
-def consistory(q, k, v):
-    return presets.consistory(q, k, v, ANCHORS, mask_of(q.shape[1]))
+def consistory(q, k, v, anchors=ANCHORS, halves=1):
+    return presets.consistory(q, k, v, anchors, mask_of(q.shape[1]), halves=halves)
 
 
-def consistory_plain(q, k, v):
-    results = []
+def consistory_plain(q, k, v, anchors=ANCHORS, halves=1):
+    results, half = [], ROWS // halves
     for i in range(ROWS):
-        others = [a for a in ANCHORS if a != i]
+        others = [a for a in (i // half * half + anchor for anchor in anchors) if a != i]
         keys = torch.cat([k[i], *(k[a][mask_of(q.shape[1])[a]] for a in others)])
         values = torch.cat([v[i], *(v[a][mask_of(q.shape[1])[a]] for a in others)])
         results.append(softmax_attention(q[i : i + 1], keys[None], values[None]))
     return torch.cat(results)
 
 
-def story_plan(tokens):
-    return presets.story_diffusion_plan(ROWS, tokens, generator=torch.Generator().manual_seed(tokens))
+def story_plan(tokens, halves=1):
+    draw = torch.Generator().manual_seed(tokens)
+    return presets.story_diffusion_plan(ROWS, tokens, halves=halves, generator=draw)
 
 
-def story_diffusion(q, k, v):
-    return presets.story_diffusion(q, k, v, story_plan(q.shape[1]))
+def story_diffusion(q, k, v, halves=1):
+    return presets.story_diffusion(q, k, v, story_plan(q.shape[1], halves), halves=halves)
 
 
-def story_diffusion_plain(q, k, v):
-    tokens = q.shape[1]
-    drawn = torch.stack([m[0] for m in story_plan(tokens).key_masks[1:]])
-    visible = drawn.flatten()[None].repeat(ROWS, 1)
-    for i in range(ROWS):
-        visible[i, i * tokens : (i + 1) * tokens] = True
+def story_diffusion_plain(q, k, v, halves=1):
+    half, row = ROWS // halves, torch.arange(ROWS)
+    drawn = story_plan(q.shape[1], halves).key_masks[1][:half].repeat(halves, 1)  # every half reads the same tokens
+    visible = (row[:, None] // half == row // half)[..., None] & drawn
+    visible = (visible | torch.eye(ROWS, dtype=torch.bool)[..., None]).flatten(1)
     every = [x.flatten(0, 1)[None].expand(ROWS, -1, -1, -1) for x in (k, v)]
     return softmax_attention(q, *every, visible[:, None])
+
+
+consistory_halves, consistory_halves_plain = (
+    functools.partial(f, anchors=(0, 1), halves=2) for f in (consistory, consistory_plain)
+)
+story_diffusion_halves, story_diffusion_halves_plain = (
+    functools.partial(f, halves=2) for f in (story_diffusion, story_diffusion_plain)
+)
 
 
 def image_tokens(q, i):
@@ -181,23 +192,33 @@ def dream_matcher_plain(q, k, v):
     return softmax_attention(q, k, (1 - w) * v + w * picked)
 
 
-SUBJECT, CONDITION = torch.tensor([0] * ROWS, dtype=torch.int32), torch.tensor([2] * ROWS, dtype=torch.int32)
+SUBJECT, CONDITION = (torch.tensor([-1, i, -1, i], dtype=torch.int32) for i in (0, 2))
+"""Rows 1 and 3 read rows 0 and 2, which read themselves."""
 
 
-def mca_ctrl(q, k, v):
-    return presets.mca_ctrl(q, k, v, SUBJECT, CONDITION, mask_of(q.shape[1]), mask_of(q.shape[1], 1, 1))
+def mca_ctrl(q, k, v, condition=None):
+    return presets.mca_ctrl(q, k, v, SUBJECT, CONDITION, mask_of(q.shape[1]), mask_of(q.shape[1], 1, 1), condition)
 
 
-def mca_ctrl_plain(q, k, v):
+def mca_ctrl_plain(q, k, v, condition=None):
     target, subject = mask_of(q.shape[1]), mask_of(q.shape[1], 1, 1)
-    inside = softmax_attention(q, k[SUBJECT.long()], v[SUBJECT.long()], subject[:, None].expand(ROWS, 1, -1))
+    inside = softmax_attention(q, k[:1].expand(q.shape), v[:1].expand(q.shape), subject[:, None].expand(ROWS, 1, -1))
     # the part of the condition image that is kept: the row that is read decides
-    outside = softmax_attention(q, k[CONDITION.long()], v[CONDITION.long()], ~target[CONDITION.long()][:, None])
-    return torch.where(target[:, :, None, None], inside, outside)
+    kept = ~(target if condition is None else condition)[None, 2:3].expand(ROWS, 1, -1)
+    outside = softmax_attention(q, k[2:3].expand(q.shape), v[2:3].expand(q.shape), kept)
+    return torch.where(ITSELF, softmax_attention(q, k, v), torch.where(target[:, :, None, None], inside, outside))
 
 
-METHODS = "masactrl masactrl_masked style_aligned consistory story_diffusion ip_adapter reference_only".split()
-METHODS += ["dream_matcher", "mca_ctrl"]
+def mca_ctrl_condition(q, k, v):
+    return mca_ctrl(q, k, v, mask_of(q.shape[1], seed=2))
+
+
+def mca_ctrl_condition_plain(q, k, v):
+    return mca_ctrl_plain(q, k, v, mask_of(q.shape[1], seed=2))
+
+
+METHODS = "masactrl masactrl_masked style_aligned consistory consistory_halves story_diffusion story_diffusion_halves"
+METHODS = [*METHODS.split(), *"ip_adapter reference_only dream_matcher mca_ctrl mca_ctrl_condition".split()]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -208,26 +229,77 @@ def test_01_a_unet_predicts_what_the_formula_says(method):
     assert not torch.allclose(found, predict(softmax_attention, torch.float32), atol=1e-3), "nothing was shared"
 
 
-def test_hidden_keys_are_not_read_and_not_counted():
-    tokens = 64
-    q, k, v = (torch.randn(ROWS, tokens, 2, 16) for _ in range(3))
-    subject, target = mask_of(tokens), mask_of(tokens, seed=1)
-    plan = presets.consistory_plan(ANCHORS, subject)
-    assert [int(c) for c in plan.key_count[1:]] == [int(subject[a].sum()) for a in ANCHORS]
-    plan = presets.masactrl_plan(target, subject)
-    assert torch.equal(plan.key_count[0], torch.stack([subject.sum(1), (~subject).sum(1)]).int())
-    expected = presets.mca_ctrl(q, k, v, SUBJECT, CONDITION, target, subject)
-    dirty = [x.clone() for x in (k, v)]
-    for x in dirty:
-        x[1], x[3] = float("nan"), float("nan")  # rows that nobody reads
-        x[0][~subject[0]] = float("nan")
-        x[2][target[2]] = float("nan")
-    assert torch.equal(presets.mca_ctrl(q, *dirty, SUBJECT, CONDITION, target, subject), expected)
+TOKENS = 64
+
+
+def planned(name):
+    """A preset of q, k, v and a plan, or None to have it made; its plan; the visible keys of its masked sources,
+    (classes, rows) each; a row that reads, and which tokens of which rows it sees."""
+    subject, target, other = (mask_of(TOKENS, seed=i) for i in range(3))
+    everything, none, count = torch.ones(TOKENS, dtype=torch.bool), torch.zeros(ROWS), subject.sum(1)
+    halves = 2 if name.endswith("halves") else 1
+    if name == "masactrl":
+        target[1] = True
+
+        def run(q, k, v, plan):
+            masks = (target, subject) if plan is None else ()
+            return presets.masactrl(q, k, v, SOURCE, *masks, plan=plan)
+
+        counts = [torch.stack([none + TOKENS, TOKENS - count, count])]
+        return run, presets.masactrl_plan(target, subject, SOURCE), counts, 1, {0: subject[0]}
+    if name.startswith("consistory"):
+        anchors = ANCHORS if halves == 1 else (0, 1)
+
+        def run(q, k, v, plan):
+            return presets.consistory(q, k, v, anchors, subject, plan, halves=halves)
+
+        seen = {0: subject[0], 2: subject[2], 3: everything} if halves == 1 else {2: subject[2], 3: everything}
+        return run, presets.consistory_plan(anchors, subject, halves=halves), [count[None]] * 2, 3, seen
+    if name.startswith("story"):
+
+        def run(q, k, v, plan):
+            return presets.story_diffusion(q, k, v, plan or story_plan(TOKENS, halves), halves=halves)
+
+        plan, images = story_plan(TOKENS, halves), ROWS // halves
+        drawn = plan.key_masks[1]
+        seen = {row: drawn[row] for row in range(ROWS - images, 3)} | {3: everything}
+        return run, plan, [drawn.sum(1)[None]] * images, 3, seen
+
+    def run(q, k, v, plan):
+        return presets.mca_ctrl(q, k, v, SUBJECT, CONDITION, target, subject, other, plan)
+
+    counts = [torch.stack([none, count]), torch.stack([(~other).sum(1), none])]
+    return run, presets.mca_ctrl_plan(target, subject, other), counts, 1, {0: subject[0], 2: ~other[2]}
+
+
+@pytest.mark.parametrize("name", ["masactrl", "consistory", "consistory_halves", "story", "story_halves", "mca_ctrl"])
+def test_hidden_keys_are_not_read_and_not_counted(name):
+    run, plan, counts, reader, seen = planned(name)
+    found = [x for x in plan.key_count if x is not None]
+    assert len(found) == len(counts) and all(torch.equal(x, y.int()) for x, y in zip(found, counts))
+    q, k, v = (torch.randn(ROWS, TOKENS, 2, 16) for _ in range(3))
+    expected = run(q, k, v, None)
+    assert torch.equal(run(q, k, v, plan), expected), "a plan is for reuse"
+    unseen = torch.ones(ROWS, TOKENS, dtype=torch.bool)
+    for row, tokens in seen.items():
+        unseen[row] = ~tokens
+    dirty = (x.masked_fill(unseen[:, :, None, None], float("nan")) for x in (k, v))
+    assert torch.equal(run(q, *dirty, plan)[reader], expected[reader])
 
 
 def test_07_arguments_that_do_not_fit():
-    q = torch.randn(2, 8, 2, 16)
+    q, masks = torch.randn(4, 8, 2, 16), mask_of(8)
     with pytest.raises(ValueError, match="source_mask"):
-        presets.masactrl(q, q, q, SOURCE[:2], target_mask=mask_of(8, 2))
-    with pytest.raises(ValueError, match="1 to 15 rows"):
-        presets.story_diffusion_plan(16, 8)
+        presets.masactrl(q, q, q, SOURCE, target_mask=masks)
+    with pytest.raises(ValueError, match="consistory: halves: expected a divisor of the batch's 4 rows, got 3"):
+        presets.consistory(q, q, q, [0], masks, halves=3)
+    with pytest.raises(ValueError, match="consistory_plan: anchors: expected 0 to 1, the images of a half, got"):
+        presets.consistory_plan([0, 2], masks, halves=2)
+    with pytest.raises(ValueError, match="anchors: expected at most 15 images to read, got 16"):
+        presets.consistory_plan(range(16), mask_of(8, 16))
+    with pytest.raises(ValueError, match="batch: expected at most 15 images to read, got 16"):
+        presets.story_diffusion_plan(32, 8, halves=2)
+    with pytest.raises(ValueError, match="halves"):
+        presets.story_diffusion_plan(3, 8, halves=2)
+    with pytest.raises(ValueError, match="plan: expected a plan for 5 sources, got one for 3"):
+        presets.story_diffusion(q, q, q, presets.story_diffusion_plan(4, 8, halves=2))
