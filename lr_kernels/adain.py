@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import backends
 from . import reference as specification
-from .checks import fail
+from .checks import fail, one_of
 
 _OP = "adain"
 
@@ -77,7 +77,7 @@ def _check(x: Tensor, reference: Tensor, mask: Tensor | None, reference_mask: Te
         fail(_OP, "x", "one of float32, float16, bfloat16, float64", x.dtype, error=TypeError)
     batch, tokens, heads, channels = x.shape
     rows = reference.shape[0] if reference.dim() == 4 else 0
-    if reference.dim() != 4 or rows not in (1, batch) or tuple(reference.shape[2:]) != (heads, channels):
+    if reference.dim() != 4 or not one_of(rows, 1, batch) or tuple(reference.shape[2:]) != (heads, channels):
         fail(_OP, "reference", f"shape ({batch} or 1, tokens, {heads}, {channels})", tuple(reference.shape))
     if reference.dtype != x.dtype:
         fail(_OP, "reference", str(x.dtype), reference.dtype, "cast both tensors to one dtype", TypeError)
@@ -91,7 +91,7 @@ def _check(x: Tensor, reference: Tensor, mask: Tensor | None, reference_mask: Te
             continue
         if table.dtype != torch.bool:
             fail(_OP, name, "torch.bool", table.dtype, error=TypeError)
-        if table.dim() != 2 or table.shape[0] not in (1, batch) or table.shape[1] != count:
+        if table.dim() != 2 or not one_of(table.shape[0], 1, batch) or table.shape[1] != count:
             fail(_OP, name, f"shape ({batch} or 1, {count})", tuple(table.shape))
         if table.device != x.device:
             fail(_OP, name, str(x.device), table.device)

@@ -6,7 +6,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from .checks import check_memory, fail
+from .checks import check_memory, fail, has_shape, one_of
 from .plan import AttentionPlan, check_masks
 from .source import Source
 
@@ -79,7 +79,7 @@ def _check_source(i: int, source: Source, query: Tensor) -> None:
     if value_rows != rows or (source.value_index is None and values != keys):
         fail(OP, f"value[{i}]", f"{rows} rows of {keys} keys as in key[{i}]", (value_rows, values))
     if source.rows is None:
-        if rows not in (1, batch):
+        if not one_of(rows, 1, batch):
             fail(OP, f"rows[{i}]", f"a tensor, since key[{i}] has {rows} rows for a batch of {batch}", None)
     else:
         if source.rows.shape != (batch,):
@@ -99,14 +99,14 @@ def _check_source(i: int, source: Source, query: Tensor) -> None:
     if source.key_bias is not None and not source.key_bias.is_floating_point():
         hint = "a mask goes to key_mask" if source.key_bias.dtype == torch.bool else ""
         fail(OP, f"key_bias[{i}]", "a floating dtype", source.key_bias.dtype, hint, TypeError)
-    if isinstance(source.weight, Tensor) and tuple(source.weight.shape) not in ((), (batch,), (batch, query.shape[1])):
+    if isinstance(source.weight, Tensor) and not has_shape(source.weight, (), (batch,), (batch, query.shape[1])):
         fail(OP, f"weight[{i}]", f"a scalar, ({batch},) or ({batch}, {query.shape[1]})", tuple(source.weight.shape))
     tables = (("key_mask", source.key_mask), ("key_groups", source.key_groups), ("key_bias", source.key_bias))
     for name, table in tables:
         if table is not None:
             _check_table(f"{name}[{i}]", table, query, rows, keys)
     for name, strength in (("logit_scale", source.logit_scale), ("logit_bias", source.logit_bias)):
-        if isinstance(strength, Tensor) and tuple(strength.shape) not in ((), (batch,), (batch, heads)):
+        if isinstance(strength, Tensor) and not has_shape(strength, (), (batch,), (batch, heads)):
             fail(OP, f"{name}[{i}]", f"a scalar, ({batch},) or ({batch}, {heads})", tuple(strength.shape))
 
 
@@ -126,7 +126,7 @@ def _check_value_index(i: int, source: Source, query: Tensor) -> None:
     assert index is not None
     if index.dtype not in _INDEX_DTYPES:
         fail(OP, f"value_index[{i}]", "an integer dtype", index.dtype, error=TypeError)
-    if index.dim() != 2 or index.shape[0] not in (1, rows, query.shape[0]) or index.shape[1] != keys:
+    if index.dim() != 2 or not one_of(index.shape[0], 1, rows, query.shape[0]) or index.shape[1] != keys:
         fail(OP, f"value_index[{i}]", f"shape ({rows}, {query.shape[0]} or 1, {keys})", tuple(index.shape))
     if index.device != query.device:
         fail(OP, f"value_index[{i}]", str(query.device), index.device)
@@ -145,7 +145,7 @@ def check_reference_memory(query: Tensor, sources: Sequence[Source]) -> None:
 
 
 def _check_table(name: str, table: Tensor, query: Tensor, rows: int, columns: int) -> None:
-    if table.dim() != 2 or table.shape[0] not in (1, rows) or table.shape[1] != columns:
+    if table.dim() != 2 or not one_of(table.shape[0], 1, rows) or table.shape[1] != columns:
         fail(OP, name, f"shape ({rows} or 1, {columns})", tuple(table.shape))
     if table.device != query.device:
         fail(OP, name, str(query.device), table.device)

@@ -16,6 +16,22 @@ def fail(
     raise error(f"lr_kernels.{op}: {argument}: expected {expected}, got {got}" + (f"; {hint}" if hint else ""))
 
 
+def one_of(size: int, *allowed: int) -> bool:
+    """`size in allowed`, by comparing: under torch.compile `in` misses a symbolic size that is equal."""
+    for x in allowed:
+        if size == x:
+            return True
+    return False
+
+
+def has_shape(x: torch.Tensor, *shapes: tuple[int, ...]) -> bool:
+    """`tuple(x.shape) in shapes`, by comparing: see `one_of`."""
+    for shape in shapes:
+        if x.dim() == len(shape) and x.shape == shape:
+            return True
+    return False
+
+
 def check_memory(op: str, argument: str, needed: int, device: torch.device) -> None:
     """Refuse a request of more bytes than the device can ever hold, before anything is allocated."""
     if needed < _GIB or torch.compiler.is_compiling():

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import backends
 from . import reference as specification
-from .checks import fail
+from .checks import fail, one_of
 
 _OP = "correspondence"
 
@@ -72,7 +72,7 @@ def _check(target: Tensor, reference: Tensor, radius: float, grid: tuple[int, in
         fail(_OP, "target", "one of float32, float16, bfloat16, float64", target.dtype, error=TypeError)
     batch, tokens, channels = target.shape
     shape = tuple(reference.shape)
-    if len(shape) != 3 or shape[0] not in (1, batch) or shape[1] == 0 or shape[2] != channels:
+    if len(shape) != 3 or not one_of(shape[0], 1, batch) or shape[1] == 0 or shape[2] != channels:
         fail(_OP, "reference", f"shape ({batch} or 1, tokens, {channels}), at least one token", shape)
     if reference.dtype != target.dtype:
         fail(_OP, "reference", str(target.dtype), reference.dtype, "cast both tensors to one dtype", TypeError)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import multi_source_attention
-from .checks import fail
+from .checks import fail, one_of
 from .plan import plan_attention
 from .source import Source
 
@@ -159,7 +159,7 @@ def _per_key(op: str, mask: Tensor, shape: tuple[int, ...]) -> Tensor:
     if not 1 <= mask.dim() <= 4:
         fail(op, "attn_mask", "1 to 4 dimensions", mask.dim())
     mask = mask[(None,) * (4 - mask.dim())]
-    if any(n not in (1, wanted) for n, wanted in zip(mask.shape, shape)):
+    if not all(one_of(n, 1, wanted) for n, wanted in zip(mask.shape, shape)):
         fail(op, "attn_mask", f"a shape that broadcasts to {shape}", tuple(mask.shape))
     if 0 in mask.shape[1:3]:  # no query that could see it
         mask = mask.new_ones(1, 1, 1, 1)

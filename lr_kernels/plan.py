@@ -99,7 +99,7 @@ def check_masks(
                 fail(op, f"{name}[{i}]", "shape (rows or 1, keys)", tuple(x.shape))
         if mask is not None and groups is not None:
             (rows, keys), (others, other_keys) = mask.shape, groups.shape
-            if other_keys != keys or (others != rows and 1 not in (rows, others)):
+            if other_keys != keys or (others != rows and others != 1 and rows != 1):
                 fail(op, f"key_groups[{i}]", f"shape ({rows} or 1, {keys}) as key_mask[{i}]", tuple(groups.shape))
             if groups.device != mask.device:
                 fail(op, f"key_groups[{i}]", str(mask.device), groups.device)

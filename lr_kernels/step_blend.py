@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import backends, ops, reference
-from .checks import fail
+from .checks import fail, one_of
 from .coefficients import COLUMNS
 
 _OP = "step_blend"
@@ -214,7 +214,7 @@ def _check(
             _like(f"predictions[{i}]", x, sample)
     batch, _, height, width = shape
     table, columns = coefficients.shape, count + len(COLUMNS)
-    if len(table) != 3 or table[1] not in (1, batch) or table[2] != columns:
+    if len(table) != 3 or not one_of(table[1], 1, batch) or table[2] != columns:
         fail(_OP, "coefficients", f"shape (steps, {batch} or 1, {columns})", tuple(table))
     if coefficients.dtype != torch.float32:
         fail(_OP, "coefficients", "float32", coefficients.dtype, error=TypeError)
@@ -227,7 +227,7 @@ def _check(
     if background is None:
         fail(_OP, "background", f"a tensor, since {'keep_rows' if mask is None else 'mask'} is given", None)
     if mask is not None:
-        if mask.dim() != 3 or mask.shape[0] not in (1, batch) or mask.shape[1:] != (height, width):
+        if mask.dim() != 3 or not one_of(mask.shape[0], 1, batch) or mask.shape[1:] != (height, width):
             fail(_OP, "mask", f"shape ({batch} or 1, {height}, {width})", tuple(mask.shape))
         if mask.dtype != torch.bool and not mask.is_floating_point():
             fail(_OP, "mask", "bool or a floating dtype", mask.dtype, error=TypeError)

@@ -97,7 +97,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, token_indices: Tensor) -> 
     keys = key.shape[1]
     if value.shape[1] != keys:
         fail(_OP, "value", f"{keys} keys as in key", value.shape[1])
-    if token_indices.dim() not in (1, 2) or token_indices.shape[:-1] not in ((), (batch,)):
+    if token_indices.dim() not in (1, 2) or (token_indices.dim() == 2 and token_indices.shape[0] != batch):
         fail(_OP, "token_indices", f"shape (T,) or ({batch}, T)", tuple(token_indices.shape))
     if token_indices.dtype not in _INDEX_DTYPES:
         names = ", ".join(str(x).removeprefix("torch.") for x in _INDEX_DTYPES)

@@ -28,9 +28,17 @@ class BankLayer:
         self.name = name
         self.buffer = buffer
         """(2, rows, tokens, heads, head_dim): keys, values"""
+        self.written: tuple[Tensor, Tensor] | None = None
+        """of the last pass that extracted"""
 
     def write(self, key: Tensor, value: Tensor) -> None:
-        """Keep keys and values (rows, tokens, heads, head_dim)."""
+        """Hold keys and values (rows, tokens, heads, head_dim) until `keep`."""
+        self.written = key, value
+
+    def keep(self) -> None:
+        """Copy what was written into the buffer, outside the layer's pass: a compiled one would look at the buffer."""
+        key, value = self.written
+        self.written = None
         if self.buffer is None:
             self.buffer = key.new_empty(2, *key.shape)
         self.check_fit(key, rows=True)
@@ -57,7 +65,8 @@ class ReferenceBank:
 
     The layers touch one buffer each, whose address never changes (it can be captured in a CUDA graph); `extract` copies
     it to the storage after the UNet has run, `read` from it before. Bytes: 2 x rows x tokens x channels x element
-    size, per layer and step, plus one step of buffers; `nbytes` counts them.
+    size, per layer and step, plus one step of buffers; `nbytes` counts them. The pass that extracts a step holds it once
+    more.
 
     Args:
         timesteps: of the schedule, in its order.
@@ -83,7 +92,7 @@ class ReferenceBank:
         """Forget everything stored."""
         self._stored: dict[str, Tensor] = {}  # (steps, 2, rows, tokens, heads, head_dim)
         for layer in self._layers.values():
-            layer.buffer = None
+            layer.buffer = layer.written = None
         self._filled: set[int] = set()
         self._foreground: Tensor | None = None
         self._plans: dict[int, AttentionPlan] = {}
@@ -131,8 +140,13 @@ class ReferenceBank:
     def extract(self, step: int) -> Iterator[None]:
         """While it lasts the UNet runs on the reference's rows; their keys and values become those of `step`."""
         self._check_step(step)
+        for layer in self._layers.values():
+            layer.written = None  # of a pass that failed
         with self._in_mode("extract"):
             yield
+        for layer in self._layers.values():
+            if layer.written is not None:
+                layer.keep()
         for name, current in self._buffers().items():
             if name not in self._stored:
                 self._stored[name] = self._allocate(name, current)
@@ -149,6 +163,9 @@ class ReferenceBank:
             )
         for name, current in self._buffers().items():
             current.copy_(self._stored[name][step], non_blocking=True)
+            if self._foreground is not None and current.shape[2] not in self._plans:
+                mask = token_mask(self._foreground, self._grid(current.shape[2]))
+                self._plans[current.shape[2]] = plan_attention([None, mask])
         with self._in_mode("cached"):
             yield
 
@@ -179,10 +196,7 @@ class ReferenceBank:
         source = Source(*layer.read(key), self.rows, logit_bias=self.strength)
         if self._foreground is None:
             return source, None
-        tokens = key.shape[1]
-        if tokens not in self._plans:
-            self._plans[tokens] = plan_attention([None, token_mask(self._foreground, self._grid(tokens))])
-        plan = self._plans[tokens]
+        plan = self._plans[key.shape[1]]
         return source._replace(key_mask=plan.key_masks[1]), plan
 
     def _grid(self, tokens: int) -> tuple[int, int]:

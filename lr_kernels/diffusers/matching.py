@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import cache
 
+import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 from torch.nn import functional as F
@@ -30,9 +31,11 @@ class FeatureRecorder:
             self.features = output
 
         self._hook = self.block.register_forward_hook(keep)
+        self._stance = torch.compiler.set_stance("force_eager")  # a compiled model does not look for new hooks
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._stance.__exit__(*exception)
         self._hook.remove()
 
 
