@@ -65,8 +65,8 @@ class ReferenceBank:
 
     The layers touch one buffer each, whose address never changes (it can be captured in a CUDA graph); `extract` copies
     it to the storage after the UNet has run, `read` from it before. Bytes: 2 x rows x tokens x channels x element
-    size, per layer and step, plus one step of buffers; `nbytes` counts them. The pass that extracts a step holds it once
-    more.
+    size, per layer and step, plus one step of buffers; `nbytes` counts them. The pass that extracts a step holds it
+    once more.
 
     Args:
         timesteps: of the schedule, in its order.
