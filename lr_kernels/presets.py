@@ -173,8 +173,8 @@ def _images(op: str, batch: int, halves: int, anchors: Sequence[int] | None = No
     name, others = ("batch", range(half)) if anchors is None else ("anchors", anchors)
     if len(others) > MAX_OTHERS:
         fail(op, name, f"at most {MAX_OTHERS} images to read", len(others), "split the story")
-    if any(not 0 <= other < half for other in others):
-        fail(op, name, f"0 to {half - 1}, the images of a half", list(others))
+    if any(not 0 <= other < half for other in others) or len(set(others)) != len(others):
+        fail(op, name, f"some of 0 to {half - 1}, the images of a half, each once", list(others))
     return half
 
 

@@ -5,10 +5,13 @@ import copy
 import itertools
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
+from accelerate.hooks import CpuOffload
 from diffusers import StableDiffusionControlNetPipeline, StableDiffusionXLControlNetPipeline
 from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import save_file
 from tiny_models import (
     TOLERANCE,
     XL_UNET,
@@ -27,7 +30,9 @@ from lr_kernels.diffusers import (
     RetouchBatch,
     StableDiffusionLayoutRetouchPipeline,
     StableDiffusionXLLayoutRetouchPipeline,
+    install_processors,
     route,
+    select_layers,
     swap,
 )
 from lr_kernels.diffusers.processors import AttentionState
@@ -144,8 +149,10 @@ def test_the_readings_differ_and_both_share(pipe):
 
 
 def test_16_swap_without_layouts_or_with_a_bank_is_refused(pipe):
-    with pytest.raises(NotImplementedError, match="reading: expected 'routing' with a reference_bank"):
+    with pytest.raises(NotImplementedError, match="reading: expected 'routing' without layouts"):
         retouch(pipe, reading="swap", context_latents=None, latents=NOISE)
+    with pytest.raises(NotImplementedError, match="reading: expected 'routing' with a reference_bank"):
+        from_bank(pipe, banked(pipe), reading="swap")
     with pytest.raises(ValueError, match="reading: expected one of routing, swap, got 'both'"):
         retouch(pipe, reading="both")
 
@@ -272,11 +279,16 @@ def test_a_bank_serves_the_whole_pipeline(pipe):
     [
         ({"num_inference_steps": 5}, r"bank: expected built for timesteps .*; use the same number of steps"),
         ({"retouch_start": 0}, "bank: expected built for timesteps"),
-        ({"guidance_scale": 1.0}, "reference_bank: expected 1 rows, built without guidance, got 2"),
-        ({"context_latents": torch.zeros(2, 4, 4, 4)}, r"bank: expected built for .*call reset\(\)"),
-        ({"words": SUBJECTS, "prompt": BOTH}, "reference_subjects: expected the subject of each of 1 references"),
+        ({"guidance_scale": 1.0}, "reference_bank: expected built for 1 rows, without guidance, got 2"),
+        (
+            {"context_latents": torch.zeros(2, 4, 4, 4)},
+            r"expected built for latents of \(4, 4\), got \(8, 8\)",
+        ),
+        ({"context_latents": torch.zeros(2, 4, 4, 16)}, r"reference_bank: expected built for latents of \(4, 16\)"),
+        ({"words": SUBJECTS, "prompt": BOTH}, "reference_subjects: expected 1 numbers, among them each of 0 to 1"),
+        ({"reference_subjects": [1]}, r"reference_subjects: expected \[0\], as the bank was built, got \[1\]"),
     ],
-    ids=["steps", "range", "guidance", "size", "subjects"],
+    ids=["steps", "range", "guidance", "size", "turned size", "subjects", "other subjects"],
 )
 def test_33_a_bank_built_for_something_else_is_refused(pipe, kwargs, message):
     bank = banked(pipe)
@@ -289,7 +301,7 @@ def test_33_a_bank_without_a_foreground_or_never_filled_is_refused(pipe):
     with pytest.raises(ValueError, match="reference_bank: expected one with a foreground"):
         from_bank(pipe, bank)
     bank.foreground = torch.ones(1, 8, 8, dtype=torch.bool)
-    with pytest.raises(ValueError, match="reference_bank: expected 2 rows, built with guidance, got 0"):
+    with pytest.raises(ValueError, match="reference_bank: expected built for 2 rows, with guidance, got 0"):
         from_bank(pipe, bank)
 
 
@@ -450,16 +462,119 @@ def test_a_control_image_that_does_not_fit_is_named(pipe):
 
 
 @pytest.mark.parametrize("kind", ["sd", "xl"])
-def test_model_offload_gives_the_same_bits_and_frees_every_model(pipes, kind):
+def test_model_offload_fetches_every_model_and_gives_the_same_bits(kind, monkeypatch):
     pipe = fresh(kind)
     expected = run(pipe).latents
+    onto, before = [], CpuOffload.pre_forward
+    monkeypatch.setattr(
+        CpuOffload, "pre_forward", lambda h, module, *a, **k: onto.append(module) or before(h, module, *a, **k)
+    )
     pipe.enable_model_cpu_offload(device="cpu")
-    moved = []
-    for hook in pipe._all_hooks:
-        hook.hook.original = hook.hook.pre_forward
-        hook.hook.pre_forward = lambda module, *a, hook=hook.hook, **k: (
-            moved.append(module) or hook.original(module, *a, **k)
-        )
     assert torch.equal(run(pipe).latents, expected)
-    names = {name for name, part in pipe.components.items() if any(part is module for module in moved)}
-    assert names >= {"unet", "personalized_unet", "text_encoder", "vae"}
+
+    fetched = {name for name, part in pipe.components.items() if any(part is module for module in onto)}
+    assert fetched >= {"unet", "personalized_unet", "text_encoder", "vae"}
+
+
+# Found by trying
+
+
+def test_a_bank_for_fewer_layers_in_a_later_step_is_refused(pipe):
+    layers = select_layers(pipe.personalized_unet, "self")
+    some = dict(list(layers.items())[:1])
+    bank, text = ReferenceBank([9, 5]), torch.randn(1, 5, 16)
+
+    def extract(layers, step):
+        with install_processors(layers, bank.processors(layers)), bank.extract(step), torch.no_grad():
+            pipe.personalized_unet(NOISE[:1], 5, encoder_hidden_states=text)
+
+    extract(layers, 0)
+    with pytest.raises(ValueError, match=r"bank: expected layer .* in every step, got a pass without it in step 1"):
+        extract(some, 1)
+
+
+def test_a_bank_made_in_inference_mode_serves_outside_it(pipe):
+    with torch.inference_mode():
+        bank = banked(pipe)
+    assert distance(from_bank(pipe, bank).latents, retouch(pipe).latents) <= TOLERANCE
+
+
+def test_a_file_that_is_no_bank_is_named(tmp_path):
+    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="path: expected a file that save"):
+        ReferenceBank.load(tmp_path / "x.safetensors")
+
+
+def test_arguments_of_the_second_stage_are_checked_before_the_first(pipe):
+    steps = []
+    with pytest.raises(ValueError, match="subject_tokens: expected words of the prompt"):
+        pipe(PROMPTS, "a ball", IMAGES[:1], "a sks ball", ("cat",), latents=NOISE, **SHARED,
+             callback_on_step_end=lambda *a: steps.append(a) or {})  # fmt: skip
+    with pytest.raises(ValueError, match="reference_image: expected an image"):
+        pipe(PROMPTS, "a ball", subject_tokens="sks", callback_on_step_end=lambda *a: steps.append(a) or {})
+    assert not steps
+
+
+def test_an_interrupted_layout_is_not_retouched(pipe):
+    seen = []
+
+    def interrupt(pipe, step, t, tensors):
+        seen.append(step)
+        pipe._interrupt = step == 1
+        return {}
+
+    out = run(pipe, callback_on_step_end=interrupt)
+    assert seen == [0, 1] and torch.equal(out.images, out.layout_images) and out.masks is None
+    assert not torch.equal(run(pipe).latents, out.latents)
+
+
+def test_integer_images_and_masks_are_those_of_255(pipe):
+    pixels = (IMAGES[0].permute(1, 2, 0).numpy() * 255).astype(np.uint8)
+    mask = np.where(MASK, 210, 10).astype(np.uint8)
+    expected = retouch(pipe, image=PIL.Image.fromarray(pixels)).latents
+    for image in (pixels, torch.from_numpy(pixels).permute(2, 0, 1), PIL.Image.fromarray(pixels).convert("RGBA")):
+        assert distance(retouch(pipe, image=image, reference_mask=mask).latents, expected) <= TOLERANCE
+
+
+def test_a_target_without_foreground_is_warned_about(pipe):
+    with pytest.warns(RuntimeWarning, match="no foreground was found for subject 0 in layout 1"):
+        retouch(pipe, mask_threshold=1.0)
+
+
+def test_adapters_beside_a_whole_unet_are_refused():
+    with pytest.raises(ValueError, match="personalized_adapters: expected None, since personalized_unet is given"):
+        fresh(personalized_adapters=["subject"])
+
+
+def test_a_model_whose_adapters_are_off_is_not_used_by_another_call():
+    unet = with_lora(tiny_unet(0), "subject")
+    one, other = (fresh(unet=unet, personalized_unet=None) for _ in range(2))
+    with one.as_vanilla(), pytest.raises(RuntimeError, match="unet: expected a model that no other call is using"):
+        run(other)
+    assert unet.active_adapters() == ["subject"]
+
+
+def test_an_ip_adapter_in_a_unet_is_refused_by_name(pipe):
+    parts = {**pipe.components, "unet": copy.deepcopy(pipe.unet), "requires_safety_checker": False}
+    parts["unet"].register_to_config(encoder_hid_dim_type="ip_image_proj")
+    with pytest.raises(NotImplementedError, match=r"unet: expected one without image embeddings, .*unload_ip_adapter"):
+        run(fresh(**parts))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"num_inference_steps": 0}, "num_inference_steps: expected a positive integer"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt: expected a positive integer"),
+        ({"guidance_scale": float("nan")}, "guidance_scale: expected a finite number"),
+        ({"layout_steps": 1.5}, "layout_steps: expected 0 to 4, got 1.5"),
+        ({"height": 0}, "height: expected a multiple of 2"),
+        ({"retouch_layers": []}, "choice: expected scales"),
+        ({"generator": [torch.Generator()]}, "generator: expected one, or 2, one per image, got 1"),
+        ({"negative_prompt": []}, "negative_prompt: expected a string or several"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_07_what_does_not_fit_is_named(pipe, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        run(pipe, **{"latents": None, **kwargs})

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from diffusers import StableDiffusionXLPipeline
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from tiny_models import components_xl
 
 ROOT = Path(__file__).parent.parent
@@ -22,6 +23,8 @@ def blocks(page: str) -> list[str]:
 @pytest.mark.parametrize("page", PAGES)
 def test_every_block_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    active = _AttentionBackendRegistry._active_backend  # a page sets diffusers' default for all models
+    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", active)
     if "XL" in page_text(page):  # the folder that the page loads as SDXL
         StableDiffusionXLPipeline(**components_xl()).save_pretrained("sdxl")
     found = blocks(page)

@@ -293,7 +293,9 @@ def test_07_arguments_that_do_not_fit():
         presets.masactrl(q, q, q, SOURCE, target_mask=masks)
     with pytest.raises(ValueError, match="consistory: halves: expected a divisor of the batch's 4 rows, got 3"):
         presets.consistory(q, q, q, [0], masks, halves=3)
-    with pytest.raises(ValueError, match="consistory_plan: anchors: expected 0 to 1, the images of a half, got"):
+    with pytest.raises(
+        ValueError, match="consistory_plan: anchors: expected some of 0 to 1, the images of a half, each once, got"
+    ):
         presets.consistory_plan([0, 2], masks, halves=2)
     with pytest.raises(ValueError, match="anchors: expected at most 15 images to read, got 16"):
         presets.consistory_plan(range(16), mask_of(8, 16))

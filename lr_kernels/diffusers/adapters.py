@@ -8,6 +8,9 @@ from torch import nn
 
 from ..checks import fail
 
+_busy: set[int] = set()
+"""Layers whose adapters a call has switched off: another thread would take that for their usual state."""
+
 
 def active_adapters(models: Sequence[nn.Module]) -> set[str]:
     """Names of the adapters (LoRA and others of peft) that act in any layer of the models."""
@@ -25,9 +28,13 @@ def adapters_off(op: str, models: Sequence[nn.Module], names: Sequence[str] | No
     off = active if names is None else set(names)
     if off - active or (names is not None and not off):
         fail(op, "adapters", f"some of the active ones, {sorted(active)}", sorted(off))
+    if _busy.intersection(map(id, layers)):
+        hint = "models that pipelines share serve one call at a time"
+        fail(op, "unet", "a model that no other call is using", "one whose adapters are off", hint, RuntimeError)
     if any(layer.merged for layer in layers):
         fail(op, "adapters", "adapters that are not fused", "fused ones", "call unfuse_lora() first")
     before = [(layer, layer._active_adapter) for layer in layers]
+    _busy.update(map(id, layers))
     try:
         for layer in layers:
             # peft's set_adapter and enable_adapters would also change which weights require a gradient.
@@ -36,6 +43,7 @@ def adapters_off(op: str, models: Sequence[nn.Module], names: Sequence[str] | No
     finally:
         for layer, names_before in before:
             layer._active_adapter = names_before
+        _busy.difference_update(map(id, layers))
 
 
 def _layers(models: Sequence[nn.Module]) -> list[nn.Module]:

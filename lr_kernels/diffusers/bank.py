@@ -40,7 +40,8 @@ class BankLayer:
         key, value = self.written
         self.written = None
         if self.buffer is None:
-            self.buffer = key.new_empty(2, *key.shape)
+            with torch.inference_mode(False):  # later passes may write where this one is one of inference mode
+                self.buffer = key.new_empty(2, *key.shape)
         self.check_fit(key, rows=True)
         self.buffer[0].copy_(key)
         self.buffer[1].copy_(value)
@@ -85,6 +86,8 @@ class ReferenceBank:
         """int32 (B,): the bank's row that each row reads, -1: none. Default: row b, or the only one"""
         self.strength: Tensor | None = None
         """added to the logits of the bank's keys, () or (B,)"""
+        self.shows: tuple[int, ...] | None = None
+        """which subject each reference shows, where the pipeline made the bank"""
         self._layers: dict[str, BankLayer] = {}
         self.reset()
 
@@ -112,6 +115,11 @@ class ReferenceBank:
     def nbytes(self) -> int:
         """Bytes of storage and buffers."""
         return sum(x.nbytes for x in (*self._stored.values(), *self._buffers().values()))
+
+    @property
+    def layer_names(self) -> list[str]:
+        """The layers that were extracted."""
+        return list(self._buffers())
 
     @property
     def rows_held(self) -> int:
@@ -147,6 +155,9 @@ class ReferenceBank:
         for layer in self._layers.values():
             if layer.written is not None:
                 layer.keep()
+            elif layer.buffer is not None:
+                fail("ReferenceBank", "bank", f"layer {layer.name} in every step", f"a pass without it in step {step}",
+                     "call reset()")  # fmt: skip
         for name, current in self._buffers().items():
             if name not in self._stored:
                 self._stored[name] = self._allocate(name, current)
@@ -187,9 +198,10 @@ class ReferenceBank:
             fail("ReferenceBank", "limit", f"a bank within {self.limit} bytes", f"{needed} with layer {name}",
                  "choose fewer layers or steps, or a lower precision")  # fmt: skip
         shape = (len(self.timesteps), *current.shape)
-        if self.storage == "device":
-            return current.new_empty(shape)
-        return torch.empty(shape, dtype=current.dtype, pin_memory=torch.cuda.is_available())
+        with torch.inference_mode(False):
+            if self.storage == "device":
+                return current.new_empty(shape)
+            return torch.empty(shape, dtype=current.dtype, pin_memory=torch.cuda.is_available())
 
     def source(self, layer: BankLayer, key: Tensor) -> tuple[Source, AttentionPlan | None]:
         """The bank as a source beside a layer's own keys, and the plan of both."""
@@ -211,10 +223,13 @@ class ReferenceBank:
         """Write a safetensors file. `model` says what it was computed with; `load` can ask for it."""
         if len(self._filled) != len(self.timesteps):
             fail("ReferenceBank", "bank", f"all {len(self.timesteps)} steps extracted", sorted(self._filled))
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # copies into pinned memory may be under way
         tensors = {name: x.cpu().contiguous() for name, x in self._stored.items()}
         if self._foreground is not None:
             tensors["foreground"] = self._foreground.cpu().contiguous()
-        save_file(tensors, path, {"timesteps": json.dumps(self.timesteps), "model": model})
+        about = {"timesteps": json.dumps(self.timesteps), "model": model, "shows": json.dumps(self.shows)}
+        save_file(tensors, path, about)
 
     @classmethod
     def load(
@@ -228,13 +243,17 @@ class ReferenceBank:
         """A saved bank.
 
         Raises:
-            ValueError: `model` is given and is not what the bank was computed with.
+            ValueError: a file that is no bank; `model` is given and is not what the bank was computed with.
         """
         with safe_open(path, "pt") as file:
-            about = file.metadata()
+            about = file.metadata() or {}
+            if "timesteps" not in about:
+                fail("ReferenceBank", "path", "a file that save() wrote", str(path))
             if model is not None and about["model"] != model:
                 fail("ReferenceBank", "model", repr(model), repr(about["model"]), "the bank belongs to another model")
             bank = cls(json.loads(about["timesteps"]), storage=storage)
+            shows = json.loads(about["shows"])
+            bank.shows = None if shows is None else tuple(shows)
             for name in file.keys():
                 x = file.get_tensor(name)
                 if name == "foreground":

@@ -72,6 +72,10 @@ class PersonalizedPipeline:
         The components keep their dtype unless another one is given (diffusers casts them to float32). ValueError where
         they have several and none is given.
         """
+        controlnet = kwargs.get("controlnet", pipeline.components.get("controlnet"))
+        if controlnet is not None and not isinstance(controlnet, ControlNetModel):
+            got = type(controlnet).__name__
+            fail("from_pipe", "controlnet", "a ControlNetModel or None", got, "pass controlnet=", NotImplementedError)
         if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
             components = {**pipeline.components, **kwargs}.values()
             dtypes = {x.dtype for x in components if isinstance(x, torch.nn.Module)}
@@ -100,6 +104,13 @@ class PersonalizedPipeline:
 
     # Shared
 
+    def set_personalized_adapters(self, names: str | list[str] | None) -> None:
+        """Which adapters of `unet` only the personalized model has; None: all."""
+        if names is not None and self.personalized_unet is not None:
+            fail(OP, "personalized_adapters", "None, since personalized_unet is given", names)
+        names = [names] if isinstance(names, str) else names
+        self.register_to_config(personalized_adapters=None if names is None else list(names))
+
     @property
     def personal_unet(self) -> UNet2DConditionModel:
         """The UNet for prompts with the subject."""
@@ -117,7 +128,7 @@ class PersonalizedPipeline:
     def encode_images(self, images: Image | list[Image], height: int, width: int) -> Tensor:
         """Images in any form of `VaeImageProcessor`, resized -> clean latents (n, C, height/f, width/f)."""
         single = images if isinstance(images, (list, tuple)) else [images]
-        pixels = torch.cat([self.image_processor.preprocess(image, height, width) for image in single])
+        pixels = torch.cat([self.image_processor.preprocess(as_pixels(image), height, width) for image in single])
         with self.vae_precision():
             pixels = pixels.to(self._execution_device, self.vae.dtype)
             latents = self.vae.encode(pixels).latent_dist.mode()
@@ -190,6 +201,12 @@ class PersonalizedPipeline:
     def begin(self, num_inference_steps: int, device: torch.device) -> Tensor:
         """Check the scheduler and set its timesteps, which are returned."""
         check_scheduler(self.scheduler)
+        if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
+            fail(OP, "num_inference_steps", "a positive integer", num_inference_steps)
+        for unet in (self.unet, self.personal_unet):
+            if unet.config.encoder_hid_dim_type is not None:
+                got, hint = unet.config.encoder_hid_dim_type, "call unload_ip_adapter() first"
+                fail(OP, "unet", "one without image embeddings", got, hint, NotImplementedError)
         self._interrupt = False
         self._num_timesteps = num_inference_steps
         self.scheduler.set_timesteps(num_inference_steps)
@@ -211,7 +228,7 @@ class PersonalizedPipeline:
             default = latents.shape[2:]
         size = []
         for name, pixels, latent_side in zip(("height", "width"), (height, width), default):
-            if pixels is not None and pixels % f:
+            if pixels is not None and (pixels % f or pixels < f):
                 fail(OP, name, f"a multiple of {f}", pixels)
             size.append(latent_side if pixels is None else pixels // f)
         return tuple(size)
@@ -237,8 +254,10 @@ class PersonalizedPipeline:
             return None
         if self.controlnet is None:
             fail(OP, "control_image", "None, since the pipeline has no controlnet", type(image).__name__)
-        processor = VaeImageProcessor(self.vae_scale_factor, do_convert_rgb=True, do_normalize=False)
-        pixels = processor.preprocess(image, *(x * self.vae_scale_factor for x in size))
+        processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor, do_normalize=False)
+        single = image if isinstance(image, (list, tuple)) else [image]
+        height, width = (x * self.vae_scale_factor for x in size)
+        pixels = torch.cat([processor.preprocess(as_pixels(x), height, width) for x in single])
         if len(pixels) not in (1, count):
             fail(OP, "control_image", f"1 or {count} images, as there are prompts", len(pixels))
         pixels = pixels.expand(count, -1, -1, -1).to(self._execution_device, dtype)
@@ -297,7 +316,7 @@ class PersonalizedStableDiffusionPipeline(PersonalizedPipeline, StableDiffusionP
             personalized_text_encoder=personalized_text_encoder,
             controlnet=controlnet,
         )
-        self.register_to_config(personalized_adapters=personalized_adapters)
+        self.set_personalized_adapters(personalized_adapters)
         self._interrupt = False
 
     def text_encoders(self, personal: bool) -> list[torch.nn.Module]:
@@ -325,9 +344,29 @@ def noise_like(latents: Tensor, generator: Generator) -> Tensor:
     return randn_tensor(latents.shape, generator, latents.device, latents.dtype)
 
 
-def as_list(x: str | Sequence[str] | None, count: int | None = None, name: str = "prompt") -> list[str]:
-    """One string or several -> a list of `count`; None: as many Nones."""
-    x = [x] if isinstance(x, str) or x is None else list(x)
+def as_negatives(x: str | Sequence[str] | None, count: int) -> list[str | None]:
+    """Negative prompts of `count` images; None: no text."""
+    return [None] * count if x is None else as_list(x, count, "negative_prompt")
+
+
+def as_pixels(image: Image) -> Image:
+    """Of any mode or integer dtype -> as `VaeImageProcessor` expects: RGB, or numbers in [0, 1]."""
+    if isinstance(image, PIL.Image.Image):
+        return image.convert("RGB")
+    if isinstance(image, np.ndarray):
+        image = image if np.issubdtype(image.dtype, np.floating) else image.astype(np.float32) / 255
+        return image[None] if image.ndim == 3 else image
+    if not isinstance(image, Tensor):
+        fail(OP, "image", "a PIL image, an array or a tensor", type(image).__name__, error=TypeError)
+    return image if image.is_floating_point() else image.float() / 255
+
+
+def as_list(x: str | Sequence[str], count: int | None = None, name: str = "prompt") -> list[str]:
+    """One string or several -> a list of `count`."""
+    texts = [x] if isinstance(x, str) else list(x or ())
+    if not texts or not all(isinstance(text, str) for text in texts):
+        fail(OP, name, "a string or several", x)
+    x = texts
     if count is None or len(x) == count:
         return x
     if len(x) != 1:
@@ -342,4 +381,5 @@ def as_mask(mask: Image, size: tuple[int, int], device: torch.device) -> Tensor:
     mask = torch.as_tensor(mask).squeeze()
     if mask.dim() != 2:
         fail(OP, "reference_mask", "shape (height, width)", tuple(mask.shape))
-    return token_mask(mask[None] > 0.5, tuple(size)).unflatten(1, tuple(size)).to(device)
+    half = 0.5 if mask.dtype == torch.bool or mask.is_floating_point() else 127
+    return token_mask(mask[None] > half, tuple(size)).unflatten(1, tuple(size)).to(device)

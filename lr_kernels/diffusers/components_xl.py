@@ -78,7 +78,7 @@ class PersonalizedStableDiffusionXLPipeline(PersonalizedPipeline, StableDiffusio
             personalized_text_encoder_2=personalized_text_encoder_2,
             controlnet=controlnet,
         )
-        self.register_to_config(personalized_adapters=personalized_adapters)
+        self.set_personalized_adapters(personalized_adapters)
         self._interrupt = False
 
     def text_encoders(self, personal: bool) -> list[torch.nn.Module]:

@@ -55,6 +55,8 @@ def select_layers(unet: nn.Module, kind: str, choice: Sequence[int | str] | None
     if choice is None:
         return layers
     choice = (choice,) if isinstance(choice, int | str) else tuple(choice)
+    if not choice or not all(isinstance(entry, int | str) for entry in choice):
+        fail("select_layers", "choice", "scales and beginnings of layer names, at least one", list(choice))
     chosen = {}
     for entry in choice:
         if isinstance(entry, int):

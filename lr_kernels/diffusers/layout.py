@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..step_blend import step_blend
-from .components import Callback, Generator, Image, as_list, noise_like
+from .components import Callback, Generator, Image, as_list, as_negatives, noise_like
 from .condition import Condition, predict
 from .output import LayoutRetouchOutput, timed
 from .schedule import DEFAULT_SWITCH, Blend, blend_weights, ddim_table, step_in_schedule
@@ -56,7 +56,7 @@ class LayoutStage:
             return [out[:count], out[-count:]]
 
         with timed(seconds, "layout", device), self.progress_bar(total=steps) as bar:
-            negative = as_list(negative_prompt, count, "negative_prompt") if guided else []
+            negative = as_negatives(negative_prompt, count) if guided else []
             size = self.latent_size(height, width, latents)
             with self.as_vanilla():
                 layout_prompt = as_list(layout_prompt, count, "layout_prompt")
@@ -79,4 +79,5 @@ class LayoutStage:
                 latents = self.after_step(callback_on_step_end, i, t, latents)
                 bar.update()
         images, nsfw = self.decode(latents, output_type, seconds)
+        self.maybe_free_model_hooks()
         return LayoutRetouchOutput(images=images, latents=latents, nsfw_content_detected=nsfw, seconds=seconds)

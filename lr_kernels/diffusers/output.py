@@ -32,6 +32,7 @@ class LayoutRetouchOutput(BaseOutput):
     reference_mask: Tensor | None = None
     """bool (references, h, w): their foreground"""
     nsfw_content_detected: list[bool] | None = None
+    layout_nsfw_content_detected: list[bool] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     """wall-clock time per stage: layout, encode, invert, mask, retouch, decode"""
 

@@ -5,11 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..checks import fail
 from .bank import ReferenceBank
-from .components import Callback, Generator, Image, PersonalizedStableDiffusionPipeline, as_list
+from .components import OP, Callback, Generator, Image, PersonalizedStableDiffusionPipeline, as_list
 from .components_xl import PersonalizedStableDiffusionXLPipeline
 from .layout import LayoutStage
 from .output import LayoutRetouchOutput
+from .request import retouch_request
 from .retouch import RetouchStage
 from .schedule import Blend
 
@@ -103,20 +105,23 @@ class LayoutRetouch(LayoutStage, RetouchStage):
                 with other latents.
 
         Returns:
-            `LayoutRetouchOutput`, or (images, layout_images) where return_dict is False.
+            `LayoutRetouchOutput`, or (images, layout_images) where return_dict is False. If the layout stage was
+            interrupted (`pipe._interrupt = True` in a callback), the images are the layouts as they were then.
 
         Raises:
             ValueError: an argument that does not fit, named; a bank built for something else. NotImplementedError: a
             scheduler or an attention processor that the method cannot use; "swap" without layouts or with a bank.
         """
+        if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
+            fail(OP, "num_images_per_prompt", "a positive integer", num_images_per_prompt)
         prompt = [p for p in as_list(prompt) for _ in range(num_images_per_prompt)]
 
-        def per_image(texts: str | list[str] | None) -> list[str | None]:
-            texts = as_list(texts)
+        def per_image(texts: str | list[str], name: str) -> list[str]:
+            texts = as_list(texts, name=name)
             return texts if len(texts) == 1 else [p for p in texts for _ in range(num_images_per_prompt)]
 
         shared = {
-            "negative_prompt": per_image(negative_prompt),
+            "negative_prompt": None if negative_prompt is None else per_image(negative_prompt, "negative_prompt"),
             "num_inference_steps": num_inference_steps,
             "guidance_scale": guidance_scale,
             "eta": eta,
@@ -127,9 +132,25 @@ class LayoutRetouch(LayoutStage, RetouchStage):
             "output_type": output_type,
             "callback_on_step_end": callback_on_step_end,
         }
+        second = {
+            "reference_mask": reference_mask,
+            "reference_subjects": reference_subjects,
+            "reference_bank": reference_bank,
+            "retouch_start": retouch_start,
+            "retouch_end": retouch_end,
+            "retouch_layers": retouch_layers,
+            "reading": reading,
+            "sources": sources,
+        }
+        references = (reference_image, reference_prompt, subject_tokens)
+        names = ("num_inference_steps", "guidance_scale", "generator")
+        size = self.latent_size(height, width, latents)
+        retouch_request(
+            self, prompt, *references, size, **second, **{name: shared[name] for name in names}
+        )  # or raises
         layout = self.layout(
             prompt,
-            per_image(layout_prompt),
+            per_image(layout_prompt, "layout_prompt"),
             height=height,
             width=width,
             layout_steps=layout_steps,
@@ -137,28 +158,23 @@ class LayoutRetouch(LayoutStage, RetouchStage):
             latents=latents,
             **shared,
         )
-        output = self.retouch(
-            prompt,
-            reference_image,
-            reference_prompt,
-            subject_tokens,
-            context_latents=layout.latents,
-            reference_mask=reference_mask,
-            reference_subjects=reference_subjects,
-            reference_bank=reference_bank,
-            retouch_start=retouch_start,
-            retouch_end=retouch_end,
-            retouch_layers=retouch_layers,
-            reading=reading,
-            sources=sources,
-            mask_blending=mask_blending,
-            mask_threshold=mask_threshold,
-            **shared,
-        )
+        if self.interrupt:
+            output = layout
+        else:
+            output = self.retouch(
+                prompt,
+                *references,
+                context_latents=layout.latents,
+                mask_blending=mask_blending,
+                mask_threshold=mask_threshold,
+                **second,
+                **shared,
+            )
         output.layout_images = layout.images
-        stages = (*layout.seconds, *output.seconds)
-        output.seconds = {stage: layout.seconds.get(stage, 0.0) + output.seconds.get(stage, 0.0) for stage in stages}
-        self.maybe_free_model_hooks()
+        output.layout_nsfw_content_detected = layout.nsfw_content_detected
+        if output is not layout:
+            for stage, taken in layout.seconds.items():
+                output.seconds[stage] = output.seconds.get(stage, 0.0) + taken
         return output if return_dict else (output.images, output.layout_images)
 
 

@@ -81,6 +81,6 @@ def blend_weights(blend: Blend, layout_steps: int, steps: int) -> Tensor:
 def step_in_schedule(name: str, step: int | None, default: int, lowest: int, highest: int) -> int:
     """`step`, or the default for None, inside [lowest, highest]."""
     step = default if step is None else step
-    if not lowest <= step <= highest:
+    if not isinstance(step, int) or not lowest <= step <= highest:
         fail(_OP, name, f"{lowest} to {highest}", step)
     return step

@@ -30,6 +30,11 @@ class SubjectTokens(NamedTuple):
         """Those of some of the prompts."""
         return SubjectTokens(self.indices[rows], self.weights[:, rows])
 
+    def repeated(self, count: int, copies: int) -> "SubjectTokens":
+        """The first `count` prompts as often as `copies` says, then the others."""
+        order = [*range(count)] * copies + [*range(count, len(self.indices))]
+        return SubjectTokens(self.indices[order], self.weights[:, order])
+
 
 def as_subjects(subject_tokens: str | Sequence[str] | Sequence[Sequence[str]]) -> list[list[str]]:
     """A word, the words of one subject, or a list of such lists -> the words of each subject."""
@@ -95,7 +100,8 @@ def _places(tokenizer: PreTrainedTokenizerBase, prompt: str, ids: list[int], wor
         pieces = tokenizer(word, add_special_tokens=False).input_ids
         starts = [i for i in range(len(ids) - len(pieces) + 1) if pieces and ids[i : i + len(pieces)] == pieces]
         if not starts:
-            fail("layout_retouch", "subject_tokens", f"words of the prompt {prompt!r}", repr(word))
+            fail("layout_retouch", "subject_tokens", f"words of the prompt {prompt!r}", repr(word),
+                 f"the tokenizer reads the first {len(ids)} tokens")  # fmt: skip
         found |= {start + i for start in starts for i in range(len(pieces))}
     return sorted(found)
 
