@@ -103,6 +103,36 @@ def step_table() -> str:
     return "\n".join([*lines, "", f"{about_gpu(rows[0])}: bf16, CUDA graphs, subject 30 % of the image."])
 
 
+def retouch_table() -> str:
+    """A retouch step on the CPU: all its self-attention, and the whole UNet."""
+    with (RESULTS / "retouch.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    lines = [
+        "| SD1.5, 6 rows, 64² | dtype | lr_kernels, s | nothing shared | two passes (MasaCtrl) | cat + SDPA with masks "
+        "| extra memory vs cat |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    parts = {"retouch step": "self-attention, 16 layers", "whole step": "the whole UNet"}
+    for op, dtype in dict.fromkeys((r["op"], r["dtype"]) for r in rows):
+        by = {r["contender"]: r for r in rows if (r["op"], r["dtype"]) == (op, dtype)}
+
+        def time(name: str, by: dict[str, dict[str, str]] = by) -> str:
+            return f"{float(by[name]['ms']) / 1e3:.2f} ({by[name]['ours_is_faster']}×)" if name in by else "–"
+
+        names = ("nothing shared (stock)", "two passes (MasaCtrl)", "cat + SDPA with masks")
+        ours, cat = by["lr_kernels"], by[names[-1]]
+        times = " | ".join(map(time, names))
+        lines.append(
+            f"| {parts[op]} | {dtype} | {float(ours['ms']) / 1e3:.2f} | {times} "
+            f"| {ours['peak_mib']} / {cat['peak_mib']} MiB |"
+        )
+    m = rows[0]
+    about = (
+        f"{m['device']}, {m['threads']} threads, torch {m['torch']}, commit {m['commit']}: random weights, a subject "
+    )
+    return "\n".join([*lines, "", about + "of 30 % of the image, medians of interleaved runs of one process."])
+
+
 def demo_table() -> str:
     """The toy model's metrics per stage."""
     report = json.loads((RESULTS / "demo.json").read_text())
@@ -117,7 +147,13 @@ def demo_table() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"attention": attention_table, "gpu": gpu_table, "step": step_table, "demo": demo_table}
+TABLES = {
+    "attention": attention_table,
+    "retouch": retouch_table,
+    "gpu": gpu_table,
+    "step": step_table,
+    "demo": demo_table,
+}
 
 
 def main() -> None:
