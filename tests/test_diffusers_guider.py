@@ -7,50 +7,28 @@ import itertools
 import math
 
 import pytest
+import tiny_models
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, HeunDiscreteScheduler, UNet2DConditionModel
+from diffusers import EulerDiscreteScheduler, HeunDiscreteScheduler, UNet2DConditionModel
 from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.modular_pipelines.modular_pipeline import BlockState
 from diffusers.modular_pipelines.stable_diffusion_xl import StableDiffusionXLAutoBlocks
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lr_kernels.diffusers.guider import StepBlendGuidance
 
 STEPS = 4
-CHARACTERS = [chr(i) for i in range(33, 127)]
 NOISE = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(6))
 PROMPTS = ["a sks ball", "sks ball at sea"]
 LAYOUT_PROMPTS = ["a ball", "ball at sea"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The models are so small that threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny_unet(seed: int) -> UNet2DConditionModel:
-    torch.manual_seed(seed)
-    return UNet2DConditionModel(
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        sample_size=8,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=32,
-        attention_head_dim=8,
-        norm_num_groups=8,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=16 + 6 * 8,
-        transformer_layers_per_block=(1, 2),
-        use_linear_projection=True,
-    ).eval()
+    return tiny_models.tiny_unet(seed, **tiny_models.XL_UNET)
 
 
 def add_lora(unet: UNet2DConditionModel, name: str, seed: int) -> None:
@@ -59,42 +37,11 @@ def add_lora(unet: UNet2DConditionModel, name: str, seed: int) -> None:
     unet.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q", "to_k", "to_v"]), name)
 
 
-def tiny_text_encoder(kind: type, vocab_size: int) -> CLIPTextModel | CLIPTextModelWithProjection:
-    config = CLIPTextConfig(
-        vocab_size=vocab_size,
-        hidden_size=16,
-        intermediate_size=16,
-        projection_dim=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=24,
-        initializer_factor=5.0,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
-    return kind(config).eval()
-
-
 @pytest.fixture(scope="module")
 def parts() -> dict:
-    tokens = ["<|startoftext|>", "<|endoftext|>", *CHARACTERS, *(c + "</w>" for c in CHARACTERS)]
-    tokenizer = CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=24)
-    torch.manual_seed(7)
-    return {
-        "vae": AutoencoderKL(
-            sample_size=16,
-            latent_channels=4,
-            block_out_channels=(8, 8),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            norm_num_groups=4,
-        ).eval(),
-        "text_encoder": tiny_text_encoder(CLIPTextModel, len(tokens)),
-        "text_encoder_2": tiny_text_encoder(CLIPTextModelWithProjection, len(tokens)),
-        "tokenizer": tokenizer,
-        "tokenizer_2": tokenizer,
-    }
+    names = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    built = tiny_models.components_xl()
+    return {name: built[name] for name in names}
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,13 @@ import contextlib
 
 import accelerate
 import pytest
+import tiny_models
 import torch
 from diffusers import (
     DDIMScheduler,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusionPipeline,
-    UNet2DConditionModel,
 )
 from diffusers.models.attention_processor import (
     FusedAttnProcessor2_0,
@@ -52,22 +52,11 @@ JOINT_KINDS = (CustomFluxAttnProcessor, CustomSD3AttnProcessor)
 ROWS = 3  # a target, its context, the reference
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The models are so small that threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny_unet():
-    torch.manual_seed(0)
-    return UNet2DConditionModel(
-        block_out_channels=(16, 32), layers_per_block=1, sample_size=8, norm_num_groups=8, cross_attention_dim=16,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), attention_head_dim=2,
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-    ).eval().requires_grad_(False)  # fmt: skip
+    return tiny_models.tiny_unet(0).requires_grad_(False)
 
 
 def randn(*shape, seed=0):
