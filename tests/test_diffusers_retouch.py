@@ -451,6 +451,9 @@ def test_the_retouch_follows_the_controlnet(pipes, kind):
     assert distance(run(pipe, control_image=EDGES).latents, plain) > TOLERANCE
     each = run(pipe, control_image=EDGES.expand(2, -1, -1, -1)).latents
     assert torch.equal(each, run(pipe, control_image=EDGES).latents)
+    twice = run(pipe, control_image=[EDGES, 1 - EDGES], num_images_per_prompt=2, latents=NOISE[[0, 0, 1, 1]])
+    once = run(pipe, control_image=[EDGES, 1 - EDGES])
+    assert distance(twice.layout_images, once.layout_images[[0, 0, 1, 1]]) <= TOLERANCE
 
 
 def test_a_control_image_that_does_not_fit_is_named(pipe):

@@ -97,7 +97,7 @@ class LayoutRetouch(LayoutStage, RetouchStage):
                 own mask, and outside of both masks the latents are the layout's.
             mask_threshold: of `subject_mask`.
             control_image: what the pipeline's `controlnet` follows in both stages, for layouts and targets: one image
-                for all or one per image. control_scale: its strength.
+                for all or one per prompt. control_scale: its strength.
             generator: one, or one per image; latents: initial noise (n, C, height/f, width/f).
             backend: of all lr_kernels operators, see `multi_source_attention`.
             output_type: "pil", "np", "pt" or "latent".
@@ -120,6 +120,8 @@ class LayoutRetouch(LayoutStage, RetouchStage):
             texts = as_list(texts, name=name)
             return texts if len(texts) == 1 else [p for p in texts for _ in range(num_images_per_prompt)]
 
+        if isinstance(control_image, (list, tuple)) and len(control_image) > 1:
+            control_image = [image for image in control_image for _ in range(num_images_per_prompt)]
         shared = {
             "negative_prompt": None if negative_prompt is None else per_image(negative_prompt, "negative_prompt"),
             "num_inference_steps": num_inference_steps,
