@@ -268,7 +268,8 @@ def mca_ctrl(
             in one: the result is 0 on that side.
         target_mask: bool (B or 1, N), the foreground queries.
         subject_mask, condition_mask: bool (B or 1, N), by the row that is read: what is kept of the subject image, and
-            what is left out of the condition image. Default of the latter: target_mask.
+            what is left out of the condition image. Default of the latter: target_mask, of which the condition's row
+            counts, not the target's.
         plan: of `mca_ctrl_plan`.
     """
     plan = mca_ctrl_plan(target_mask, subject_mask, condition_mask) if plan is None else plan

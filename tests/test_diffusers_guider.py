@@ -275,6 +275,15 @@ def test_36_the_denoiser_is_back_after_a_run_and_after_an_exception(pipe, layout
     assert torch.equal(run(pipe, guider), expected)
 
 
+def test_36_another_guider_restores_what_an_exception_left(pipe):
+    before = state_of(pipe.unet)
+    first, second = StepBlendGuidance(layout_steps=1), StepBlendGuidance(layout_steps=0)
+    for guider in (first, second):
+        guider.set_state(0, 1, torch.tensor(999))
+        guider.prepare_models(pipe.unet)
+    assert state_of(pipe.unet) == before and first is not second
+
+
 @pytest.mark.parametrize("resume", ["set_state", "prepare_models"])
 def test_36_the_next_step_restores_what_an_exception_left(pipe, resume):
     guider = StepBlendGuidance(layout_blend=[0.0, 1.0])

@@ -35,6 +35,7 @@ from lr_kernels.diffusers import (
     select_layers,
     swap,
 )
+from lr_kernels.diffusers.matching import FeatureRecorder
 from lr_kernels.diffusers.processors import AttentionState
 from lr_kernels.diffusers.subject import as_subjects, shown_subjects
 
@@ -285,7 +286,7 @@ def test_a_bank_serves_the_whole_pipeline(pipe):
             r"expected built for latents of \(4, 4\), got \(8, 8\)",
         ),
         ({"context_latents": torch.zeros(2, 4, 4, 16)}, r"reference_bank: expected built for latents of \(4, 16\)"),
-        ({"words": SUBJECTS, "prompt": BOTH}, "reference_subjects: expected 1 numbers, among them each of 0 to 1"),
+        ({"words": SUBJECTS, "prompt": BOTH}, r"subject_tokens: expected \[\['sks', 'ball'\]\], as the bank was built"),
         ({"reference_subjects": [1]}, r"reference_subjects: expected \[0\], as the bank was built, got \[1\]"),
     ],
     ids=["steps", "range", "guidance", "size", "turned size", "subjects", "other subjects"],
@@ -491,6 +492,10 @@ def test_a_bank_for_fewer_layers_in_a_later_step_is_refused(pipe):
         with install_processors(layers, bank.processors(layers)), bank.extract(step), torch.no_grad():
             pipe.personalized_unet(NOISE[:1], 5, encoder_hidden_states=text)
 
+    extract(some, 0)
+    with pytest.raises(ValueError, match=r"bank: expected layer .* in every step, got it first in step 1"):
+        extract(layers, 1)
+    bank.reset()
     extract(layers, 0)
     with pytest.raises(ValueError, match=r"bank: expected layer .* in every step, got a pass without it in step 1"):
         extract(some, 1)
@@ -504,18 +509,34 @@ def test_a_bank_made_in_inference_mode_serves_outside_it(pipe):
 
 def test_a_file_that_is_no_bank_is_named(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
+    save_file({"x": torch.zeros(2, 2, 1, 4, 1, 8)}, tmp_path / "old.safetensors", {"timesteps": "[5, 1]", "model": ""})
+    assert ReferenceBank.load(tmp_path / "old.safetensors").shows is None
     with pytest.raises(ValueError, match="path: expected a file that save"):
         ReferenceBank.load(tmp_path / "x.safetensors")
 
 
 def test_arguments_of_the_second_stage_are_checked_before_the_first(pipe):
     steps = []
-    with pytest.raises(ValueError, match="subject_tokens: expected words of the prompt"):
-        pipe(PROMPTS, "a ball", IMAGES[:1], "a sks ball", ("cat",), latents=NOISE, **SHARED,
-             callback_on_step_end=lambda *a: steps.append(a) or {})  # fmt: skip
-    with pytest.raises(ValueError, match="reference_image: expected an image"):
-        pipe(PROMPTS, "a ball", subject_tokens="sks", callback_on_step_end=lambda *a: steps.append(a) or {})
+    words = {"subject_tokens": ("sks", "ball")}
+    for bad, message in (
+        ({"subject_tokens": ("cat",)}, "subject_tokens: expected words of the prompt"),
+        ({"subject_tokens": [(c,) for c in "abcdefg"]}, "subject_tokens: expected at most 6 subjects, got 7"),
+        ({**words, "reference_image": None}, "reference_image: expected an image"),
+        ({**words, "negative_prompt": ["a"] * 3, "guidance_scale": 1.0}, "negative_prompt: expected 1 or 2 strings"),
+        ({**words, "reference_mask": np.ones(3, bool)}, "reference_mask: expected shape"),
+    ):
+        arguments = {**SHARED, "latents": NOISE, "reference_image": IMAGES[:1], "reference_prompt": "a sks ball", **bad}
+        with pytest.raises(ValueError, match=message):
+            pipe(PROMPTS, "a ball", callback_on_step_end=lambda *a: steps.append(a) or {}, **arguments)
     assert not steps
+
+
+def test_recorders_of_two_threads_leave_compilation_as_it_was(pipe):
+    first, second = (FeatureRecorder(pipe.personalized_unet) for _ in range(2))
+    before = torch._dynamo.eval_frame._stance
+    first.__enter__(), second.__enter__()
+    first.__exit__(), second.__exit__()
+    assert torch._dynamo.eval_frame._stance == before
 
 
 def test_an_interrupted_layout_is_not_retouched(pipe):
@@ -535,6 +556,11 @@ def test_integer_images_and_masks_are_those_of_255(pipe):
     pixels = (IMAGES[0].permute(1, 2, 0).numpy() * 255).astype(np.uint8)
     mask = np.where(MASK, 210, 10).astype(np.uint8)
     expected = retouch(pipe, image=PIL.Image.fromarray(pixels)).latents
+    black_and_white = pipe.encode_images(MASK[:16, :16, None].repeat(3, 2), 16, 16)
+    assert torch.equal(black_and_white, pipe.encode_images(PIL.Image.fromarray(MASK[:16, :16]), 16, 16))
+    with pytest.raises(TypeError, match=r"image: expected floating numbers in .*, bytes or booleans, got uint16"):
+        retouch(pipe, image=pixels.astype(np.uint16))
+    assert distance(retouch(pipe, reference_mask=MASK[::-1]).latents, retouch(pipe).latents) <= TOLERANCE
     for image in (pixels, torch.from_numpy(pixels).permute(2, 0, 1), PIL.Image.fromarray(pixels).convert("RGBA")):
         assert distance(retouch(pipe, image=image, reference_mask=mask).latents, expected) <= TOLERANCE
 
@@ -552,8 +578,9 @@ def test_adapters_beside_a_whole_unet_are_refused():
 def test_a_model_whose_adapters_are_off_is_not_used_by_another_call():
     unet = with_lora(tiny_unet(0), "subject")
     one, other = (fresh(unet=unet, personalized_unet=None) for _ in range(2))
-    with one.as_vanilla(), pytest.raises(RuntimeError, match="unet: expected a model that no other call is using"):
-        run(other)
+    for call in (run, retouch, banked):
+        with one.as_vanilla(), pytest.raises(RuntimeError, match="unet: expected a model that no other call is using"):
+            call(other)
     assert unet.active_adapters() == ["subject"]
 
 

@@ -495,3 +495,14 @@ def test_sd3s_processors_that_unfusing_brings_back_after_removal_are_stock():
     model.unfuse_qkv_projections()
     assert {type(p) for p in model.attn_processors.values()} == {CustomSD3AttnProcessor}
     assert torch.equal(predict_joint(model), expected)
+
+
+@pytest.mark.parametrize("kind", SELF_KINDS)
+def test_a_model_that_was_fused_meanwhile_takes_a_new_installation(kind):
+    unet = tiny_unet()
+    installed = Installed(kind, unet)
+    unet.fuse_qkv_projections()
+    installed.installation.remove()
+    unet.unfuse_qkv_projections()
+    again = Installed(kind, unet)
+    assert torch.equal(again.predict(), Installed(kind, tiny_unet()).predict())

@@ -189,3 +189,9 @@ def test_a_causal_transformers_model_is_refused():
     model.set_attn_implementation("lr_kernels")
     with pytest.raises(NotImplementedError, match=r"is_causal|attn_mask"), torch.no_grad():
         model(torch.arange(8)[None])
+
+
+def test_29_compiles_with_dynamic_sizes():
+    compiled = torch.compile(interop.scaled_dot_product_attention, fullgraph=True, dynamic=True, backend="aot_eager")
+    q, k, v = tensors()
+    torch.testing.assert_close(compiled(q, k, v), interop.scaled_dot_product_attention(q, k, v))

@@ -17,6 +17,13 @@ def active_adapters(models: Sequence[nn.Module]) -> set[str]:
     return {name for layer in _layers(models) if not layer.disable_adapters for name in layer.active_adapters}
 
 
+def check_free(op: str, models: Sequence[nn.Module]) -> None:
+    """RuntimeError while another call has the models' adapters off."""
+    if _busy.intersection(map(id, _layers(models))):
+        hint = "models that pipelines share serve one call at a time"
+        fail(op, "unet", "a model that no other call is using", "one whose adapters are off", hint, RuntimeError)
+
+
 @contextmanager
 def adapters_off(op: str, models: Sequence[nn.Module], names: Sequence[str] | None = None) -> Iterator[None]:
     """While it lasts the models are without the active adapters of these names; None: without any.
@@ -24,13 +31,11 @@ def adapters_off(op: str, models: Sequence[nn.Module], names: Sequence[str] | No
     Raises:
         ValueError: a name that is not active, adapters that are fused.
     """
+    check_free(op, models)
     layers, active = _layers(models), active_adapters(models)
     off = active if names is None else set(names)
     if off - active or (names is not None and not off):
         fail(op, "adapters", f"some of the active ones, {sorted(active)}", sorted(off))
-    if _busy.intersection(map(id, layers)):
-        hint = "models that pipelines share serve one call at a time"
-        fail(op, "unet", "a model that no other call is using", "one whose adapters are off", hint, RuntimeError)
     if any(layer.merged for layer in layers):
         fail(op, "adapters", "adapters that are not fused", "fused ones", "call unfuse_lora() first")
     before = [(layer, layer._active_adapter) for layer in layers]

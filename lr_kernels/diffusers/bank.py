@@ -88,6 +88,8 @@ class ReferenceBank:
         """added to the logits of the bank's keys, () or (B,)"""
         self.shows: tuple[int, ...] | None = None
         """which subject each reference shows, where the pipeline made the bank"""
+        self.words: list[list[str]] | None = None
+        """the words of each subject, likewise"""
         self._layers: dict[str, BankLayer] = {}
         self.reset()
 
@@ -159,6 +161,8 @@ class ReferenceBank:
                 fail("ReferenceBank", "bank", f"layer {layer.name} in every step", f"a pass without it in step {step}",
                      "call reset()")  # fmt: skip
         for name, current in self._buffers().items():
+            if name not in self._stored and self._filled:
+                fail("ReferenceBank", "bank", f"layer {name} in every step", f"it first in step {step}", "call reset()")
             if name not in self._stored:
                 self._stored[name] = self._allocate(name, current)
             self._stored[name][step].copy_(current, non_blocking=True)
@@ -228,7 +232,7 @@ class ReferenceBank:
         tensors = {name: x.cpu().contiguous() for name, x in self._stored.items()}
         if self._foreground is not None:
             tensors["foreground"] = self._foreground.cpu().contiguous()
-        about = {"timesteps": json.dumps(self.timesteps), "model": model, "shows": json.dumps(self.shows)}
+        about = {name: json.dumps(getattr(self, name)) for name in ("timesteps", "shows", "words")} | {"model": model}
         save_file(tensors, path, about)
 
     @classmethod
@@ -252,7 +256,7 @@ class ReferenceBank:
             if model is not None and about["model"] != model:
                 fail("ReferenceBank", "model", repr(model), repr(about["model"]), "the bank belongs to another model")
             bank = cls(json.loads(about["timesteps"]), storage=storage)
-            shows = json.loads(about["shows"])
+            shows, bank.words = (json.loads(about.get(name, "null")) for name in ("shows", "words"))
             bank.shows = None if shows is None else tuple(shows)
             for name in file.keys():
                 x = file.get_tensor(name)

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from ..checks import fail
-from .adapters import adapters_off
+from .adapters import adapters_off, check_free
 from .condition import Condition, Control, predict
 from .inversion import add_noise, invert
 from .matching import FeatureRecorder
@@ -201,6 +201,7 @@ class PersonalizedPipeline:
     def begin(self, num_inference_steps: int, device: torch.device) -> Tensor:
         """Check the scheduler and set its timesteps, which are returned."""
         check_scheduler(self.scheduler)
+        check_free(OP, [self.unet, self.personal_unet])
         if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
             fail(OP, "num_inference_steps", "a positive integer", num_inference_steps)
         for unet in (self.unet, self.personal_unet):
@@ -354,11 +355,19 @@ def as_pixels(image: Image) -> Image:
     if isinstance(image, PIL.Image.Image):
         return image.convert("RGB")
     if isinstance(image, np.ndarray):
-        image = image if np.issubdtype(image.dtype, np.floating) else image.astype(np.float32) / 255
+        image = image if np.issubdtype(image.dtype, np.floating) else image.astype(np.float32) / _largest(image)
         return image[None] if image.ndim == 3 else image
     if not isinstance(image, Tensor):
         fail(OP, "image", "a PIL image, an array or a tensor", type(image).__name__, error=TypeError)
-    return image if image.is_floating_point() else image.float() / 255
+    return image if image.is_floating_point() else image.float() / _largest(image)
+
+
+def _largest(image: np.ndarray | Tensor) -> int:
+    """The number that is white in an image of booleans or bytes."""
+    name = str(image.dtype).removeprefix("torch.")
+    if name not in ("bool", "uint8"):
+        fail(OP, "image", "floating numbers in [0, 1], bytes or booleans", name, error=TypeError)
+    return 1 if name == "bool" else 255
 
 
 def as_list(x: str | Sequence[str], count: int | None = None, name: str = "prompt") -> list[str]:
@@ -377,9 +386,11 @@ def as_list(x: str | Sequence[str], count: int | None = None, name: str = "promp
 def as_mask(mask: Image, size: tuple[int, int], device: torch.device) -> Tensor:
     """A mask of any size, above half its range (255 for images, else 1) on the subject -> bool (1, *size)."""
     if isinstance(mask, PIL.Image.Image):
-        mask = np.asarray(mask.convert("L")) > 127
-    mask = torch.as_tensor(mask).squeeze()
+        mask = np.asarray(mask.convert("L"))
+    mask = torch.as_tensor(np.ascontiguousarray(mask) if isinstance(mask, np.ndarray) else mask)
+    while mask.dim() > 2 and 1 in mask.shape:
+        mask = mask.squeeze(mask.shape.index(1))
     if mask.dim() != 2:
         fail(OP, "reference_mask", "shape (height, width)", tuple(mask.shape))
-    half = 0.5 if mask.dtype == torch.bool or mask.is_floating_point() else 127
+    half = 0.5 if mask.is_floating_point() else _largest(mask) // 2
     return token_mask(mask[None] > half, tuple(size)).unflatten(1, tuple(size)).to(device)

@@ -1,9 +1,11 @@
 """Step-blended denoising, stage 1 of Layout-and-Retouch, as a guider of diffusers' modular pipelines."""
 
 import math
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -18,6 +20,8 @@ from .schedule import DEFAULT_SWITCH, Blend, blend_weights, step_in_schedule
 
 _OP = "StepBlendGuidance"
 _ABSENT = object()
+_acting_on: WeakKeyDictionary[nn.Module, weakref.ref] = WeakKeyDictionary()
+"""The last guider of each denoiser."""
 
 
 class StepBlendGuidance(ClassifierFreeGuidance):
@@ -32,8 +36,8 @@ class StepBlendGuidance(ClassifierFreeGuidance):
 
     The pipeline's denoiser is the personalized model. It acts as the vanilla one where a batch needs that: with its
     adapters off, or by calling `vanilla`. Only this instance changes, and only from `prepare_models` to
-    `cleanup_models`. A denoiser that raises in between is restored by the next `set_state` or `prepare_models`; call
-    `reset()` to have it back at once.
+    `cleanup_models`. A denoiser that raises in between is restored by the next `set_state` or `prepare_models`, also of
+    another `StepBlendGuidance`; call `reset()` to have it back at once, as before a run with diffusers' own guiders.
 
     Args:
         guidance_scale, guidance_rescale, use_original_formulation, start, stop, enabled: of `ClassifierFreeGuidance`,
@@ -142,6 +146,10 @@ class StepBlendGuidance(ClassifierFreeGuidance):
 
     def prepare_models(self, denoiser: nn.Module) -> None:
         self.reset()
+        other = _acting_on.get(denoiser, lambda: None)()  # whose denoiser raised in its run
+        if other is not None:
+            other.reset()
+        _acting_on[denoiser] = weakref.ref(self)
         super().prepare_models(denoiser)
         if not self._current.startswith("layout"):
             return

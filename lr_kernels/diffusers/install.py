@@ -109,7 +109,7 @@ class Installation:
             ours = self.processors[name]
             if layer.processor is not ours and isinstance(ours, _OwnProcessor):
                 ours.make_stock()
-            if layer.processor is ours or isinstance(layer.processor, _OwnProcessor):
+            if layer.processor is ours or type(layer.processor) is type(ours):
                 layer.set_processor(self.previous[name])
 
     def __enter__(self) -> "Installation":
@@ -117,6 +117,21 @@ class Installation:
 
     def __exit__(self, *exception: object) -> None:
         self.remove()
+
+
+def check_stock(layers: Mapping[str, Attention | FluxAttention]) -> None:
+    """NotImplementedError for a layer that has a processor of another kind."""
+    for name, layer in layers.items():
+        if type(layer.processor) not in _STOCK and not getattr(layer.processor, "is_stock", False):
+            fail(
+                "install_processors",
+                name,
+                "a stock attention processor",
+                type(layer.processor).__name__,
+                "undo what put it there (unfuse_qkv_projections(), disable_attention_slicing(), unload_ip_adapter()), "
+                "or leave the layer out",
+                NotImplementedError,
+            )
 
 
 def install_processors(
@@ -132,17 +147,7 @@ def install_processors(
         NotImplementedError: a layer has a processor that is not stock (IP-Adapter, attention slicing, fused
             projections): without it the model is another. Whatever is raised, all previous processors are back.
     """
-    for name, layer in layers.items():
-        if type(layer.processor) not in _STOCK:
-            fail(
-                "install_processors",
-                name,
-                "a stock attention processor",
-                type(layer.processor).__name__,
-                "undo what put it there (unfuse_qkv_projections(), disable_attention_slicing(), unload_ip_adapter()), "
-                "or leave the layer out",
-                NotImplementedError,
-            )
+    check_stock(layers)
     installation = Installation(layers, processors)
     try:
         for name, layer in layers.items():

@@ -1,6 +1,8 @@
 """Which token of a reference belongs to which token of a context, by the features of the UNet (arXiv 2306.03881)."""
 
+import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import cache
 
 import torch
@@ -17,6 +19,26 @@ Match = tuple[Tensor, Tensor]
 """index and consistent, (images, tokens) each: see `correspondence`"""
 
 
+_eager = ExitStack()
+_recording: list[object] = []
+_lock = threading.Lock()
+
+
+def _enter_eager(owner: object) -> None:
+    """Compiled models do not look for new hooks. The setting is the process's: the first sets it, the last restores."""
+    with _lock:
+        if not _recording:
+            _eager.enter_context(torch.compiler.set_stance("force_eager"))
+        _recording.append(owner)
+
+
+def _leave_eager(owner: object) -> None:
+    with _lock:
+        _recording.remove(owner)
+        if not _recording:
+            _eager.close()
+
+
 class FeatureRecorder:
     """Keeps what the middle up block of a UNet makes; a context manager around a forward pass."""
 
@@ -31,11 +53,11 @@ class FeatureRecorder:
             self.features = output
 
         self._hook = self.block.register_forward_hook(keep)
-        self._stance = torch.compiler.set_stance("force_eager")  # a compiled model does not look for new hooks
+        _enter_eager(self)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._stance.__exit__(*exception)
+        _leave_eager(self)
         self._hook.remove()
 
 

@@ -145,7 +145,7 @@ class LayoutRetouch(LayoutStage, RetouchStage):
             "sources": sources,
         }
         references = (reference_image, reference_prompt, subject_tokens)
-        names = ("num_inference_steps", "guidance_scale", "generator")
+        names = ("num_inference_steps", "guidance_scale", "generator", "negative_prompt")
         size = self.latent_size(height, width, latents)
         retouch_request(
             self, prompt, *references, size, **second, **{name: shared[name] for name in names}

@@ -34,9 +34,13 @@ class AttentionState:
 class _OwnProcessor:
     """Base of this package's processors: made without arguments, each is diffusers' own, bit for bit."""
 
+    is_stock = False
+    """made so by `make_stock`, for good"""
+
     def make_stock(self) -> None:
         """Become what the class makes without arguments."""
         vars(self).update(vars(type(self)()))
+        self.is_stock = True
 
 
 class _StockAttnProcessor(_OwnProcessor):

@@ -10,8 +10,9 @@ from torch import Tensor
 from ..attention_checks import MAX_SOURCES
 from ..checks import fail
 from .bank import ReferenceBank
-from .components import OP, Generator, Image, PersonalizedPipeline, as_list
-from .install import select_layers
+from .components import OP, Generator, Image, PersonalizedPipeline, as_list, as_mask, as_negatives
+from .install import check_stock, select_layers
+from .routing import MAX_SUBJECTS
 from .schedule import DEFAULT_SWITCH, step_in_schedule
 from .subject import SubjectTokens, as_subjects, shown_subjects
 
@@ -29,7 +30,10 @@ class RetouchRequest(NamedTuple):
     references: list[Image]
     """none where a bank has them"""
     reference_prompts: list[str]
-    masks: list[Image | None]
+    masks: list[Tensor | None]
+    """bool (1, *size); None: from cross-attention"""
+    subjects: list[list[str]]
+    """the words of each"""
     shows: tuple[int, ...]
     """the subject of each reference, also of a bank's"""
     tokens: SubjectTokens
@@ -59,6 +63,7 @@ def retouch_request(
     retouch_layers: Sequence[int | str] | None,
     sources: str,
     reading: str = "routing",
+    negative_prompt: str | list[str] | None = None,
     reference_bank: ReferenceBank | None = None,
     generator: Generator = None,
 ) -> RetouchRequest:
@@ -71,18 +76,23 @@ def retouch_request(
         fail(OP, "guidance_scale", "a finite number", guidance_scale)
     if isinstance(generator, list) and len(generator) != len(prompt):
         fail(OP, "generator", f"one, or {len(prompt)}, one per image", len(generator))
-    timesteps = pipe.begin(num_inference_steps, pipe._execution_device)
+    device = pipe._execution_device
+    timesteps = pipe.begin(num_inference_steps, device)
     start = step_in_schedule(
         "retouch_start", retouch_start, round(DEFAULT_SWITCH * num_inference_steps), 0, num_inference_steps - 1
     )
     end = step_in_schedule("retouch_end", retouch_end, num_inference_steps, start, num_inference_steps)
     layers = select_layers(pipe.personal_unet, "self", retouch_layers)
+    check_stock(layers)
     subjects = as_subjects(subject_tokens)
+    if len(subjects) > MAX_SUBJECTS:
+        fail(OP, "subject_tokens", f"at most {MAX_SUBJECTS} subjects", len(subjects))
+    as_negatives(negative_prompt, len(prompt))
     if reference_bank is None:
         references = _as_images(reference_image)
         count = len(references)
         prompts = as_list(reference_prompt, count, "reference_prompt")
-        masks, bank_steps = _masks(reference_mask, count), {}
+        masks, bank_steps = [m if m is None else as_mask(m, size, device) for m in _masks(reference_mask, count)], {}
         shows = shown_subjects(reference_subjects, count, len(subjects))
     else:
         refuse(
@@ -94,11 +104,15 @@ def retouch_request(
         if reading == "swap":
             expected = "'routing' with a reference_bank, which has no features to match"
             fail(OP, "reading", expected, "'swap'", error=NotImplementedError)
+        if not isinstance(reference_bank, ReferenceBank):
+            fail(OP, "reference_bank", "a ReferenceBank", type(reference_bank).__name__, "see its load()", TypeError)
         references, prompts, masks = [], [], []
         count = _banked_references(reference_bank, guidance_scale > 1, size, layers)
         given = reference_bank.shows if reference_subjects is None else tuple(reference_subjects)
         if reference_bank.shows not in (None, given):
             fail(OP, "reference_subjects", f"{list(reference_bank.shows)}, as the bank was built", list(given))
+        if reference_bank.words not in (None, subjects):
+            fail(OP, "subject_tokens", f"{reference_bank.words}, as the bank was built", subjects)
         shows = shown_subjects(given, count, len(subjects))
         steps = pipe.scheduler.timesteps[start:end]
         bank_steps = {i: reference_bank.step_of(t) for i, t in enumerate(steps, start)}
@@ -107,7 +121,9 @@ def retouch_request(
         fail(OP, "reference_image", f"at most {most} references", count)
     shown = [None] * len(prompt) + list(shows[: len(prompts)])
     tokens = pipe.subject_tokens([*prompt, *prompts], subjects, shown)
-    return RetouchRequest(timesteps, start, end, layers, references, prompts, masks, shows, tokens, bank_steps)
+    return RetouchRequest(
+        timesteps, start, end, layers, references, prompts, masks, subjects, shows, tokens, bank_steps
+    )
 
 
 def refuse(reason: str, **arguments: object) -> None:

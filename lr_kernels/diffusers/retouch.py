@@ -11,7 +11,7 @@ from ..checks import fail
 from ..masks import subject_mask
 from ..step_blend import step_blend
 from .bank import ReferenceBank
-from .components import OP, Callback, Generator, GivenImages, Image, as_list, as_mask, as_negatives, noise_like
+from .components import OP, Callback, Generator, GivenImages, Image, as_list, as_negatives, noise_like
 from .condition import Condition, predict
 from .denoiser import RetouchDenoiser
 from .install import install_processors
@@ -82,7 +82,8 @@ class RetouchStage:
         to_mask = partial(self._to_mask, size=size, threshold=mask_threshold, backend=backend)
         bank = ReferenceBank(request.timesteps[start:end].tolist(), storage=storage, limit=limit)
         maps = self.subject_maps(given, backend=backend) if request.needs_maps else None
-        bank.foreground, bank.shows = self._foreground(request, maps, to_mask, size), request.shows
+        bank.foreground = self._foreground(request, maps, to_mask, size)
+        bank.shows, bank.words = request.shows, request.subjects
         trajectory = self._trajectory(given, sources, start, backend)
         installed = install_processors(request.layers, bank.processors(request.layers))
         with installed, self.progress_bar(total=end - start) as bar:
@@ -166,6 +167,7 @@ class RetouchStage:
             retouch_layers=retouch_layers,
             reading=reading,
             sources=sources,
+            negative_prompt=negative_prompt,
             generator=generator,
         )
         start, end, timesteps, references = request.start, request.end, request.timesteps, request.references
@@ -198,7 +200,7 @@ class RetouchStage:
             context_maps = maps[:, :count] if has_context else None
             context_mask = to_mask(context_maps) if has_context else None
             if has_context:
-                _warn_of_nothing(context_mask)
+                _warn_of_nothing(context_mask, mask_blending)
             if has_bank:
                 seen = reference_bank.foreground
             else:
@@ -286,7 +288,7 @@ class RetouchStage:
             if mask is None:
                 seen = to_mask(maps[subject : subject + 1, r : r + 1])[0]
             else:
-                seen = as_mask(mask, size, self._execution_device)
+                seen = mask
             if not seen.any():
                 name = "reference_mask" if len(request.masks) == 1 else f"reference_mask[{r}]"
                 hint = "check subject_tokens and reference_prompt, or pass a mask"
@@ -301,12 +303,13 @@ class RetouchStage:
         return renoise(given.latents, given.noise, self.scheduler, start=start)
 
 
-def _warn_of_nothing(masks: Tensor) -> None:
+def _warn_of_nothing(masks: Tensor, may_change: bool) -> None:
     """Say which subjects of which images the references cannot reach."""
     for subject, image in (~masks.flatten(2).any(2)).nonzero().tolist():
         warnings.warn(
             f"lr_kernels.{OP}: no foreground was found for subject {subject} in layout {image}: it takes nothing from "
-            "the references unless mask_blending finds it later; see mask_threshold and subject_tokens",
+            f"the references{' unless a later step finds one' if may_change else ''}; see mask_threshold and "
+            "subject_tokens",
             RuntimeWarning,
             stacklevel=4,
         )
