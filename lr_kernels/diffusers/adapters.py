@@ -14,14 +14,12 @@ _busy: set[int] = set()
 
 def active_adapters(models: Sequence[nn.Module]) -> set[str]:
     """Names of the adapters (LoRA and others of peft) that act in any layer of the models."""
-    return {name for layer in _layers(models) if not layer.disable_adapters for name in layer.active_adapters}
+    return _active(_layers(models))
 
 
 def check_free(op: str, models: Sequence[nn.Module]) -> None:
     """RuntimeError while another call has the models' adapters off."""
-    if _busy.intersection(map(id, _layers(models))):
-        hint = "models that pipelines share serve one call at a time"
-        fail(op, "unet", "a model that no other call is using", "one whose adapters are off", hint, RuntimeError)
+    _check_free(op, _layers(models))
 
 
 @contextmanager
@@ -31,8 +29,9 @@ def adapters_off(op: str, models: Sequence[nn.Module], names: Sequence[str] | No
     Raises:
         ValueError: a name that is not active, adapters that are fused.
     """
-    check_free(op, models)
-    layers, active = _layers(models), active_adapters(models)
+    layers = _layers(models)
+    _check_free(op, layers)
+    active = _active(layers)
     off = active if names is None else set(names)
     if off - active or (names is not None and not off):
         fail(op, "adapters", f"some of the active ones, {sorted(active)}", sorted(off))
@@ -49,6 +48,16 @@ def adapters_off(op: str, models: Sequence[nn.Module], names: Sequence[str] | No
         for layer, names_before in before:
             layer._active_adapter = names_before
         _busy.difference_update(map(id, layers))
+
+
+def _active(layers: Sequence[nn.Module]) -> set[str]:
+    return {name for layer in layers if not layer.disable_adapters for name in layer.active_adapters}
+
+
+def _check_free(op: str, layers: Sequence[nn.Module]) -> None:
+    if _busy.intersection(map(id, layers)):
+        hint = "models that pipelines share serve one call at a time"
+        fail(op, "unet", "a model that no other call is using", "one whose adapters are off", hint, RuntimeError)
 
 
 def _layers(models: Sequence[nn.Module]) -> list[nn.Module]:

@@ -154,18 +154,15 @@ class ReferenceBank:
             layer.written = None  # of a pass that failed
         with self._in_mode("extract"):
             yield
-        for layer in self._layers.values():
-            if layer.written is not None:
-                layer.keep()
-            elif layer.buffer is not None:
-                fail("ReferenceBank", "bank", f"layer {layer.name} in every step", f"a pass without it in step {step}",
-                     "call reset()")  # fmt: skip
-        for name, current in self._buffers().items():
-            if name not in self._stored and self._filled:
-                fail("ReferenceBank", "bank", f"layer {name} in every step", f"it first in step {step}", "call reset()")
+        written = {name: layer for name, layer in self._layers.items() if layer.written is not None}
+        for name in written.keys() ^ self._stored.keys() if self._filled else ():
+            got = f"it first in step {step}" if name in written else f"a pass without it in step {step}"
+            fail("ReferenceBank", "bank", f"layer {name} in every step", got, "call reset()")
+        for name, layer in written.items():
+            layer.keep()
             if name not in self._stored:
-                self._stored[name] = self._allocate(name, current)
-            self._stored[name][step].copy_(current, non_blocking=True)
+                self._stored[name] = self._allocate(name, layer.buffer)
+            self._stored[name][step].copy_(layer.buffer, non_blocking=True)
         self._filled.add(step)
 
     @contextlib.contextmanager

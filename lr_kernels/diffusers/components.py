@@ -127,8 +127,7 @@ class PersonalizedPipeline:
 
     def encode_images(self, images: Image | list[Image], height: int, width: int) -> Tensor:
         """Images in any form of `VaeImageProcessor`, resized -> clean latents (n, C, height/f, width/f)."""
-        single = images if isinstance(images, (list, tuple)) else [images]
-        pixels = torch.cat([self.image_processor.preprocess(as_pixels(image), height, width) for image in single])
+        pixels = preprocess(self.image_processor, images, height, width)
         with self.vae_precision():
             pixels = pixels.to(self._execution_device, self.vae.dtype)
             latents = self.vae.encode(pixels).latent_dist.mode()
@@ -256,9 +255,7 @@ class PersonalizedPipeline:
         if self.controlnet is None:
             fail(OP, "control_image", "None, since the pipeline has no controlnet", type(image).__name__)
         processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor, do_normalize=False)
-        single = image if isinstance(image, (list, tuple)) else [image]
-        height, width = (x * self.vae_scale_factor for x in size)
-        pixels = torch.cat([processor.preprocess(as_pixels(x), height, width) for x in single])
+        pixels = preprocess(processor, image, *(x * self.vae_scale_factor for x in size))
         if len(pixels) not in (1, count):
             fail(OP, "control_image", f"1 or {count} images, as there are prompts", len(pixels))
         pixels = pixels.expand(count, -1, -1, -1).to(self._execution_device, dtype)
@@ -348,6 +345,12 @@ def noise_like(latents: Tensor, generator: Generator) -> Tensor:
 def as_negatives(x: str | Sequence[str] | None, count: int) -> list[str | None]:
     """Negative prompts of `count` images; None: no text."""
     return [None] * count if x is None else as_list(x, count, "negative_prompt")
+
+
+def preprocess(processor: VaeImageProcessor, images: Image | list[Image], height: int, width: int) -> Tensor:
+    """One image or several of any kind, resized -> (n, 3, height, width)."""
+    single = images if isinstance(images, (list, tuple)) else [images]
+    return torch.cat([processor.preprocess(as_pixels(image), height, width) for image in single])
 
 
 def as_pixels(image: Image) -> Image:

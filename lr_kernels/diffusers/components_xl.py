@@ -120,4 +120,4 @@ class PersonalizedStableDiffusionXLPipeline(PersonalizedPipeline, StableDiffusio
     def finish(self, pixels: Tensor, output_type: str) -> tuple[Image, None]:
         if self.watermark is not None:
             pixels = self.watermark.apply_watermark(pixels)
-        return self.image_processor.postprocess(pixels, output_type=output_type), None
+        return super().finish(pixels, output_type)

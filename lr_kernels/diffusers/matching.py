@@ -18,25 +18,21 @@ RADIUS = 1.5
 Match = tuple[Tensor, Tensor]
 """index and consistent, (images, tokens) each: see `correspondence`"""
 
-
-_eager = ExitStack()
-_recording: list[object] = []
 _lock = threading.Lock()
+_stance = ExitStack()
+_recorders = 0
 
 
-def _enter_eager(owner: object) -> None:
-    """Compiled models do not look for new hooks. The setting is the process's: the first sets it, the last restores."""
+def _record_eagerly(change: int) -> None:
+    """Compiled models do not look for new hooks. The setting is the process's: the first recorder makes it, the last
+    one undoes it."""
+    global _recorders
     with _lock:
-        if not _recording:
-            _eager.enter_context(torch.compiler.set_stance("force_eager"))
-        _recording.append(owner)
-
-
-def _leave_eager(owner: object) -> None:
-    with _lock:
-        _recording.remove(owner)
-        if not _recording:
-            _eager.close()
+        if _recorders == 0:
+            _stance.enter_context(torch.compiler.set_stance("force_eager"))
+        _recorders += change
+        if _recorders == 0:
+            _stance.close()
 
 
 class FeatureRecorder:
@@ -53,11 +49,11 @@ class FeatureRecorder:
             self.features = output
 
         self._hook = self.block.register_forward_hook(keep)
-        _enter_eager(self)
+        _record_eagerly(1)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        _leave_eager(self)
+        _record_eagerly(-1)
         self._hook.remove()
 
 
