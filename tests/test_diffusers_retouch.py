@@ -1,5 +1,5 @@
-"""The retouch stage beyond one subject and one reference: readings by hand, subjects, banks, personalization by LoRA or
-textual inversion, ControlNets, offloading. Numbers in names are rows of the fault list in DESIGN.md."""
+"""The retouch stage beyond one subject and one reference: readings by hand, subjects, banks, and what does not fit.
+Numbers in names are rows of the fault list in DESIGN.md."""
 
 import copy
 import itertools
@@ -8,20 +8,14 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from accelerate.hooks import CpuOffload
-from diffusers import StableDiffusionControlNetPipeline, StableDiffusionXLControlNetPipeline
-from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 from tiny_models import (
     TOLERANCE,
-    XL_UNET,
-    components,
-    components_xl,
     distance,
-    tiny_controlnet,
     tiny_scheduler,
     tiny_unet,
 )
+from tiny_pipelines import IMAGES, MASK, NOISE, PROMPTS, SHARED, STEPS, fresh, run, seeded, with_lora
 from torch.nn import functional as F
 
 from lr_kernels.diffusers import (
@@ -29,7 +23,6 @@ from lr_kernels.diffusers import (
     ReferenceBank,
     RetouchBatch,
     StableDiffusionLayoutRetouchPipeline,
-    StableDiffusionXLLayoutRetouchPipeline,
     install_processors,
     route,
     select_layers,
@@ -41,26 +34,6 @@ from lr_kernels.diffusers.subject import as_subjects, shown_subjects
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-STEPS = 4
-PROMPTS = ["a sks ball", "sks ball at sea"]
-BOTH = ["a sks ball by a box", "a box and sks ball"]
-NOISE = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(6))
-IMAGES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(5))
-MASK = np.zeros((32, 32), bool)
-MASK[8:24, 8:24] = True
-SHARED = {"num_inference_steps": STEPS, "output_type": "latent", "guidance_scale": 2.0}
-
-
-def fresh(kind="sd", **parts):
-    if kind == "sd":
-        parts = {**components(), "personalized_unet": tiny_unet(1), **parts}
-        pipe = StableDiffusionLayoutRetouchPipeline(**parts)
-    else:
-        parts = {**components_xl(), "personalized_unet": tiny_unet(1, **XL_UNET), **parts}
-        pipe = StableDiffusionXLLayoutRetouchPipeline(**parts)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
 
 @pytest.fixture(scope="module")
 def pipes():
@@ -70,10 +43,6 @@ def pipes():
 @pytest.fixture
 def pipe(pipes):
     return pipes["sd"]
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def retouch(pipe, prompt=PROMPTS, image=IMAGES[:1], reference_prompt="a sks ball", words=("sks", "ball"), **kwargs):
@@ -161,6 +130,7 @@ def test_16_swap_without_layouts_or_with_a_bank_is_refused(pipe):
 # Several subjects and references
 
 
+BOTH = ["a sks ball by a box", "a box and sks ball"]
 SUBJECTS = [("sks", "ball"), ("box",)]
 
 
@@ -324,160 +294,6 @@ def test_44_a_bank_beyond_its_limit_is_refused(pipe):
     with pytest.raises(ValueError, match="limit: expected a bank within 1000 bytes"):
         banked(pipe, limit=1000)
     assert all(type(p).__name__ == "AttnProcessor2_0" for p in pipe.personalized_unet.attn_processors.values())
-
-
-# Personalization by LoRA and by textual inversion
-
-
-def with_lora(unet, *names):
-    for i, name in enumerate(names):
-        torch.manual_seed(20 + i)
-        unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_k", "to_v"]), adapter_name=name)
-    for name, parameter in unet.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    unet.set_adapters(list(names))
-    return unet.requires_grad_(False)
-
-
-def run(pipe, **kwargs):
-    kwargs = {**SHARED, "latents": NOISE, "reference_mask": MASK, "generator": seeded(), **kwargs}
-    return pipe(PROMPTS, "a ball", IMAGES[:1], "a sks ball", ("sks", "ball"), **kwargs)
-
-
-@pytest.mark.parametrize("blend", ["hard", [0.0, 0.3, 0.6, 1.0]], ids=["hard", "soft"])
-@pytest.mark.parametrize("kind", ["sd", "xl"])
-def test_a_lora_on_one_unet_is_two_unets(kind, blend):
-    config = {} if kind == "sd" else XL_UNET
-    unet = with_lora(tiny_unet(0, **config), "subject")
-    one = fresh(kind, unet=unet, personalized_unet=None)
-    both = fresh(kind, unet=tiny_unet(0, **config), personalized_unet=copy.deepcopy(unet))
-    found, expected = (run(p, layout_blend=blend) for p in (one, both))
-    assert torch.equal(found.layout_images, expected.layout_images) and torch.equal(found.latents, expected.latents)
-    assert distance(found.layout_images, run(one, layout_steps=STEPS).layout_images) > TOLERANCE
-    assert unet.active_adapters() == ["subject"] and not any(p.requires_grad for p in unet.parameters())
-
-
-def test_named_adapters_alone_are_the_personalization():
-    unet = with_lora(tiny_unet(0), "style", "subject")
-    one = fresh(unet=unet, personalized_unet=None, personalized_adapters=["subject"])
-    style = copy.deepcopy(unet)
-    style.set_adapters(["style"])
-    both = fresh(unet=style, personalized_unet=copy.deepcopy(unet))
-    found, expected = (run(p) for p in (one, both))
-    assert torch.equal(found.layout_images, expected.layout_images) and torch.equal(found.latents, expected.latents)
-    assert unet.active_adapters() == ["style", "subject"]
-    missing = fresh(unet=unet, personalized_unet=None, personalized_adapters=["dog"])
-    with pytest.raises(ValueError, match=r"adapters: expected some of the active ones, \['style', 'subject'\]"):
-        run(missing)
-
-
-def test_a_lora_file_personalizes(tmp_path):
-    trained = with_lora(tiny_unet(0), "subject")
-    state = get_peft_model_state_dict(trained, adapter_name="subject")
-    StableDiffusionLayoutRetouchPipeline.save_lora_weights(tmp_path, unet_lora_layers=state)
-    pipe = fresh(personalized_unet=None)
-    vanilla = run(pipe, layout_steps=STEPS).layout_images
-    pipe.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors", adapter_name="subject")
-    expected = run(fresh(unet=trained, personalized_unet=None))
-    assert torch.equal(run(pipe).latents, expected.latents)
-    assert torch.equal(run(pipe, layout_steps=STEPS).layout_images, vanilla)
-
-
-def test_36_adapters_are_on_again_after_an_exception():
-    unet = with_lora(tiny_unet(0), "subject")
-    pipe = fresh(unet=unet, personalized_unet=None)
-
-    def failing(*args, **kwargs):
-        raise InterruptedError
-
-    unet.register_forward_hook(failing)
-    with pytest.raises(InterruptedError):
-        run(pipe)
-    assert unet.active_adapters() == ["subject"]
-
-
-def test_a_textual_inversion_is_a_personalization():
-    pipe = fresh(personalized_unet=None)
-    plain = run(pipe).latents
-    pipe.load_textual_inversion({"<dog>": torch.randn(2, 16, generator=torch.Generator().manual_seed(3))})
-    arguments = {**SHARED, "latents": NOISE, "reference_mask": MASK, "generator": seeded()}
-    found = pipe(["a <dog> ball", "<dog> at sea"], "a ball", IMAGES[:1], "a <dog>", "<dog>", **arguments)
-    assert found.masks.shape == (2, 8, 8) and distance(found.latents, plain) > TOLERANCE
-    out = pipe.layout(["a <dog>"] * 2, "a ball", layout_steps=STEPS, **SHARED, latents=NOISE)
-    plain = fresh(personalized_unet=None).layout(["a"] * 2, "a ball", layout_steps=STEPS, **SHARED, latents=NOISE)
-    assert torch.equal(out.latents, plain.latents)
-
-
-# ControlNets and offloading
-
-
-EDGES = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(4))
-
-
-@pytest.mark.parametrize("personalized", [False, True])
-@pytest.mark.parametrize("kind", ["sd", "xl"])
-def test_layout_endpoints_with_a_controlnet_are_the_stock_pipeline(pipes, kind, personalized):
-    pipe = pipes[kind]
-    net = tiny_controlnet(pipe.unet)
-    parts = {
-        name: x for name, x in pipe.components.items() if name in (components() if kind == "sd" else components_xl())
-    }
-    unet = pipe.personalized_unet if personalized else pipe.unet
-    stock_class, extra = (
-        (StableDiffusionControlNetPipeline, {"requires_safety_checker": False, "safety_checker": None})
-        if kind == "sd"
-        else (StableDiffusionXLControlNetPipeline, {"add_watermarker": False})
-    )
-    stock = stock_class(**{**parts, **extra, "unet": unet, "controlnet": net})
-    stock.set_progress_bar_config(disable=True)
-    prompts = PROMPTS if personalized else ["a ball"] * 2
-    expected = stock(
-        prompts, image=EDGES, controlnet_conditioning_scale=0.7, latents=NOISE, height=16, width=16, **SHARED
-    ).images
-    ours = fresh(kind, **{**parts, "personalized_unet": pipe.personalized_unet, "controlnet": net})
-    layout = {**SHARED, "latents": NOISE, "layout_steps": 0 if personalized else STEPS}
-    found = ours.layout(PROMPTS, "a ball", control_image=EDGES, control_scale=0.7, **layout).latents
-    assert distance(found, expected) <= TOLERANCE
-    assert distance(found, ours.layout(PROMPTS, "a ball", **layout).latents) > TOLERANCE
-
-
-@pytest.mark.parametrize("kind", ["sd", "xl"])
-def test_the_retouch_follows_the_controlnet(pipes, kind):
-    parts = pipes[kind].components
-    extra = {"requires_safety_checker": False} if kind == "sd" else {"add_watermarker": False}
-    pipe = fresh(kind, **{**parts, **extra, "controlnet": tiny_controlnet(parts["unet"])})
-    plain = run(pipe).latents
-    assert distance(run(pipe, control_image=EDGES, control_scale=0.0).latents, plain) <= TOLERANCE
-    assert distance(run(pipe, control_image=EDGES).latents, plain) > TOLERANCE
-    each = run(pipe, control_image=EDGES.expand(2, -1, -1, -1)).latents
-    assert torch.equal(each, run(pipe, control_image=EDGES).latents)
-    twice = run(pipe, control_image=[EDGES, 1 - EDGES], num_images_per_prompt=2, latents=NOISE[[0, 0, 1, 1]])
-    once = run(pipe, control_image=[EDGES, 1 - EDGES])
-    assert distance(twice.layout_images, once.layout_images[[0, 0, 1, 1]]) <= TOLERANCE
-
-
-def test_a_control_image_that_does_not_fit_is_named(pipe):
-    with pytest.raises(ValueError, match="control_image: expected None, since the pipeline has no controlnet"):
-        run(pipe, control_image=EDGES)
-    parts = {**pipe.components, "controlnet": tiny_controlnet(pipe.unet), "requires_safety_checker": False}
-    with pytest.raises(ValueError, match="control_image: expected 1 or 2 images, as there are prompts, got 3"):
-        run(fresh(**parts), control_image=EDGES.expand(3, -1, -1, -1))
-
-
-@pytest.mark.parametrize("kind", ["sd", "xl"])
-def test_model_offload_fetches_every_model_and_gives_the_same_bits(kind, monkeypatch):
-    pipe = fresh(kind)
-    expected = run(pipe).latents
-    onto, before = [], CpuOffload.pre_forward
-    monkeypatch.setattr(
-        CpuOffload, "pre_forward", lambda h, module, *a, **k: onto.append(module) or before(h, module, *a, **k)
-    )
-    pipe.enable_model_cpu_offload(device="cpu")
-    assert torch.equal(run(pipe).latents, expected)
-
-    fetched = {name for name, part in pipe.components.items() if any(part is module for module in onto)}
-    assert fetched >= {"unet", "personalized_unet", "text_encoder", "vae"}
 
 
 # Found by trying
