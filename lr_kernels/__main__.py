@@ -14,6 +14,7 @@ def main() -> None:
     commands.add_parser("info", help="versions, instruction set, backends and why each is available or not")
     demo = commands.add_parser("demo", help="Layout-and-Retouch on the embedded toy model: pictures and metrics")
     demo.add_argument("--output", type=Path, default=Path("outputs/demo"), help="folder for the PNG and JSON")
+    demo.add_argument("--subject", default="ball", help="ball, box, star, ring, cross or die (default ball)")
     demo.add_argument("--seeds", type=int, default=3, help="seeds per prompt (default 3)")
     demo.add_argument("--backend", default="auto", help="auto, cpu, triton, cuda or reference (default auto)")
     presets = commands.add_parser("presets", help="every preset on the embedded toy model: a picture")
@@ -29,7 +30,7 @@ def main() -> None:
         return
     from .demo import run  # needs diffusers, which info does not
 
-    run(options.output, seeds=options.seeds, backend=options.backend)
+    run(options.output, subject=options.subject, seeds=options.seeds, backend=options.backend)
 
 
 if __name__ == "__main__":

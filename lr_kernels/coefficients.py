@@ -17,6 +17,9 @@ SOLVERS = ("euler", "dpmpp_2m")
 BACKGROUNDS = ("latents", "clean")
 SCHEDULES = ("hard", "linear", "cosine")
 
+_ROUNDING = 1e-6
+"""By how much of itself a σ may rise: diffusers computes some lists, which end at their lowest σ, in two ways."""
+
 PerStep = float | Sequence[float] | Tensor
 """One number, or one per step."""
 
@@ -28,6 +31,7 @@ def step_coefficients(
     final_alpha_cumprod: float | Tensor,
     guidance_scale: PerStep | None,
     prediction_type: str = "epsilon",
+    next_timesteps: Tensor | Sequence[int] | None = None,
     eta: float = 0.0,
     blend_weights: Sequence[float] | Tensor | None = None,
     pag_scale: PerStep | None = None,
@@ -35,8 +39,7 @@ def step_coefficients(
 ) -> Tensor:
     """The table of `step_blend` for DDIM, with guidance and, where asked, a blend of two models.
 
-    With ᾱ the level of a step, ᾱ' that of the next timestep (`final_alpha_cumprod` after the last), α = √ᾱ and
-    s = η·√((1 - ᾱ')/(1 - ᾱ)·(1 - ᾱ/ᾱ')), the update is
+    With ᾱ the level of a step, ᾱ' the one it goes to, α = √ᾱ and s = η·√((1 - ᾱ')/(1 - ᾱ)·(1 - ᾱ/ᾱ')), the update is
 
         next = √ᾱ'·x0 + √(1 - ᾱ' - s²)·(sample - α·x0)/√(1 - ᾱ) + s·noise
         epsilon: x0 = (sample - √(1 - ᾱ)·G)/α        v_prediction: x0 = α·sample - √(1 - ᾱ)·G
@@ -51,6 +54,9 @@ def step_coefficients(
         alphas_cumprod: (T,) the schedule's ᾱ, in (0, 1]; v_prediction also takes 0.
         timesteps: (steps,) integers in [0, T), as the sampler visits them: ᾱ must not fall.
         final_alpha_cumprod: ᾱ' of the last step, in (0, 1].
+        next_timesteps: (steps,) integers below T: where each step goes, below 0 to `final_alpha_cumprod`. Default: to
+            the next timestep. `DDIMScheduler.step` goes to timesteps - T // steps, which is another one where the
+            spacing is not even.
         guidance_scale: g, one number or one per step. None: there is no unconditional prediction.
         prediction_type: "epsilon" or "v_prediction".
         eta: η in [0, 1]; above 0 the call of step_blend needs noise.
@@ -73,16 +79,15 @@ def step_coefficients(
     _one_of(op, "keep_background", keep_background, BACKGROUNDS)
     if not 0 <= eta <= 1:
         fail(op, "eta", "a number in [0, 1]", eta)
-    levels = _noise_levels(op, alphas_cumprod, timesteps, final_alpha_cumprod, prediction_type)
-    now, after = levels[:-1], levels[1:]
+    now, after = _noise_levels(op, alphas_cumprod, timesteps, next_timesteps, final_alpha_cumprod, prediction_type)
     # at ᾱ = 1 nothing is left to remove and 0/0 means 0
     variance = torch.where(now < 1, (1 - after) / (1 - now) * (1 - now / after), 0)
     return _table(
         op,
         "alphas_cumprod",
         _prediction_weights(op, len(now), guidance_scale, blend_weights, pag_scale),
-        levels.sqrt(),
-        (1 - levels).sqrt(),
+        (now.sqrt(), (1 - now).sqrt()),
+        (after.sqrt(), (1 - after).sqrt()),
         prediction_type,
         keep_background,
         noise=eta * variance.sqrt(),
@@ -120,8 +125,8 @@ def sigma_coefficients(
     next/√(1 + σ'²); the first input, sample/√(1 + σ²), is the caller's.
 
     Args:
-        sigmas: (steps + 1,), never rising, above 0 but for the last, which may be 0; at most 1 for "flow". The
-            attribute `sigmas` of the diffusers scheduler.
+        sigmas: (steps + 1,), never rising but by rounding, above 0 but for the last, which may be 0; at most 1 for
+            "flow". The attribute `sigmas` of the diffusers scheduler.
         solver: "euler" or "dpmpp_2m".
         guidance_scale: g, one number or one per step. None: there is no unconditional prediction.
         prediction_type: "epsilon", "v_prediction" or "flow" (noise minus clean latents).
@@ -147,16 +152,9 @@ def sigma_coefficients(
     if not ((levels[:-1] > 0) & (levels[:-1] <= limit) & levels[:-1].isfinite()).all() or not levels[-1] >= 0:
         expected = "numbers above 0" + (" and at most 1" if limit == 1 else "") + ", the last at least 0"
         fail(op, "sigmas", expected, levels.tolist())
-    if not (levels.diff() <= 0).all():
+    if not (levels[1:] <= levels[:-1] * (1 + _ROUNDING)).all():
         fail(op, "sigmas", "numbers that do not rise", levels.tolist())
-    scaled = solver == "euler" and prediction_type != "flow"
-    norm = (1 + levels**2).sqrt()
-    if prediction_type == "flow":
-        alpha, sigma = 1 - levels, levels
-    elif scaled:
-        alpha, sigma = torch.ones_like(levels), levels
-    else:
-        alpha, sigma = 1 / norm, levels / norm
+    alpha, sigma = signal_and_noise(levels, solver, prediction_type)
     kappa = torch.zeros_like(levels[1:])
     if solver == "dpmpp_2m":
         growth = (alpha / sigma).log().diff()
@@ -167,13 +165,23 @@ def sigma_coefficients(
         op,
         "sigmas",
         _prediction_weights(op, len(kappa), guidance_scale, blend_weights, pag_scale),
-        alpha,
-        sigma,
+        (alpha[:-1], sigma[:-1]),
+        (alpha[1:], sigma[1:]),
         prediction_type,
         keep_background,
         kappa=kappa,
-        scale=1 / norm[1:] if scaled else 1.0,
+        scale=1.0 if prediction_type == "flow" else 1 / (alpha**2 + sigma**2).sqrt()[1:],
     )
+
+
+def signal_and_noise(sigmas: Tensor, solver: str, prediction_type: str) -> tuple[Tensor, Tensor]:
+    """α and σ_x of latents α·x0 + σ_x·ε at every σ, as the table of `sigma_coefficients` says."""
+    if prediction_type == "flow":
+        return 1 - sigmas, sigmas
+    if solver == "euler":
+        return torch.ones_like(sigmas), sigmas
+    norm = (1 + sigmas**2).sqrt()
+    return 1 / norm, sigmas / norm
 
 
 def blend_schedule(kind: str, steps: int, layout_steps: int, *, ramp_steps: int | None = None) -> Tensor:
@@ -228,8 +236,8 @@ def _table(
     op: str,
     levels: str,
     weights: Tensor,
-    alpha: Tensor,
-    sigma: Tensor,
+    now: tuple[Tensor, Tensor],
+    after: tuple[Tensor, Tensor],
     prediction_type: str,
     keep_background: str,
     *,
@@ -241,18 +249,18 @@ def _table(
 
         next = r·sample + (α' - r·α)·(x0 + κ·(x0 - history)) + s·noise,   r = √(σ'² - s²)/σ
 
-    `levels` is the argument that alpha and sigma, (steps + 1,), come from; noise (s), kappa and scale: (steps,).
+    now: (α, σ) and after: (α', σ'), which come from the argument `levels`; noise (s), kappa and scale: (steps,) each.
     """
-    now, after, sigma_now, sigma_after = alpha[:-1], alpha[1:], sigma[:-1], sigma[1:]
+    (alpha, sigma), (alpha_after, sigma_after) = now, after
     if prediction_type == "epsilon":
-        c, d = 1 / now, -sigma_now / now
+        c, d = 1 / alpha, -sigma / alpha
     elif prediction_type == "v_prediction":
-        norm = (now**2 + sigma_now**2).sqrt()
-        c, d = now / norm**2, -sigma_now / norm
+        norm = (alpha**2 + sigma**2).sqrt()
+        c, d = alpha / norm**2, -sigma / norm
     else:
-        c, d = torch.ones_like(now), -sigma_now
-    remaining = torch.where(sigma_now > 0, (sigma_after**2 - noise**2).clamp(min=0).sqrt() / sigma_now, 0)
-    gain = after - remaining * now
+        c, d = torch.ones_like(alpha), -sigma
+    remaining = torch.where(sigma > 0, (sigma_after**2 - noise**2).clamp(min=0).sqrt() / sigma, 0)
+    gain = alpha_after - remaining * alpha
     clean = keep_background == "clean"
     table = pack_columns(
         weights,
@@ -260,7 +268,7 @@ def _table(
         e=gain * (1 + kappa) * d,
         sigma=noise,
         h=-gain * kappa,
-        p=after if clean else 1.0,
+        p=alpha_after if clean else 1.0,
         q=sigma_after if clean else 0.0,
         c=c,
         d=d,
@@ -303,21 +311,20 @@ def _noise_levels(
     op: str,
     alphas_cumprod: Tensor | Sequence[float],
     timesteps: Tensor | Sequence[int],
+    next_timesteps: Tensor | Sequence[int] | None,
     final_alpha_cumprod: float | Tensor,
     prediction_type: str,
-) -> Tensor:
-    """float64 (steps + 1,): ᾱ of every timestep, and the final one."""
+) -> tuple[Tensor, Tensor]:
+    """float64 (steps,) each: ᾱ of every timestep, and the one that its step goes to."""
     alphas = torch.as_tensor(alphas_cumprod, dtype=torch.float64).cpu()
     if alphas.dim() != 1:
         fail(op, "alphas_cumprod", "shape (T,)", tuple(alphas.shape))
-    times = torch.as_tensor(timesteps).cpu()
-    if times.is_floating_point() or times.dtype == torch.bool:
-        fail(op, "timesteps", "an integer dtype", times.dtype, error=TypeError)
+    times = _integers(op, "timesteps", timesteps)
     if times.dim() != 1 or not len(times):
         fail(op, "timesteps", "shape (steps,), at least one step", tuple(times.shape))
     if not ((times >= 0) & (times < len(alphas))).all():
         fail(op, "timesteps", f"integers in [0, {len(alphas)})", times.tolist())
-    now = alphas[times.long()]
+    now = alphas[times]
     if not ((now >= 0) & (now <= 1)).all():
         fail(op, "alphas_cumprod", "numbers in [0, 1]", now.tolist())
     if not (now[1:] > 0).all() or (prediction_type == "epsilon" and not now[0] > 0):
@@ -329,7 +336,22 @@ def _noise_levels(
         fail(op, "final_alpha_cumprod", "a number in (0, 1]", final.tolist())
     if final < now[-1]:
         fail(op, "final_alpha_cumprod", f"at least {now[-1].item()}, the level of the last timestep", final.item())
-    return torch.cat([now, final.reshape(1)])
+    if next_timesteps is None:
+        return now, torch.cat([now[1:], final.reshape(1)])
+    following = _integers(op, "next_timesteps", next_timesteps)
+    if following.shape != times.shape or not (following < len(alphas)).all():
+        fail(op, "next_timesteps", f"{len(times)} integers below {len(alphas)}", following.tolist())
+    after = torch.where(following < 0, final.reshape(1), alphas[following.clamp(min=0)])
+    if not ((after >= now) & (after > 0) & (after <= 1)).all():
+        fail(op, "next_timesteps", "levels in (0, 1] that are not below those of timesteps", after.tolist())
+    return now, after
+
+
+def _integers(op: str, name: str, x: Tensor | Sequence[int]) -> Tensor:
+    result = torch.as_tensor(x).cpu()
+    if result.is_floating_point() or result.dtype == torch.bool:
+        fail(op, name, "an integer dtype", result.dtype, error=TypeError)
+    return result.long()
 
 
 def _one_of(op: str, name: str, value: str, allowed: tuple[str, ...]) -> None:

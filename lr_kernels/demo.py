@@ -10,19 +10,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from . import blend_schedule, toy
-from .diffusers import StableDiffusionLayoutRetouchPipeline
-from .diffusers.output import LayoutRetouchOutput
+from . import toy
 from .info import versions
-from .toy.judge import evaluate
-from .toy.personalize import personalize
+from .toy.judge import evaluate, scores
+from .toy.stages import GUIDANCE, STEPS, Task, personalized_pipeline, run_stages
+from .toy.statistics import paired_difference
 
-STEPS, GUIDANCE = 20, 3.0
-LAYOUT_STEPS = 6
-LAYOUT_BLEND = blend_schedule("linear", STEPS, LAYOUT_STEPS, ramp_steps=1)
-"""Six steps of the vanilla model, one half and half, then the personalized one."""
-RETOUCH = {"retouch_start": 3, "retouch_layers": [2], "sources": "renoise", "guidance_scale": 2.0}
-"""The 8x8 layers carry the subject, less guidance leaves the reference more say, an early start lets it take hold."""
 SEED = 1000
 
 COLUMNS = {
@@ -31,94 +24,58 @@ COLUMNS = {
     "background": "background right ↑",
     "position_std": "position spread ↑",
     "diversity": "1 - mIoU ↑",
+    "layout_iou": "IoU with layout ↑",
 }
+PAIRS = (("retouch", "control"), ("retouch", "layout"))
+"""Whose images are compared one by one."""
 
 
-def run(output: Path, *, seeds: int = 3, backend: str = "auto") -> dict:
-    """Run the demo and write `comparison.png` and `metrics.json` into `output`.
+def run(output: Path, *, subject: str = "ball", seeds: int = 3, backend: str = "auto") -> dict:
+    """Run the demo and write `comparison.png`, `masks.png` and `metrics.json` into `output`.
 
     Args:
+        subject: one of `lr_kernels.toy.world.SUBJECTS`.
         seeds: images per background; 6 backgrounds. backend: of all operators.
 
     Returns:
-        What metrics.json holds: per stage the metrics of `lr_kernels.toy.judge.evaluate` and the seconds it took.
+        What metrics.json holds: per stage the metrics of `lr_kernels.toy.judge.evaluate` and the seconds it took, and
+        the paired differences of identity with their 95 % intervals.
     """
     output.mkdir(parents=True, exist_ok=True)
-    names = [name for name in toy.BACKGROUNDS for _ in range(seeds)]
-    prompts = [f"{toy.SUBJECT_PROMPT} on {name}" for name in names]
-    class_prompts = [f"{toy.CLASS_PROMPT} on {name}" for name in names]
-    references, reference_masks = toy.references()
-
-    seconds: dict[str, float] = {}
+    task = Task(subject, seeds)
     start = time.perf_counter()
-    base = toy.load_pipeline()
-    personal = personalize(base, references)
-    seconds["personalize"] = time.perf_counter() - start
-    pipe = StableDiffusionLayoutRetouchPipeline.from_pipe(
-        base, personalized_unet=personal.unet, personalized_text_encoder=personal.text_encoder
-    )
-    common = {"num_inference_steps": STEPS, "output_type": "pt", "backend": backend}
+    pipe = personalized_pipeline(toy.load_pipeline(), subject)
+    personalize_seconds = time.perf_counter() - start
 
-    def noise() -> torch.Generator:
-        return torch.Generator().manual_seed(SEED)  # every stage starts from the same latents
-
-    def layout(name: str, blend: str | Tensor, layout_steps: int) -> LayoutRetouchOutput:
-        pipe.set_progress_bar_config(desc=name)
-        return pipe.layout(
-            prompts,
-            class_prompts,
-            layout_blend=blend,
-            layout_steps=layout_steps,
-            guidance_scale=GUIDANCE,
-            generator=noise(),
-            **common,
-        )
-
-    def retouch(name: str, context: Tensor | None) -> LayoutRetouchOutput:
-        pipe.set_progress_bar_config(desc=name)
-        return pipe.retouch(
-            prompts,
-            references[:1] / 2 + 0.5,
-            toy.SUBJECT_PROMPT,
-            toy.SUBJECT_PROMPT.split()[1:],
-            context_latents=context,
-            reference_mask=reference_masks[0],
-            generator=noise(),
-            **RETOUCH,
-            **common,
-        )
-
-    results = {
-        "vanilla": layout("vanilla", "hard", STEPS),
-        "personalized": layout("personalized", "hard", 0),
-        "reference-only": retouch("reference-only", None),
-        "layout": layout("layout", LAYOUT_BLEND, LAYOUT_STEPS),
-    }
-    results["retouch"] = retouch("retouch", results["layout"].latents)
-    stages = {}
+    results = run_stages(pipe, task, SEED, backend=backend)
+    images = {name: torch.as_tensor(result.images).float() for name, result in results.items()}
+    layouts = images["layout"] * 2 - 1
+    stages, identity = {}, {}
     for name, result in results.items():
-        images = torch.as_tensor(result.images).float() * 2 - 1
-        seconds[name] = sum(result.seconds.values())
-        stages[name] = {**evaluate(images, names), "seconds": round(seconds[name], 2)}
+        pixels = images[name] * 2 - 1
+        identity[name] = scores(pixels, task.backgrounds, layouts, subject)["identity"]
+        measured = evaluate(pixels, task.backgrounds, layouts, subject)
+        stages[name] = {**measured, "seconds": round(sum(result.seconds.values()), 2)}
+    both = results["retouch"]
+    stages["layout"]["seconds"] = round(both.seconds["layout"], 2)  # of one call, which did both
+    stages["retouch"]["seconds"] = round(sum(both.seconds.values()) - both.seconds["layout"], 2)
 
     report = {
-        "images": len(names),
+        "subject": subject,
+        "images": len(task.prompts),
         "seeds": seeds,
-        "personalize_seconds": round(seconds["personalize"], 2),
-        "settings": {
-            "steps": STEPS,
-            "guidance": GUIDANCE,
-            "layout_steps": LAYOUT_STEPS,
-            "layout_blend": LAYOUT_BLEND.tolist(),
-            "retouch": RETOUCH,
-            "backend": backend,
-        },
+        "personalize_seconds": round(personalize_seconds, 2),
+        "settings": {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "backend": backend},
         "stages": stages,
+        "identity_differences": {
+            f"{first} - {second}": [round(x, 4) for x in paired_difference(identity[first], identity[second])]
+            for first, second in PAIRS
+        },
         "versions": versions(),
     }
     (output / "metrics.json").write_text(json.dumps(report, indent=2))
-    rows = {name: torch.as_tensor(result.images).float() for name, result in results.items()}
-    comparison(rows, references[:1] / 2 + 0.5, names, seeds).save(output / "comparison.png")
+    comparison(images, task.reference[0], task.backgrounds, seeds).save(output / "comparison.png")
+    both.draw().save(output / "masks.png")
     _print(report, output)
     return report
 
@@ -153,12 +110,13 @@ def _picture(image: Tensor, side: int) -> Image.Image:
 
 
 def _print(report: dict, output: Path) -> None:
-    table = Table("stage", *COLUMNS.values(), "seconds", title=f"Layout-and-Retouch, {report['images']} images a stage")
+    title = f"Layout-and-Retouch of the {report['subject']}, {report['images']} images a stage"
+    table = Table("stage", *COLUMNS.values(), "seconds", title=title)
     for name, metrics in report["stages"].items():
         values = [f"{metrics[column]:.3f}" for column in COLUMNS]
         table.add_row(name, *values, f"{metrics['seconds']:.1f}", style="bold" if name == "retouch" else None)
-    console = Console(width=120)
+    console = Console(width=130)
     console.print(table)
-    console.print(
-        f"personalization took {report['personalize_seconds']:.1f} s; pictures in {output / 'comparison.png'}"
-    )
+    for pair, (mean, low, high) in report["identity_differences"].items():
+        console.print(f"identity, {pair}: {mean:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}")
+    console.print(f"personalization took {report['personalize_seconds']:.1f} s; pictures in {output}")

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -34,9 +35,10 @@ def guided(uncond, cond, scale=GUIDANCE):
 # ---- runs of the schedulers ----
 
 
-def ddim(prediction_type="epsilon", steps=20, dtype=torch.float64):
+def ddim(prediction_type="epsilon", steps=20, dtype=torch.float64, **config):
     """DDIM with the schedule's tensors in `dtype`, so that float64 is the truth."""
-    s = DDIMScheduler(prediction_type=prediction_type, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    config = {"prediction_type": prediction_type, "set_alpha_to_one": False, "steps_offset": 1} | config
+    s = DDIMScheduler(clip_sample=False, **config)
     s.alphas_cumprod = s.alphas_cumprod.to(dtype)
     s.final_alpha_cumprod = s.final_alpha_cumprod.to(dtype)
     s.set_timesteps(steps)
@@ -64,9 +66,9 @@ RUNS = {  # scheduler, its configuration, steps, arguments of sigma_coefficients
 NAMES = {"flow_prediction": "flow", None: "flow"}
 
 
-@pytest.fixture
-def double_precision(monkeypatch):
-    """Schedulers that cast to float32 cast to float64 instead: what they compute, without its rounding."""
+@contextmanager
+def double_precision():
+    """While it lasts schedulers that cast to float32 cast to float64: what they compute, without its rounding."""
 
     class Torch(SimpleNamespace):
         float32 = torch.float64
@@ -74,11 +76,10 @@ def double_precision(monkeypatch):
         def __getattr__(self, name):
             return getattr(torch, name)
 
-    def enter():
+    with pytest.MonkeyPatch.context() as patch:
         for scheduler in (EULER, FLOW, DPM):
-            monkeypatch.setattr(sys.modules[scheduler.__module__], "torch", Torch())
-
-    return enter
+            patch.setattr(sys.modules[scheduler.__module__], "torch", Torch())
+        yield
 
 
 def predictions_of(i):
@@ -119,7 +120,7 @@ def check_runs(found, low, exact):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_runs_match_diffusers(name, double_precision):
+def test_runs_match_diffusers(name):
     scheduler, config, steps, arguments = RUNS[name]
 
     def prepared(dtype):
@@ -134,23 +135,30 @@ def test_runs_match_diffusers(name, double_precision):
     kind = s.config.get("prediction_type")
     table = sigma_coefficients(s.sigmas, guidance_scale=GUIDANCE, prediction_type=NAMES.get(kind, kind), **arguments)
     x_in = start / (1 + scale**2) ** 0.5 if scheduler is EULER else start
-    low = scheduler_run(s, start)
-    double_precision()
-    exact = scheduler_run(prepared(torch.float64), start.double())
+    low, same = scheduler_run(s, start), prepared(torch.float64)
+    with double_precision():
+        exact = scheduler_run(same, start.double())
     check_runs(table_run(table, start, x_in), low, exact)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-@pytest.mark.parametrize("steps", [10, 20])
-def test_ddim_runs_match_diffusers(prediction_type, eta, steps):
+@pytest.mark.parametrize("steps", [10, 20, 13])
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+def test_ddim_runs_match_diffusers(prediction_type, eta, steps, spacing):
     start, noise = latents(2)
 
     def run(dtype):
         extra = {"eta": eta, "variance_noise": noise.to(dtype)} if eta else {}
-        return scheduler_run(ddim(prediction_type, steps, dtype), start.to(dtype), **extra)
+        s = ddim(prediction_type, steps, dtype, timestep_spacing=spacing)
+        return scheduler_run(s, start.to(dtype), **extra)
 
-    table = ddim_table(ddim(prediction_type, steps), guidance_scale=GUIDANCE, eta=eta, prediction_type=prediction_type)
+    s = ddim(prediction_type, steps, timestep_spacing=spacing)
+    following = s.timesteps - 1000 // steps
+    keywords = {"guidance_scale": GUIDANCE, "eta": eta, "prediction_type": prediction_type}
+    table = ddim_table(s, next_timesteps=following, **keywords)
+    if spacing == "leading":
+        assert torch.equal(table, ddim_table(s, **keywords))  # which goes to the next timestep of the list
     found = table_run(table, start, start, noise=noise if eta else None)
     check_runs(found, run(torch.float32), run(torch.float64))
 
@@ -358,6 +366,10 @@ SHARED_ERRORS = [
         ({"final_alpha_cumprod": 0.0}, ValueError, "final_alpha_cumprod: expected a number in"),
         ({"final_alpha_cumprod": [1.0, 1.0]}, ValueError, "final_alpha_cumprod: expected a number in"),
         ({"final_alpha_cumprod": 0.8}, ValueError, "final_alpha_cumprod: expected at least 0.9, the level"),
+        ({"next_timesteps": [0]}, ValueError, "next_timesteps: expected 2 integers below 2"),
+        ({"next_timesteps": [2, -1]}, ValueError, "next_timesteps: expected 2 integers below 2"),
+        ({"next_timesteps": [0, 1]}, ValueError, r"next_timesteps: expected levels in \(0, 1\] that are not below"),
+        ({"next_timesteps": [0.0, -1.0]}, TypeError, "next_timesteps: expected an integer dtype"),
     ],
 )
 def test_34_errors_of_step_coefficients(changes, error, message):
@@ -378,6 +390,7 @@ def test_34_errors_of_step_coefficients(changes, error, message):
         ({"sigmas": [2.0, 1.0, -1.0]}, ValueError, "sigmas: expected numbers above 0"),
         ({"sigmas": [2.0, 1.0, math.nan]}, ValueError, "sigmas: expected numbers above 0"),
         ({"sigmas": [1.0, 2.0, 0.0]}, ValueError, "sigmas: expected numbers that do not rise"),
+        ({"sigmas": [2.0, 1.0, 1.00001]}, ValueError, "sigmas: expected numbers that do not rise"),
         ({"sigmas": [1e39, 1.0, 0.0]}, ValueError, "sigmas: expected levels whose coefficients"),
         ({"prediction_type": "flow", "sigmas": [1.1, 0.5, 0.0]}, ValueError, "sigmas: expected .* at most 1"),
     ],

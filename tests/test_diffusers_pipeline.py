@@ -10,7 +10,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor2_0
 from tiny_models import TOLERANCE, components, distance, tiny_scheduler, tiny_tokenizer, tiny_unet
 
@@ -81,7 +81,7 @@ def test_34_blend_weight_outside_its_range(pipe, bad):
         ({"retouch_end": 1, "retouch_start": 2}, ValueError, "retouch_end: expected 2 to 4, got 1"),
         ({"layout_blend": [0, 1]}, ValueError, "layout_blend: expected 4 weights, one per step, got 2"),
         ({"layout_blend": "sudden"}, ValueError, "one of hard, linear, cosine, got 'sudden'"),
-        ({"sources": "guess"}, ValueError, "sources: expected one of inversion, renoise, got 'guess'"),
+        ({"contexts_from": "guess"}, ValueError, "contexts_from: expected one of None, trajectory, renoise, inversion"),
         ({"retouch_layers": [16]}, ValueError, r"choice: expected one of the scales \[1, 2\]"),
         ({"backend": "none"}, ValueError, "backend: expected one of auto"),
         ({"reference_mask": np.zeros((16, 16))}, ValueError, "reference_mask: expected a foreground, got none"),
@@ -98,10 +98,30 @@ def test_34_errors_name_the_argument(pipe, kwargs, error, message):
         run(pipe, **kwargs)
 
 
-@pytest.mark.parametrize("name, value", [("height", 16), ("latents", NOISE)])
-def test_the_contexts_fix_the_size(pipe, name, value):
-    with pytest.raises(ValueError, match=f"{name}: expected None, since context_latents are given"):
-        retouch(pipe, **{name: value})
+@pytest.mark.parametrize("name", ["height", "width"])
+def test_the_contexts_fix_the_size(pipe, name):
+    with pytest.raises(ValueError, match=f"{name}: expected None, since the contexts have it"):
+        retouch(pipe, **{name: 16})
+
+
+def test_what_does_not_fit_the_contexts_is_named(pipe):
+    with pytest.raises(
+        ValueError, match=r"latents: expected shape \(2, 4, 8, 8\), as context_latents, got \(1, 4, 8, 8\)"
+    ):
+        retouch(pipe, latents=NOISE[:1])
+    with pytest.raises(ValueError, match="contexts_from: expected another way, since context_latents have no traj"):
+        retouch(pipe, contexts_from="trajectory")
+    shared = {"num_inference_steps": STEPS, "latents": NOISE, "output_type": "latent"}
+    layout = pipe.layout(PROMPTS, "a ball", ("sks", "ball"), **shared)
+    given = {"context_latents": None, "layout": layout}
+    with pytest.raises(ValueError, match="num_inference_steps: expected 4, as the layouts had, got 3"):
+        retouch(pipe, **given, num_inference_steps=3)
+    with pytest.raises(ValueError, match="prompt: expected 2 prompts, as there are layouts, got 1"):
+        retouch(pipe, PROMPTS[:1], **given)
+    with pytest.raises(ValueError, match="context_latents: expected None, since layout is given"):
+        retouch(pipe, layout=layout)
+    with pytest.raises(ValueError, match=r"layout: expected the output of layout\(\) with subject_tokens"):
+        retouch(pipe, context_latents=None, layout=pipe.layout(PROMPTS, "a ball", **shared))
 
 
 def test_missing_subject_token_is_named(pipe):
@@ -112,12 +132,12 @@ def test_missing_subject_token_is_named(pipe):
 @pytest.mark.parametrize(
     "scheduler, name",
     [
-        (EulerDiscreteScheduler(), "scheduler: expected a DDIMScheduler, got EulerDiscreteScheduler"),
+        (PNDMScheduler(), "scheduler: expected one of DDIMScheduler, .*, got PNDMScheduler"),
         (DDIMScheduler(clip_sample=True), "scheduler.clip_sample: expected False"),
         (tiny_scheduler(thresholding=True), "scheduler.thresholding: expected False"),
         (tiny_scheduler(prediction_type="sample"), "scheduler.prediction_type: expected one of epsilon, v_prediction"),
     ],
-    ids=["euler", "clip", "threshold", "sample"],
+    ids=["pndm", "clip", "threshold", "sample"],
 )
 def test_nonlinear_schedulers_are_refused(pipe, scheduler, name):
     pipe.scheduler = scheduler
@@ -177,7 +197,7 @@ def test_triton_agrees_over_a_whole_run(pipe, device):
     parts |= {"unet": tiny_unet(2, **blocks), "personalized_unet": tiny_unet(3, **blocks)}
     small = StableDiffusionLayoutRetouchPipeline(**parts, requires_safety_checker=False).to(device)
     small.set_progress_bar_config(disable=True)
-    kwargs = {"num_inference_steps": 3, "retouch_start": 1, "mask_blending": True, "latents": NOISE[:1, :, :4, :4]}
+    kwargs = {"num_inference_steps": 2, "retouch_start": 1, "mask_blending": True, "latents": NOISE[:1, :, :4, :4]}
     outs = [run(small, PROMPTS[:1], backend=name, **kwargs).latents for name in ("triton", "reference")]
     assert distance(*outs) <= TOLERANCE
 
@@ -218,10 +238,10 @@ def test_reference_only_starts_as_plain_denoising(pipe):
 
 @pytest.mark.parametrize("sources", ["inversion", "renoise"])
 def test_mask_blending_keeps_the_background_of_the_layout(pipe, sources):
-    fixed = retouch(pipe, sources=sources)
-    moving = retouch(pipe, sources=sources, mask_blending=True)
+    fixed = retouch(pipe, contexts_from=sources)
+    moving = retouch(pipe, contexts_from=sources, mask_blending=True)
     outside = ~fixed.masks & ~moving.masks
-    assert outside.any() and torch.equal(fixed.masks, retouch(pipe, sources=sources).masks)
+    assert outside.any() and torch.equal(fixed.masks, retouch(pipe, contexts_from=sources).masks)
     kept = (moving.latents == NOISE).all(1)
     assert torch.equal(kept, outside)
 
@@ -237,7 +257,7 @@ def test_prompts_and_generators_of_a_batch_are_independent(pipe):
 
 
 @pytest.mark.parametrize(
-    "kwargs", [{}, {"eta": 0.5, "sources": "renoise", "mask_blending": True}], ids=["ddim", "noisy"]
+    "kwargs", [{}, {"eta": 0.5, "contexts_from": "renoise", "mask_blending": True}], ids=["ddim", "noisy"]
 )
 def test_35_deterministic_by_generator(pipe, kwargs):
     kwargs["latents"] = None

@@ -1,4 +1,4 @@
-"""The toy model: its world is reproducible, its judge knows true renders, and the demo shows what the method claims."""
+"""The toy model: its world is reproducible, its folder is a pipeline, and the demo shows what the method claims."""
 
 import json
 
@@ -8,17 +8,14 @@ import torch
 from PIL import Image
 
 from lr_kernels import demo, toy
-from lr_kernels.toy.judge import evaluate
 
 
-def test_references_are_reproducible_and_recognised():
+def test_references_are_reproducible():
     images, masks = toy.references()
     again, _ = toy.references()
     assert (
         torch.equal(images, again) and images.shape == (5, 3, toy.SIDE, toy.SIDE) and masks.shape == images[:, 0].shape
     )
-    metrics = evaluate(images, ["plain"] * 5)
-    assert metrics["identity"] > 0.9 and metrics["background"] == 1
 
 
 def test_the_shipped_folder_is_a_stable_diffusion_pipeline_without_pickles():

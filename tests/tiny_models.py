@@ -26,7 +26,12 @@ def tiny_unet(seed: int, **config) -> UNet2DConditionModel:
         "attention_head_dim": 2,
         "norm_num_groups": 8,
     }
-    return UNet2DConditionModel(**{**base, **config}).eval()
+    unet = UNet2DConditionModel(**{**base, **config}).eval()
+    with torch.no_grad():
+        for name, parameter in unet.named_parameters():
+            if "attn1.to_q" in name:  # else attention is nearly even, and the maps that go through it are rounding
+                parameter.mul_(10)
+    return unet
 
 
 def tiny_tokenizer() -> CLIPTokenizer:

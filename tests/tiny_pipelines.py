@@ -31,9 +31,9 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def run(pipe, **kwargs):
+def run(pipe, image=IMAGES[:1], **kwargs):
     kwargs = {**SHARED, "latents": NOISE, "reference_mask": MASK, "generator": seeded(), **kwargs}
-    return pipe(PROMPTS, "a ball", IMAGES[:1], "a sks ball", ("sks", "ball"), **kwargs)
+    return pipe(PROMPTS, "a ball", image, "a sks ball", ("sks", "ball"), **kwargs)
 
 
 def with_lora(unet, *names):

@@ -1,4 +1,4 @@
-"""ReferenceBank: a subject's keys and values, computed once, stored, and read by many prompts and processes."""
+"""Banks: keys and values of some rows, computed once and read by later passes, other prompts and other processes."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ from ..attention import multi_source_attention
 from ..checks import fail
 from ..plan import AttentionPlan, plan_attention
 from ..source import Source
-from .processors import _refuse_mask, _StockAttnProcessor
+from .processors import AttentionState, _refuse_mask, _StockAttnProcessor
 from .routing import token_mask
 
 STORAGES = ("device", "cpu")
@@ -24,9 +24,10 @@ STORAGES = ("device", "cpu")
 class BankLayer:
     """The buffer of one layer: keys and values of the step that is extracted or read."""
 
-    def __init__(self, name: str, buffer: Tensor | None = None):
+    def __init__(self, name: str, op: str):
         self.name = name
-        self.buffer = buffer
+        self._op = op
+        self.buffer: Tensor | None = None
         """(2, rows, tokens, heads, head_dim): keys, values"""
         self.written: tuple[Tensor, Tensor] | None = None
         """of the last pass that extracted"""
@@ -49,7 +50,7 @@ class BankLayer:
     def read(self, key: Tensor) -> tuple[Tensor, Tensor]:
         """The kept keys and values, for a layer whose own keys are these."""
         if self.buffer is None:
-            fail("ReferenceBank", "bank", f"layer {self.name} among those extracted", "nothing of it", "call extract()")
+            fail(self._op, "bank", f"layer {self.name} among those extracted", "nothing of it", "call extract()")
         self.check_fit(key, rows=False)
         return self.buffer[0], self.buffer[1]
 
@@ -58,11 +59,17 @@ class BankLayer:
         first = 0 if rows else 1
         built, got = ((*x.shape[first:], x.dtype, x.device) for x in (self.buffer[0], key))
         if built != got:
-            fail("ReferenceBank", "bank", f"built for {built}", f"{got} in {self.name}", "call reset()")
+            fail(self._op, "bank", f"built for {built}", f"{got} in {self.name}", "call reset()")
 
 
-class ReferenceBank:
-    """Keys and values of references' rows in the self-attention layers, at every step of a schedule.
+def _number(timestep: float | Tensor) -> float:
+    """A timestep as it is kept: an integer where it is one."""
+    value = float(timestep)
+    return int(value) if value.is_integer() else value
+
+
+class KeyValueBank:
+    """Keys and values of some rows in the self-attention layers, at every step of a part of a schedule.
 
     The layers touch one buffer each, whose address never changes (it can be captured in a CUDA graph); `extract` copies
     it to the storage after the UNet has run, `read` from it before. Bytes: 2 x rows x tokens x channels x element
@@ -75,23 +82,21 @@ class ReferenceBank:
         limit: bytes that the storage may take.
     """
 
-    def __init__(self, timesteps: Sequence[int] | Tensor, *, storage: str = "device", limit: int | None = None) -> None:
+    def __init__(
+        self, timesteps: Sequence[float] | Tensor, *, storage: str = "device", limit: int | None = None
+    ) -> None:
         if storage not in STORAGES:
-            fail("ReferenceBank", "storage", f"one of {', '.join(STORAGES)}", repr(storage))
-        self.timesteps = [int(t) for t in timesteps]
+            fail(self._op, "storage", f"one of {', '.join(STORAGES)}", repr(storage))
+        self.timesteps = [_number(t) for t in timesteps]
         self.storage, self.limit = storage, limit
         self.mode: str | None = None
         """None: the layers are stock; "extract": they write their keys and values; "cached": they read the bank's"""
-        self.rows: Tensor | None = None
-        """int32 (B,): the bank's row that each row reads, -1: none. Default: row b, or the only one"""
-        self.strength: Tensor | None = None
-        """added to the logits of the bank's keys, () or (B,)"""
-        self.shows: tuple[int, ...] | None = None
-        """which subject each reference shows, where the pipeline made the bank"""
-        self.words: list[list[str]] | None = None
-        """the words of each subject, likewise"""
         self._layers: dict[str, BankLayer] = {}
         self.reset()
+
+    @property
+    def _op(self) -> str:
+        return type(self).__name__
 
     def reset(self) -> None:
         """Forget everything stored."""
@@ -99,16 +104,16 @@ class ReferenceBank:
         for layer in self._layers.values():
             layer.buffer = layer.written = None
         self._filled: set[int] = set()
-        self._foreground: Tensor | None = None
-        self._plans: dict[int, AttentionPlan] = {}
 
-    def processors(self, layers: Mapping[str, Attention]) -> dict[str, "BankAttnProcessor"]:
-        """One for each layer, for `install_processors`."""
-        return {name: BankAttnProcessor(self, self.layer(name)) for name in layers}
+    def processors(
+        self, layers: Mapping[str, Attention], state: AttentionState | None = None
+    ) -> dict[str, "BankAttnProcessor"]:
+        """One for each layer, for `install_processors`; `state` where other processors share it."""
+        return {name: BankAttnProcessor(self, self.layer(name), state) for name in layers}
 
     def layer(self, name: str) -> BankLayer:
         """The buffer of a layer; empty until it is extracted."""
-        return self._layers.setdefault(name, BankLayer(name))
+        return self._layers.setdefault(name, BankLayer(name, self._op))
 
     def _buffers(self) -> dict[str, Tensor]:
         return {name: layer.buffer for name, layer in self._layers.items() if layer.buffer is not None}
@@ -125,30 +130,21 @@ class ReferenceBank:
 
     @property
     def rows_held(self) -> int:
-        """Rows of the reference that every layer has; 0 while the bank is empty."""
+        """Rows that every layer has; 0 while the bank is empty."""
         return next((x.shape[1] for x in self._buffers().values()), 0)
 
-    def step_of(self, timestep: int | Tensor) -> int:
-        """The step of a timestep. ValueError where the bank was built for others."""
-        if int(timestep) not in self.timesteps:
-            hint = "use the same number of steps and the same range of sharing, or call reset()"
-            fail("ReferenceBank", "bank", f"built for timesteps {self.timesteps}", int(timestep), hint)
-        return self.timesteps.index(int(timestep))
-
-    @property
-    def foreground(self) -> Tensor | None:
-        """bool (1 or rows, height, width): the tokens that are read; None: all."""
-        return self._foreground
-
-    @foreground.setter
-    def foreground(self, mask: Tensor | None) -> None:
-        if mask is not None and (mask.dim() != 3 or mask.dtype != torch.bool):
-            fail("ReferenceBank", "foreground", "bool (1 or rows, height, width)", f"{mask.dtype} {tuple(mask.shape)}")
-        self._foreground, self._plans = mask, {}
+    def steps_of(self, timesteps: Sequence[float] | Tensor) -> range:
+        """The bank's steps of timesteps that follow each other. ValueError where the bank was built for others."""
+        wanted = [_number(t) for t in timesteps]
+        for first in range(len(self.timesteps) - len(wanted) + 1):
+            if self.timesteps[first : first + len(wanted)] == wanted:
+                return range(first, first + len(wanted))
+        hint = "use the same number of steps and the same range of sharing, or call reset()"
+        fail(self._op, "bank", f"built for timesteps {self.timesteps}", wanted, hint)
 
     @contextlib.contextmanager
     def extract(self, step: int) -> Iterator[None]:
-        """While it lasts the UNet runs on the reference's rows; their keys and values become those of `step`."""
+        """While it lasts the UNet runs on the rows that are kept; their keys and values become those of `step`."""
         self._check_step(step)
         for layer in self._layers.values():
             layer.written = None  # of a pass that failed
@@ -157,7 +153,7 @@ class ReferenceBank:
         written = {name: layer for name, layer in self._layers.items() if layer.written is not None}
         for name in written.keys() ^ self._stored.keys() if self._filled else ():
             got = f"it first in step {step}" if name in written else f"a pass without it in step {step}"
-            fail("ReferenceBank", "bank", f"layer {name} in every step", got, "call reset()")
+            fail(self._op, "bank", f"layer {name} in every step", got, "call reset()")
         for name, layer in written.items():
             layer.keep()
             if name not in self._stored:
@@ -170,14 +166,9 @@ class ReferenceBank:
         """While it lasts every self-attention layer also attends to what the bank has of `step`."""
         self._check_step(step)
         if step not in self._filled:
-            fail(
-                "ReferenceBank", "step", f"one that was extracted, {sorted(self._filled)}", step, "call extract() first"
-            )
+            fail(self._op, "step", f"one that was extracted, {sorted(self._filled)}", step, "call extract() first")
         for name, current in self._buffers().items():
             current.copy_(self._stored[name][step], non_blocking=True)
-            if self._foreground is not None and current.shape[2] not in self._plans:
-                mask = token_mask(self._foreground, self._grid(current.shape[2]))
-                self._plans[current.shape[2]] = plan_attention([None, mask])
         with self._in_mode("cached"):
             yield
 
@@ -191,18 +182,64 @@ class ReferenceBank:
 
     def _check_step(self, step: int) -> None:
         if not 0 <= step < len(self.timesteps):
-            fail("ReferenceBank", "step", f"0 to {len(self.timesteps) - 1}", step)
+            fail(self._op, "step", f"0 to {len(self.timesteps) - 1}", step)
 
     def _allocate(self, name: str, current: Tensor) -> Tensor:
         needed = self.nbytes + len(self.timesteps) * current.nbytes
         if self.limit is not None and needed > self.limit:
-            fail("ReferenceBank", "limit", f"a bank within {self.limit} bytes", f"{needed} with layer {name}",
+            fail(self._op, "limit", f"a bank within {self.limit} bytes", f"{needed} with layer {name}",
                  "choose fewer layers or steps, or a lower precision")  # fmt: skip
         shape = (len(self.timesteps), *current.shape)
         with torch.inference_mode(False):
             if self.storage == "device":
                 return current.new_empty(shape)
             return torch.empty(shape, dtype=current.dtype, pin_memory=torch.cuda.is_available())
+
+
+class ReferenceBank(KeyValueBank):
+    """Keys and values of references, as a `KeyValueBank`, with what readers need to know of them.
+
+    Args:
+        timesteps, storage, limit: of `KeyValueBank`.
+    """
+
+    def __init__(
+        self, timesteps: Sequence[float] | Tensor, *, storage: str = "device", limit: int | None = None
+    ) -> None:
+        self.rows: Tensor | None = None
+        """int32 (B,): the bank's row that each row reads, -1: none. Default: row b, or the only one"""
+        self.strength: Tensor | None = None
+        """added to the logits of the bank's keys, () or (B,)"""
+        self.shows: tuple[int, ...] | None = None
+        """which subject each reference shows, where the pipeline made the bank"""
+        self.words: list[list[str]] | None = None
+        """the words of each subject, likewise"""
+        super().__init__(timesteps, storage=storage, limit=limit)
+
+    def reset(self) -> None:
+        super().reset()
+        self._foreground: Tensor | None = None
+        self._plans: dict[int, AttentionPlan] = {}
+
+    @property
+    def foreground(self) -> Tensor | None:
+        """bool (1 or rows, height, width): the tokens that are read; None: all."""
+        return self._foreground
+
+    @foreground.setter
+    def foreground(self, mask: Tensor | None) -> None:
+        if mask is not None and (mask.dim() != 3 or mask.dtype != torch.bool):
+            fail("ReferenceBank", "foreground", "bool (1 or rows, height, width)", f"{mask.dtype} {tuple(mask.shape)}")
+        self._foreground, self._plans = mask, {}
+
+    @contextlib.contextmanager
+    def read(self, step: int) -> Iterator[None]:
+        with super().read(step):
+            for current in self._buffers().values():
+                if self._foreground is not None and current.shape[2] not in self._plans:
+                    mask = token_mask(self._foreground, self._grid(current.shape[2]))
+                    self._plans[current.shape[2]] = plan_attention([None, mask])
+            yield
 
     def source(self, layer: BankLayer, key: Tensor) -> tuple[Source, AttentionPlan | None]:
         """The bank as a source beside a layer's own keys, and the plan of both."""
@@ -267,10 +304,16 @@ class ReferenceBank:
 
 
 class BankAttnProcessor(_StockAttnProcessor):
-    """Self-attention that fills a `ReferenceBank` or reads it; AttnProcessor2_0 while the bank's mode is None."""
+    """Self-attention that fills a bank, or reads a `ReferenceBank` besides its own keys; AttnProcessor2_0 while the
+    bank's mode is None."""
 
-    def __init__(self, bank: ReferenceBank | None = None, layer: BankLayer | None = None):
-        super().__init__()
+    def __init__(
+        self,
+        bank: KeyValueBank | None = None,
+        layer: BankLayer | None = None,
+        state: AttentionState | None = None,
+    ):
+        super().__init__(state)
         self.bank, self.layer = bank, layer
 
     def attend(

@@ -1,54 +1,31 @@
 """Stable Diffusion pipelines with a personalized model beside the vanilla one, and the steps that the stages share."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
-import numpy as np
-import PIL.Image
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from ..checks import fail
 from .adapters import adapters_off, check_free
 from .condition import Condition, Control, predict
-from .inversion import add_noise, invert
 from .matching import FeatureRecorder
-from .output import timed
+from .output import Costs
+from .pictures import Image, preprocess
 from .processors import AttentionState
-from .routing import token_mask
-from .schedule import check_scheduler
-from .subject import SubjectMaps, SubjectTokens, find_subjects
+from .schedule import Solver, check_scheduler, solver
+from .settings import OP, Callback, Generator
+from .subject import SubjectMaps, SubjectTokens, find_subjects, stretched
 
-OP = "layout_retouch"
-MAP_TIMES = (0.25, 0.4, 0.55)
+MAP_TIMES = (0.1, 0.3, 0.5)
 """Noise levels, as shares of the training timesteps, at which the maps of given images are taken."""
-
-REFERENCE_SEED = 0
-"""References are noised by a seed of its own, so that their masks and latents are the same for every image."""
-
-Image = PIL.Image.Image | np.ndarray | Tensor
-Generator = torch.Generator | list[torch.Generator] | None
-Callback = Callable[[DiffusionPipeline, int, Tensor, dict], dict] | None
-
-
-class GivenImages(NamedTuple):
-    """Images that the retouch stage reads: contexts, if any, then references; m rows."""
-
-    latents: Tensor
-    """(m, C, h, w), clean"""
-    noise: Tensor
-    """(m, C, h, w)"""
-    condition: Condition
-    """of their prompts"""
-    tokens: SubjectTokens
-    """the subjects in their prompts"""
 
 
 class PersonalizedPipeline:
@@ -60,10 +37,13 @@ class PersonalizedPipeline:
         personalized_adapters: names of the adapters that the vanilla model does not have. None: all.
         controlnet: follows `control_image`.
 
-    The scheduler must be a `DDIMScheduler` with epsilon or v_prediction and without clipping.
+    The scheduler is a `DDIMScheduler` without clipping, an `EulerDiscreteScheduler` or a `DPMSolverMultistepScheduler`
+    of DPM-Solver++ 2M, with epsilon or v_prediction.
     """
 
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
+    stage: str | None = None
+    """what a call is doing, "layout" or "retouch"; for callbacks"""
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: object) -> "PersonalizedPipeline":
@@ -125,20 +105,23 @@ class PersonalizedPipeline:
         with adapters_off(OP, [self.unet, *self.text_encoders(personal=False)], self.config.personalized_adapters):
             yield
 
-    def encode_images(self, images: Image | list[Image], height: int, width: int) -> Tensor:
-        """Images in any form of `VaeImageProcessor`, resized -> clean latents (n, C, height/f, width/f)."""
-        pixels = preprocess(self.image_processor, images, height, width)
+    def encode_images(self, images: Image | list[Image], height: int, width: int, fit: str = "crop") -> Tensor:
+        """Images of any kind, brought to the size as `fit` says, see `preprocess` -> clean latents (n, C, h, w)."""
+        return self.encode_pixels(preprocess(images, height, width, fit))
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Pixels (n, 3, height, width) in [-1, 1] -> clean latents (n, C, height/f, width/f)."""
         with self.vae_precision():
             pixels = pixels.to(self._execution_device, self.vae.dtype)
             latents = self.vae.encode(pixels).latent_dist.mode()
         mean, scale = self._latent_statistics(latents)
         return (latents - mean) * scale
 
-    def decode(self, latents: Tensor, output_type: str, seconds: dict[str, float]) -> tuple[Image, list[bool] | None]:
+    def decode(self, latents: Tensor, output_type: str, costs: Costs) -> tuple[Image, list[bool] | None]:
         """Latents (n, C, h, w) -> images, and what the safety checker found."""
         if output_type == "latent":
             return latents, None
-        with timed(seconds, "decode", latents.device):
+        with costs.of("decode"):
             mean, scale = self._latent_statistics(latents)
             with self.vae_precision():
                 pixels = self.vae.decode((latents / scale + mean).to(self.vae.dtype), return_dict=False)[0]
@@ -153,52 +136,42 @@ class PersonalizedPipeline:
         mean, deviation = (torch.tensor(x).view(1, -1, 1, 1).to(like) for x in (mean, deviation))
         return mean, config.scaling_factor / deviation
 
-    def given_images(
-        self, contexts: Tensor | None, references: Tensor, condition: Condition, tokens: SubjectTokens,
-        generator: Generator,
-    ) -> GivenImages:  # fmt: skip
-        """Latents of contexts, if any, and references, (R, C, h, w), R may be 0; condition and tokens are theirs."""
-        parts, noise = [references], []
-        if contexts is not None:
-            parts, noise = [contexts, references], [noise_like(contexts, generator)]
-        one = noise_like(references[:1], torch.Generator(references.device).manual_seed(REFERENCE_SEED))
-        noise.append(one.expand_as(references))
-        return GivenImages(torch.cat(parts), torch.cat(noise), condition, tokens)
-
     @torch.no_grad()
     def subject_maps(
-        self, images: GivenImages, features: FeatureRecorder | None = None, *, backend: str = "auto"
+        self, latents: Tensor, noise: Tensor, condition: Condition, tokens: SubjectTokens, *, backend: str = "auto"
     ) -> Tensor:
-        """Cross-attention maps of the subjects in m given images: fp32 (S, m, layers x 3 noise levels, rows, columns).
+        """Where the subjects are in given images: fp32 (S, m, rows, columns) in [0, 1], the mean over noise levels.
 
-        features: records what `matching` needs at the lowest of the noise levels.
+        Args:
+            latents: (m, C, h, w), clean. noise: likewise. condition, tokens: of their prompts.
         """
-        state = AttentionState(capturing=True, token_indices=images.tokens.indices, backend=backend)
-        maps = []
-        with SubjectMaps(self.personal_unet, state, images.latents.shape[2:]) as recorder:
+        state = AttentionState(capturing=True, token_indices=tokens.indices, backend=backend)
+        found = []
+        with (
+            SubjectMaps(self.personal_unet, state, latents.shape[2:], {}) as maps,
+            self.stage_bar("masks", len(MAP_TIMES)) as bar,
+        ):
             for share in MAP_TIMES:
-                t = round(share * self.scheduler.config.num_train_timesteps)
-                noised = add_noise(images.latents, images.noise, self.scheduler.alphas_cumprod[t])
-                with nullcontext() if features is None or share != MAP_TIMES[0] else features:
-                    predict(self.personal_unet, noised, t, images.condition)
-                maps.append(recorder.collect(slice(None), images.tokens.weights))
-        return torch.cat(maps, 2)
+                predict(self.personal_unet, *self.noised(latents, noise, share), condition)
+                found.append(stretched(maps.collect(slice(None), tokens.weights, backend=backend)))
+                bar.update()
+        return torch.stack(found).mean(0)
 
     @torch.no_grad()
-    def invert(self, images: GivenImages, *, start: int = 0, backend: str = "auto") -> list[Tensor]:
-        """DDIM inversion of images by the personalized UNet: see `inversion.invert`."""
-        with self.progress_bar(total=len(self.scheduler.timesteps) - start) as bar:
-            return invert(
-                lambda x, t: predict(self.personal_unet, x, t, images.condition),
-                images.latents,
-                self.scheduler,
-                start=start,
-                backend=backend,
-                after_step=bar.update,
-            )
+    def features(self, latents: Tensor, noise: Tensor, condition: Condition) -> Tensor:
+        """Features (m, C, h, w) of given images for `matching`, at the lowest noise level of the maps."""
+        with FeatureRecorder(self.personal_unet) as recorder:
+            predict(self.personal_unet, *self.noised(latents, noise, MAP_TIMES[0]), condition)
+        return recorder.features
 
-    def begin(self, num_inference_steps: int, device: torch.device) -> Tensor:
-        """Check the scheduler and set its timesteps, which are returned."""
+    def noised(self, latents: Tensor, noise: Tensor, share: float) -> tuple[Tensor, int]:
+        """The UNet's input and timestep for clean latents at a share of the training timesteps."""
+        t = round(share * self.scheduler.config.num_train_timesteps)
+        level = float(self.scheduler.alphas_cumprod[t])
+        return (level**0.5 * latents + (1 - level) ** 0.5 * noise).to(latents.dtype), t
+
+    def begin(self, num_inference_steps: int, device: torch.device) -> Solver:
+        """Check the models and the scheduler, and set its timesteps."""
         check_scheduler(self.scheduler)
         check_free(OP, [self.unet, self.personal_unet])
         if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
@@ -209,8 +182,11 @@ class PersonalizedPipeline:
                 fail(OP, "unet", "one without image embeddings", got, hint, NotImplementedError)
         self._interrupt = False
         self._num_timesteps = num_inference_steps
-        self.scheduler.set_timesteps(num_inference_steps)
-        return self.scheduler.timesteps.to(device)
+        return solver(self.scheduler, num_inference_steps, device)
+
+    def stage_bar(self, stage: str, total: int) -> tqdm:
+        """A progress bar with the stage's name, with what `set_progress_bar_config` says."""
+        return tqdm(total=total, **{"desc": stage, **getattr(self, "_progress_bar_config", {})})
 
     def subject_tokens(
         self, prompts: Sequence[str], subjects: Sequence[Sequence[str]], shows: Sequence[int | None]
@@ -254,8 +230,8 @@ class PersonalizedPipeline:
             return None
         if self.controlnet is None:
             fail(OP, "control_image", "None, since the pipeline has no controlnet", type(image).__name__)
-        processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor, do_normalize=False)
-        pixels = preprocess(processor, image, *(x * self.vae_scale_factor for x in size))
+        height, width = (x * self.vae_scale_factor for x in size)
+        pixels = preprocess(image, height, width, "squeeze", normalize=False, name="control_image")
         if len(pixels) not in (1, count):
             fail(OP, "control_image", f"1 or {count} images, as there are prompts", len(pixels))
         pixels = pixels.expand(count, -1, -1, -1).to(self._execution_device, dtype)
@@ -342,37 +318,6 @@ def noise_like(latents: Tensor, generator: Generator) -> Tensor:
     return randn_tensor(latents.shape, generator, latents.device, latents.dtype)
 
 
-def as_negatives(x: str | Sequence[str] | None, count: int) -> list[str | None]:
-    """Negative prompts of `count` images; None: no text."""
-    return [None] * count if x is None else as_list(x, count, "negative_prompt")
-
-
-def preprocess(processor: VaeImageProcessor, images: Image | list[Image], height: int, width: int) -> Tensor:
-    """One image or several of any kind, resized -> (n, 3, height, width)."""
-    single = images if isinstance(images, (list, tuple)) else [images]
-    return torch.cat([processor.preprocess(as_pixels(image), height, width) for image in single])
-
-
-def as_pixels(image: Image) -> Image:
-    """Of any mode or integer dtype -> as `VaeImageProcessor` expects: RGB, or numbers in [0, 1]."""
-    if isinstance(image, PIL.Image.Image):
-        return image.convert("RGB")
-    if isinstance(image, np.ndarray):
-        image = image if np.issubdtype(image.dtype, np.floating) else image.astype(np.float32) / _largest(image)
-        return image[None] if image.ndim == 3 else image
-    if not isinstance(image, Tensor):
-        fail(OP, "image", "a PIL image, an array or a tensor", type(image).__name__, error=TypeError)
-    return image if image.is_floating_point() else image.float() / _largest(image)
-
-
-def _largest(image: np.ndarray | Tensor) -> int:
-    """The number that is white in an image of booleans or bytes."""
-    name = str(image.dtype).removeprefix("torch.")
-    if name not in ("bool", "uint8"):
-        fail(OP, "image", "floating numbers in [0, 1], bytes or booleans", name, error=TypeError)
-    return 1 if name == "bool" else 255
-
-
 def as_list(x: str | Sequence[str], count: int | None = None, name: str = "prompt") -> list[str]:
     """One string or several -> a list of `count`."""
     texts = [x] if isinstance(x, str) else list(x or ())
@@ -384,16 +329,3 @@ def as_list(x: str | Sequence[str], count: int | None = None, name: str = "promp
     if len(x) != 1:
         fail(OP, name, f"1 or {count} strings, as there are prompts", len(x))
     return x * count
-
-
-def as_mask(mask: Image, size: tuple[int, int], device: torch.device) -> Tensor:
-    """A mask of any size, above half its range (255 for images, else 1) on the subject -> bool (1, *size)."""
-    if isinstance(mask, PIL.Image.Image):
-        mask = np.asarray(mask.convert("L"))
-    mask = torch.as_tensor(np.ascontiguousarray(mask) if isinstance(mask, np.ndarray) else mask)
-    while mask.dim() > 2 and 1 in mask.shape:
-        mask = mask.squeeze(mask.shape.index(1))
-    if mask.dim() != 2:
-        fail(OP, "reference_mask", "shape (height, width)", tuple(mask.shape))
-    half = 0.5 if mask.is_floating_point() else _largest(mask) // 2
-    return token_mask(mask[None] > half, tuple(size)).unflatten(1, tuple(size)).to(device)

@@ -16,8 +16,9 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from .components import Image, PersonalizedPipeline
+from .components import PersonalizedPipeline
 from .condition import Condition
+from .pictures import Image
 
 
 class PersonalizedStableDiffusionXLPipeline(PersonalizedPipeline, StableDiffusionXLPipeline):

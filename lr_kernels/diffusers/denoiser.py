@@ -1,73 +1,77 @@
 """The denoiser of the retouch stage: one UNet call for targets, contexts and references, with shared self-attention."""
 
 import math
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
-from .bank import ReferenceBank
 from .condition import Condition, Control, placed, predict
+from .contexts import Contexts
 from .install import Installation, install_processors, layer_grid, layer_scale
+from .output import Costs
 from .processors import AttentionState, MultiSourceAttnProcessor
+from .request import Request
 from .routing import RetouchBatch, Routing, Swap
-from .subject import SubjectMaps, SubjectTokens, TargetMasks
+from .subject import SubjectMaps, TargetMasks
 
 
-@dataclass
 class RetouchDenoiser:
     """Predictions for the targets of the retouch stage (arXiv 2407.09779); a context manager around the loop.
 
-    Entering it puts processors into the UNet, leaving it restores the previous ones.
+    Entering it puts processors into the UNet, leaving it restores the previous ones. In steps that do not share, the
+    batch is the targets alone.
+
+    Args:
+        batch: the rows of steps that share. condition: of batch.size rows.
+        reading: (masks, grid) -> what layers with that many tokens read.
+        mask: bool (subjects, n, h, w): the targets' foreground, None while unknown: nothing is shared until then.
+        tracker: makes the mask of the next step; None: the mask stays.
+        contexts: with a bank of them, which are then not in the batch. The references' bank is the request's.
+        control: of the targets and contexts.
     """
 
-    unet: UNet2DConditionModel
-    batch: RetouchBatch
-    condition: Condition
-    """of batch.size rows"""
-    layers: Mapping[str, Attention]
-    """the self-attention layers that share"""
-    share: range
-    """the steps in which they do"""
-    reading: Callable[[Tensor, tuple[int, int]], Routing | Swap]
-    """(masks, grid) -> what layers with that many tokens read"""
-    mask: Tensor | None
-    """bool (subjects, n, h, w): the targets' foreground, None while unknown: nothing is shared until then"""
-    tracker: TargetMasks | None
-    """makes the mask of the next step; None: the mask stays"""
-    tokens: SubjectTokens
-    """of the targets' prompts, n"""
-    latent_size: tuple[int, int]
-    bank: ReferenceBank | None = None
-    """has the references, which are then not in the batch"""
-    bank_steps: Mapping[int, int] = field(default_factory=dict)
-    """the bank's step of each of the steps that share"""
-    control: Control | None = None
-    """of the targets"""
-    backend: str = "auto"
-    _state: AttentionState = field(init=False)
-    _stack: ExitStack = field(default_factory=ExitStack, init=False)
-    _installed: list[Installation] = field(default_factory=list, init=False)
-    _recorder: SubjectMaps | None = field(default=None, init=False)
-    _routed: Tensor | None = field(default=None, init=False)
-
-    def __post_init__(self) -> None:
-        self._state = AttentionState(backend=self.backend)
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        batch: RetouchBatch,
+        condition: Condition,
+        request: Request,
+        *,
+        reading: Callable[[Tensor, tuple[int, int]], Routing | Swap],
+        mask: Tensor | None,
+        tracker: TargetMasks | None,
+        contexts: Contexts | None,
+        control: Control | None,
+    ):
+        self.unet, self.request, self.reading, self.mask, self.tracker = unet, request, reading, mask, tracker
+        self.contexts, self.control = contexts, control
+        self.references = request.references.bank
+        alone = RetouchBatch(batch.images, context=False, guided=batch.guided, references=0)
+        rows = torch.cat(batch.targets(torch.arange(batch.size, device=condition.embeds.device)))
+        self._batches = {True: (batch, condition), False: (alone, condition.rows(rows))}  # by whether it shares
+        self._state = AttentionState(backend=request.settings.backend)
+        self._stack = ExitStack()
+        self._installed: list[Installation] = []
+        self._maps: SubjectMaps | None = None
+        self._routed: Tensor | None = None
 
     def __enter__(self) -> "RetouchDenoiser":
+        layers = self.request.layers
+        banks = (self.references, None if self.contexts is None else self.contexts.bank)
         with ExitStack() as stack:
-            buffers = {name: None if self.bank is None else self.bank.layer(name) for name in self.layers}
-            processors = {name: MultiSourceAttnProcessor(self._state, buffer) for name, buffer in buffers.items()}
-            self._installed.append(stack.enter_context(install_processors(self.layers, processors)))
+            processors = {
+                name: MultiSourceAttnProcessor(
+                    self._state, *(None if bank is None else bank.layer(name) for bank in banks)
+                )
+                for name in layers
+            }
+            self._installed.append(stack.enter_context(install_processors(layers, processors)))
             if self.tracker is not None:
-                self._recorder = stack.enter_context(SubjectMaps(self.unet, self._state, self.latent_size))
-                self._installed.append(self._recorder.installation)
-                rows = torch.arange(self.batch.size, device=self.tokens.indices.device) % self.batch.half
-                self._state.token_indices = self.tokens.indices[rows % self.batch.images]  # only the targets' are used
+                self._maps = stack.enter_context(SubjectMaps(self.unet, self._state, self.request.size, processors))
+                self._installed.append(self._maps.installation)
                 self._state.capturing = True
             self._stack = stack.pop_all()
         return self
@@ -75,39 +79,56 @@ class RetouchDenoiser:
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
 
-    def predict(self, latents: Tensor, sources: Tensor, step: int, t: Tensor) -> list[Tensor]:
+    def predict(self, latents: Tensor, others: Sequence[Tensor], step: int, costs: Costs) -> list[Tensor]:
         """(unconditional, conditional) predictions, each (n, C, h, w); the same one twice without guidance.
 
         Args:
-            latents: (n, C, h, w) of the targets. sources: of the batch's contexts and references, at the same noise
-                level.
+            latents: (n, C, h, w) of the targets. others: those of the contexts and references in the batch, at the same
+                noise level; not read in a step that does not share.
         """
         for installation in self._installed:
             installation.verify()
-        sharing = step in self.share and self.mask is not None
+        sharing = step in self.request.share and self.mask is not None
+        batch, condition = self._batches[sharing]
         self._state.sharing = sharing
         if sharing and self.mask is not self._routed:
             self._state.routings = self._route()
             self._routed = self.mask
-        inputs = torch.cat([latents, sources] * self.batch.halves)
-        banked = self.bank.read(self.bank_steps[step]) if sharing and self.bank is not None else nullcontext()
-        with banked:
-            out = predict(self.unet, inputs, t, self.condition, self._controlled(latents, t))
-        if self._recorder is not None:
-            start = self.batch.size - self.batch.half  # the conditional half
-            maps = self._recorder.collect(slice(start, start + self.batch.images), self.tokens.weights)
+        rows = [latents, *others] if sharing else [latents]
+        inputs = torch.cat(rows * batch.halves) * self.request.solver.input_scales[step]
+        t = self.request.solver.timesteps[step]
+        if self._maps is not None:
+            self._state.token_indices = self._tokens(batch)
+        with ExitStack() as banks:
+            if sharing and self.references is not None:
+                banks.enter_context(self.references.read(self.request.references.bank_steps[step]))
+            if sharing and self.contexts is not None:
+                banks.enter_context(self.contexts.bank.read(step - self.contexts.bank_start))
+            out = predict(self.unet, inputs, t, condition, self._controlled(inputs, t, batch, condition))
+        costs.count("retouch", len(inputs))
+        if self._maps is not None:
+            start = batch.size - batch.half  # the conditional half
+            conditional = slice(start, start + batch.images)
+            maps = self._maps.collect(conditional, self.request.tokens.weights, backend=self._state.backend)
             self.mask = self.tracker.update(maps)
-        targets = self.batch.targets(out)
+        targets = batch.targets(out)
         return [targets[0], targets[-1]]
 
-    def _controlled(self, latents: Tensor, t: Tensor) -> dict | None:
+    def _tokens(self, batch: RetouchBatch) -> Tensor:
+        """Token indices of all rows; only the targets' are used."""
+        indices = self.request.tokens.indices
+        rows = torch.arange(batch.size, device=indices.device) % batch.half
+        return indices[rows % batch.images]
+
+    def _controlled(self, inputs: Tensor, t: Tensor, batch: RetouchBatch, condition: Condition) -> dict | None:
+        """What a ControlNet adds to the rows of targets and contexts."""
         if self.control is None:
             return None
-        rows = torch.cat(self.batch.targets(torch.arange(self.batch.size, device=latents.device)))
-        repeated = latents.repeat(self.batch.halves, 1, 1, 1)
-        residuals = self.control.residuals(repeated, t, self.condition.rows(rows))
-        return placed(residuals, rows, self.batch.size)
+        row = torch.arange(batch.size, device=inputs.device)
+        rows = row[row % batch.half < batch.images + batch.context_rows]
+        residuals = self.control.residuals(inputs[rows], t, condition.rows(rows))
+        return placed(residuals, rows, batch.size)
 
     def _route(self) -> dict[int, Routing | Swap]:
-        grids = {layer_grid(layer_scale(self.unet, name), *self.latent_size) for name in self.layers}
+        grids = {layer_grid(layer_scale(self.unet, name), *self.request.size) for name in self.request.layers}
         return {math.prod(grid): self.reading(self.mask, grid) for grid in grids}

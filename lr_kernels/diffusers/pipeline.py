@@ -1,19 +1,22 @@
 """Layout-and-Retouch (arXiv 2407.09779) as diffusers pipelines for Stable Diffusion 1.x, 2.x and XL."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..checks import fail
 from .bank import ReferenceBank
-from .components import OP, Callback, Generator, Image, PersonalizedStableDiffusionPipeline, as_list
+from .components import PersonalizedStableDiffusionPipeline, as_list
 from .components_xl import PersonalizedStableDiffusionXLPipeline
-from .layout import LayoutStage
+from .layout import LayoutStage, lay_out
 from .output import LayoutRetouchOutput
-from .request import retouch_request
-from .retouch import RetouchStage
+from .pictures import Image
+from .request import build_request
+from .retouch import RetouchStage, retouch
 from .schedule import Blend
+from .settings import OP, Callback, Generator, Settings
 
 
 class LayoutRetouch(LayoutStage, RetouchStage):
@@ -37,12 +40,15 @@ class LayoutRetouch(LayoutStage, RetouchStage):
         reference_mask: Image | list[Image | None] | None = None,
         reference_subjects: Sequence[int] | None = None,
         reference_bank: ReferenceBank | None = None,
+        reference_fit: str = "crop",
+        layout_mask: Image | list | Tensor | None = None,
         negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int = 1,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float = 7.5,
+        retouch_guidance_scale: float | None = None,
         eta: float = 0.0,
         layout_steps: int | None = None,
         layout_blend: Blend = "hard",
@@ -50,9 +56,13 @@ class LayoutRetouch(LayoutStage, RetouchStage):
         retouch_end: int | None = None,
         retouch_layers: Sequence[int | str] | None = None,
         reading: str = "routing",
-        sources: str = "inversion",
+        contexts_from: str = "trajectory",
+        targets_from: str = "renoise",
+        context_storage: str | None = "device",
+        context_limit: int | None = None,
         mask_blending: bool = False,
         mask_threshold: float | str = "otsu",
+        return_maps: bool = False,
         control_image: Image | list[Image] | None = None,
         control_scale: float = 1.0,
         generator: Generator = None,
@@ -73,13 +83,19 @@ class LayoutRetouch(LayoutStage, RetouchStage):
             subject_tokens: words that stand for the subject in `prompt` and `reference_prompt`, as ("sks", "ball"). Of
                 several subjects a list of such lists, as [("sks", "dog"), ("abc", "cat")], up to 6; the prompts have
                 them all, a reference's prompt that of its own.
-            reference_mask: (height, width) of any size, above half its range on the subject; of several references a
-                list. None: from cross-attention.
+            reference_mask: of any kind and size, see `pictures.as_mask`; of several references a list. None: by the
+                model's attention.
             reference_subjects: which subject each reference shows. Default: the only one, or one reference for each.
             reference_bank: from the method of that name, in place of reference_image, reference_prompt, reference_mask.
+            reference_fit: how a reference of another aspect ratio is brought to the size: "crop" cuts what is too much
+                on both sides, "pad" repeats its border, "squeeze" changes the aspect ratio. Its mask likewise.
+            layout_mask: where the subject is in the layouts, one for all images or one per image; of several subjects
+                a list of such. Default: by the model's attention in the last steps of the layout stage.
             negative_prompt: one for all, or one per prompt. num_images_per_prompt: images of each prompt, in order.
             height, width: pixels, multiples of the VAE's factor. Default: the UNet's sample size.
-            guidance_scale: classifier-free guidance in both stages; at most 1: none. eta: η of DDIM, 0 to 1.
+            guidance_scale: classifier-free guidance; at most 1: none. retouch_guidance_scale: that of the retouch
+                stage. Default: the same.
+            eta: η of DDIM, 0 to 1; other schedulers take 0.
             layout_steps: λ1, steps of the vanilla model: all of them give the vanilla image, 0 the personalized one.
                 Default: 0.3 of the steps.
             layout_blend: weight of the personalized model at each step, see `blend_weights`: "hard" switches after
@@ -91,18 +107,26 @@ class LayoutRetouch(LayoutStage, RetouchStage):
             reading: of the paper's attention swapping. "routing": the target's queries attend to the references'
                 subject or to the layout, by the mask. "swap": the layout's queries and keys, with values of the
                 references where their tokens match the layout's (appearance matching, arXiv 2402.09812).
-            sources: latents of layout and references at each step: by "inversion" (DDIM; keeps the layout better) or
-                "renoise" (one noise for all steps; faster, and brings more of the subject back).
+            contexts_from: latents of the layouts at each step: "trajectory", as the layout stage went through them;
+                "renoise", the finished layouts with the noise that they started from; "inversion" of the finished
+                layouts (DDIM). References are re-noised.
+            targets_from: where the targets start: "renoise", the finished layouts with their noise; "contexts", the
+                latents of the layouts at that step, which keeps the layout better and brings back less of the subject.
+            context_storage: where the keys and values of the layouts stay from the layout stage on: "device" or "cpu"
+                (copied step by step). None: they are computed again, in rows of the retouch stage's batch; so they are
+                where contexts_from is not "trajectory", and with "swap".
+            context_limit: bytes that they may take.
             mask_blending: adaptive mask blending. False: the layout's mask throughout. True: it moves to the target's
                 own mask, and outside of both masks the latents are the layout's.
             mask_threshold: of `subject_mask`.
+            return_maps: whether the output has `maps` and `matches`.
             control_image: what the pipeline's `controlnet` follows in both stages, for layouts and targets: one image
                 for all or one per prompt. control_scale: its strength.
             generator: one, or one per image; latents: initial noise (n, C, height/f, width/f).
             backend: of all lr_kernels operators, see `multi_source_attention`.
             output_type: "pil", "np", "pt" or "latent".
             callback_on_step_end: called in both stages as (pipe, step, timestep, {"latents": …}); may return a dict
-                with other latents.
+                with other latents. `pipe.stage` says which stage it is.
 
         Returns:
             `LayoutRetouchOutput`, or (images, layout_images) where return_dict is False. If the layout stage was
@@ -122,61 +146,34 @@ class LayoutRetouch(LayoutStage, RetouchStage):
 
         if isinstance(control_image, (list, tuple)) and len(control_image) > 1:
             control_image = [image for image in control_image for _ in range(num_images_per_prompt)]
-        shared = {
-            "negative_prompt": None if negative_prompt is None else per_image(negative_prompt, "negative_prompt"),
-            "num_inference_steps": num_inference_steps,
-            "guidance_scale": guidance_scale,
-            "eta": eta,
-            "control_image": control_image,
-            "control_scale": control_scale,
-            "generator": generator,
-            "backend": backend,
-            "output_type": output_type,
-            "callback_on_step_end": callback_on_step_end,
-        }
-        second = {
-            "reference_mask": reference_mask,
-            "reference_subjects": reference_subjects,
-            "reference_bank": reference_bank,
-            "retouch_start": retouch_start,
-            "retouch_end": retouch_end,
-            "retouch_layers": retouch_layers,
-            "reading": reading,
-            "sources": sources,
-        }
-        references = (reference_image, reference_prompt, subject_tokens)
-        names = ("num_inference_steps", "guidance_scale", "generator", "negative_prompt")
-        size = self.latent_size(height, width, latents)
-        retouch_request(
-            self, prompt, *references, size, **second, **{name: shared[name] for name in names}
-        )  # or raises
-        layout = self.layout(
+        request = build_request(
+            self,
+            Settings.given(locals()),
             prompt,
-            per_image(layout_prompt, "layout_prompt"),
-            height=height,
-            width=width,
-            layout_steps=layout_steps,
-            layout_blend=layout_blend,
+            self.latent_size(height, width, latents),
+            negative_prompt=None if negative_prompt is None else per_image(negative_prompt, "negative_prompt"),
             latents=latents,
-            **shared,
+            control_image=control_image,
+            layout_prompt=per_image(layout_prompt, "layout_prompt"),
+            subject_tokens=subject_tokens,
+            layout_mask=layout_mask,
+            reference_image=reference_image,
+            reference_prompt=reference_prompt,
+            reference_mask=reference_mask,
+            reference_subjects=reference_subjects,
+            reference_bank=reference_bank,
         )
-        if self.interrupt:
-            output = layout
-        else:
-            output = self.retouch(
-                prompt,
-                *references,
-                context_latents=layout.latents,
-                mask_blending=mask_blending,
-                mask_threshold=mask_threshold,
-                **second,
-                **shared,
-            )
+        layout = lay_out(self, request)
+        output = layout if self.interrupt else retouch(self, request, layout.contexts)
         output.layout_images = layout.images
+        if layout.contexts is not None:  # without their keys and values, which may take gigabytes
+            output.contexts = replace(layout.contexts, bank=None)
         output.layout_nsfw_content_detected = layout.nsfw_content_detected
         if output is not layout:
-            for stage, taken in layout.seconds.items():
-                output.seconds[stage] = output.seconds.get(stage, 0.0) + taken
+            for costs, first in ((output.seconds, layout.seconds), (output.rows, layout.rows)):
+                for stage, cost in first.items():
+                    costs[stage] = costs.get(stage, 0) + cost
+        self.maybe_free_model_hooks()
         return output if return_dict else (output.images, output.layout_images)
 
 

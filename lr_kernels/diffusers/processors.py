@@ -25,7 +25,7 @@ class AttentionState:
     routings: dict[int, Routing | Swap] = field(default_factory=dict)
     """per number of tokens: built once for a mask, shared by all layers and steps"""
     capturing: bool = False
-    """cross-attention keeps the maps of `token_indices`"""
+    """cross-attention keeps the maps of `token_indices`, self-attention its queries and keys where `captures` is set"""
     token_indices: Tensor | None = None
     """int32 (B, T), B rows of the UNet's batch"""
     backend: str = "auto"
@@ -46,8 +46,13 @@ class _OwnProcessor:
 class _StockAttnProcessor(_OwnProcessor):
     """AttnProcessor2_0 with its attention call as a method, `attend`, for subclasses to replace."""
 
+    captures = False
+    """whether it keeps what `captured` says while `state.capturing` is set"""
+
     def __init__(self, state: AttentionState | None = None):
         self.state = AttentionState() if state is None else state
+        self.captured: tuple[Tensor, Tensor] | None = None
+        """queries and keys (B, N, H, D) of the last pass of a self-attention layer"""
 
     def __call__(
         self,
@@ -83,6 +88,8 @@ class _StockAttnProcessor(_OwnProcessor):
         if attn.norm_k is not None:
             key = attn.norm_k(key)
 
+        if self.captures and self.state.capturing and not is_cross:
+            self.captured = query.transpose(1, 2), key.transpose(1, 2)
         hidden_states = self.attend(query, key, value, attention_mask, is_cross)
 
         hidden_states = hidden_states.transpose(1, 2).reshape(batch, -1, attn.heads * head_dim).to(query.dtype)
@@ -140,16 +147,21 @@ class MultiSourceAttnProcessor(_StockAttnProcessor):
 
     Args:
         state: shared by the processors of a UNet. Default: a new one, inactive.
-        buffer: of this layer in a `ReferenceBank`, where the references are not in the batch.
+        references: of this layer in a bank, where the references are not in the batch. contexts: likewise.
 
     Raises:
         ValueError: no routing for the layer's number of tokens; a stale bank.
         NotImplementedError: an attention mask while sharing.
     """
 
-    def __init__(self, state: AttentionState | None = None, buffer: Buffer | None = None):
+    def __init__(
+        self,
+        state: AttentionState | None = None,
+        references: Buffer | None = None,
+        contexts: Buffer | None = None,
+    ):
         super().__init__(state)
-        self.buffer = buffer
+        self.references, self.contexts = references, contexts
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, is_cross: bool
@@ -162,9 +174,9 @@ class MultiSourceAttnProcessor(_StockAttnProcessor):
         if tokens not in self.state.routings:
             fail(type(self).__name__, "state.routings", f"a routing for {tokens} tokens", sorted(self.state.routings))
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        banked = None if self.buffer is None else self.buffer.read(key)
+        references, contexts = (None if x is None else x.read(key) for x in (self.references, self.contexts))
         routing = self.state.routings[tokens]
-        return routing.attend(query, key, value, banked, backend=self.state.backend).transpose(1, 2)
+        return routing.attend(query, key, value, references, contexts, backend=self.state.backend).transpose(1, 2)
 
 
 class TokenMapAttnProcessor(_StockAttnProcessor):

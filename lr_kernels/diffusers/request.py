@@ -1,44 +1,40 @@
-"""What the retouch stage is asked for: its arguments, checked before anything is computed."""
+"""What a call is asked for: its arguments, checked before anything is computed, as the stages use them."""
 
-import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
+import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
 from ..attention_checks import MAX_SOURCES
 from ..checks import fail
 from .bank import ReferenceBank
-from .components import OP, Generator, Image, PersonalizedPipeline, as_list, as_mask, as_negatives
+from .components import PersonalizedPipeline, as_list
 from .install import check_stock, select_layers
+from .pictures import Image, as_mask
 from .routing import MAX_SUBJECTS
-from .schedule import DEFAULT_SWITCH, step_in_schedule
+from .schedule import DEFAULT_SWITCH, Solver, blend_weights, step_in_schedule
+from .settings import OP, Settings
 from .subject import SubjectTokens, as_subjects, shown_subjects
 
-SOURCES = ("inversion", "renoise")
-READINGS = ("routing", "swap")
 
+@dataclass(frozen=True)
+class References:
+    """The images of the subjects, or a bank that has them."""
 
-class RetouchRequest(NamedTuple):
-    """What `retouch` is asked for, checked: made by `retouch_request`."""
-
-    timesteps: Tensor
-    start: int
-    end: int
-    layers: dict[str, Attention]
-    references: list[Image]
+    images: list[Image]
     """none where a bank has them"""
-    reference_prompts: list[str]
+    prompts: list[str]
     masks: list[Tensor | None]
-    """bool (1, *size); None: from cross-attention"""
-    subjects: list[list[str]]
-    """the words of each"""
+    """bool (1, *size); None: from the model's attention"""
     shows: tuple[int, ...]
     """the subject of each reference, also of a bank's"""
     tokens: SubjectTokens
-    """of the prompts, then of the reference_prompts"""
-    bank_steps: dict[int, int]
+    """of the prompts"""
+    bank: ReferenceBank | None = None
+    bank_steps: Mapping[int, int] | None = None
+    """the bank's step of each step that shares"""
 
     @property
     def needs_maps(self) -> bool:
@@ -46,83 +42,111 @@ class RetouchRequest(NamedTuple):
         return any(mask is None for mask in self.masks)
 
 
-def retouch_request(
+@dataclass(frozen=True)
+class Request:
+    """A call as its stages use it; made by `build_request`."""
+
+    settings: Settings
+    solver: Solver
+    size: tuple[int, int]
+    """(height, width) of the latents"""
+    prompts: list[str]
+    negatives: list[str | None]
+    latents: Tensor | None
+    """given noise (n, C, *size)"""
+    control_image: Image | list[Image] | None
+    layout_prompts: list[str]
+    weights: Tensor
+    """(steps,) of the personalized model in the layout stage"""
+    share: range
+    """the steps that share attention"""
+    layers: dict[str, Attention]
+    """the self-attention layers that do"""
+    subjects: list[list[str]]
+    """the words of each; none in a layout stage by itself"""
+    tokens: SubjectTokens | None
+    """of the prompts"""
+    layout_masks: Tensor | None
+    """bool (S, n, *size), given"""
+    references: References | None
+    """None in a layout stage by itself"""
+
+
+def build_request(
     pipe: PersonalizedPipeline,
-    prompt: list[str],
-    reference_image: Image | list[Image] | None,
-    reference_prompt: str | list[str] | None,
-    subject_tokens: str | Sequence[str] | Sequence[Sequence[str]],
+    settings: Settings,
+    prompts: list[str],
     size: tuple[int, int],
     *,
-    reference_mask: Image | list[Image | None] | None,
-    reference_subjects: Sequence[int] | None,
-    num_inference_steps: int,
-    guidance_scale: float,
-    retouch_start: int | None,
-    retouch_end: int | None,
-    retouch_layers: Sequence[int | str] | None,
-    sources: str,
-    reading: str = "routing",
     negative_prompt: str | list[str] | None = None,
+    latents: Tensor | None = None,
+    control_image: Image | list[Image] | None = None,
+    layout_prompt: str | list[str] | None = None,
+    subject_tokens: str | Sequence[str] | Sequence[Sequence[str]] = (),
+    layout_mask: Image | list | Tensor | None = None,
+    reference_image: Image | list[Image] | None = None,
+    reference_prompt: str | list[str] | None = None,
+    reference_mask: Image | list[Image | None] | None = None,
+    reference_subjects: Sequence[int] | None = None,
     reference_bank: ReferenceBank | None = None,
-    generator: Generator = None,
-) -> RetouchRequest:
-    """Arguments of the stage as it uses them; raises what does not fit, before anything is computed."""
-    if sources not in SOURCES:
-        fail(OP, "sources", "one of " + ", ".join(SOURCES), repr(sources))
-    if reading not in READINGS:
-        fail(OP, "reading", "one of " + ", ".join(READINGS), repr(reading))
-    if not math.isfinite(guidance_scale):
-        fail(OP, "guidance_scale", "a finite number", guidance_scale)
-    if isinstance(generator, list) and len(generator) != len(prompt):
-        fail(OP, "generator", f"one, or {len(prompt)}, one per image", len(generator))
-    device = pipe._execution_device
-    timesteps = pipe.begin(num_inference_steps, device)
-    start = step_in_schedule(
-        "retouch_start", retouch_start, round(DEFAULT_SWITCH * num_inference_steps), 0, num_inference_steps - 1
-    )
-    end = step_in_schedule("retouch_end", retouch_end, num_inference_steps, start, num_inference_steps)
-    layers = select_layers(pipe.personal_unet, "self", retouch_layers)
-    check_stock(layers)
-    subjects = as_subjects(subject_tokens)
-    if len(subjects) > MAX_SUBJECTS:
-        fail(OP, "subject_tokens", f"at most {MAX_SUBJECTS} subjects", len(subjects))
-    as_negatives(negative_prompt, len(prompt))
-    if reference_bank is None:
-        references = _as_images(reference_image)
-        count = len(references)
-        prompts = as_list(reference_prompt, count, "reference_prompt")
-        masks, bank_steps = [m if m is None else as_mask(m, size, device) for m in _masks(reference_mask, count)], {}
-        shows = shown_subjects(reference_subjects, count, len(subjects))
-    else:
+    with_references: bool = True,
+) -> Request:
+    """The arguments as the stages use them; raises what does not fit, before anything is computed."""
+    device, count = pipe._execution_device, len(prompts)
+    settings.check_generators(count)
+    solver = pipe.begin(settings.num_inference_steps, device)
+    solver.table(guidance_scale=1, eta=settings.eta)  # refuses an eta that the scheduler does not take
+    steps = solver.steps
+    switch = step_in_schedule("layout_steps", settings.layout_steps, round(DEFAULT_SWITCH * steps), 0, steps)
+    start = step_in_schedule("retouch_start", settings.retouch_start, round(DEFAULT_SWITCH * steps), 0, steps - 1)
+    end = step_in_schedule("retouch_end", settings.retouch_end, steps, start, steps)
+    layers = select_layers(pipe.personal_unet, "self", settings.retouch_layers)
+    negatives = [None] * count if negative_prompt is None else as_list(negative_prompt, count, "negative_prompt")
+    subjects, tokens, references, layout_masks = [], None, None, None
+    if with_references or subject_tokens:
+        check_stock(layers)
+        subjects = as_subjects(subject_tokens)
+        if len(subjects) > MAX_SUBJECTS:
+            fail(OP, "subject_tokens", f"at most {MAX_SUBJECTS} subjects", len(subjects))
+        if prompts:
+            tokens = pipe.subject_tokens(prompts, subjects, [None] * count)
+        if layout_mask is not None:
+            layout_masks = _layout_masks(layout_mask, len(subjects), count, size, device)
+    if with_references and reference_bank is None:
+        references = _given_references(
+            pipe, settings, size, subjects, reference_image, reference_prompt, reference_mask, reference_subjects
+        )
+    elif with_references:
         refuse(
             "the reference_bank has it",
             reference_image=reference_image,
             reference_prompt=reference_prompt,
             reference_mask=reference_mask,
         )
-        if reading == "swap":
-            expected = "'routing' with a reference_bank, which has no features to match"
-            fail(OP, "reading", expected, "'swap'", error=NotImplementedError)
-        if not isinstance(reference_bank, ReferenceBank):
-            fail(OP, "reference_bank", "a ReferenceBank", type(reference_bank).__name__, "see its load()", TypeError)
-        references, prompts, masks = [], [], []
-        count = _banked_references(reference_bank, guidance_scale > 1, size, layers)
-        given = reference_bank.shows if reference_subjects is None else tuple(reference_subjects)
-        if reference_bank.shows not in (None, given):
-            fail(OP, "reference_subjects", f"{list(reference_bank.shows)}, as the bank was built", list(given))
-        if reference_bank.words not in (None, subjects):
-            fail(OP, "subject_tokens", f"{reference_bank.words}, as the bank was built", subjects)
-        shows = shown_subjects(given, count, len(subjects))
-        steps = pipe.scheduler.timesteps[start:end]
-        bank_steps = {i: reference_bank.step_of(t) for i, t in enumerate(steps, start)}
-    most = (MAX_SOURCES - 1) // (2 if reading == "swap" and guidance_scale > 1 else 1)
-    if count > most:
-        fail(OP, "reference_image", f"at most {most} references", count)
-    shown = [None] * len(prompt) + list(shows[: len(prompts)])
-    tokens = pipe.subject_tokens([*prompt, *prompts], subjects, shown)
-    return RetouchRequest(
-        timesteps, start, end, layers, references, prompts, masks, subjects, shows, tokens, bank_steps
+        times = solver.timesteps[start:end]
+        references = _banked_references(
+            settings, size, subjects, layers, times, start, reference_bank, reference_subjects
+        )
+    if references is not None:
+        most = (MAX_SOURCES - 2) // (2 if settings.reading == "swap" and settings.retouch_guidance > 1 else 1)
+        if len(references.shows) > most:
+            fail(OP, "reference_image", f"at most {most} references", len(references.shows))
+    return Request(
+        settings=settings,
+        solver=solver,
+        size=size,
+        prompts=prompts,
+        negatives=negatives,
+        latents=latents,
+        control_image=control_image,
+        layout_prompts=[] if layout_prompt is None else as_list(layout_prompt, count, "layout_prompt"),
+        weights=blend_weights(settings.layout_blend, switch, steps),
+        share=range(start, end),
+        layers=layers,
+        subjects=subjects,
+        tokens=tokens,
+        layout_masks=layout_masks,
+        references=references,
     )
 
 
@@ -132,18 +156,50 @@ def refuse(reason: str, **arguments: object) -> None:
             fail(OP, name, f"None, since {reason}", type(x).__name__)
 
 
+def _given_references(
+    pipe: PersonalizedPipeline,
+    settings: Settings,
+    size: tuple[int, int],
+    subjects: list[list[str]],
+    images: Image | list[Image] | None,
+    prompts: str | list[str] | None,
+    masks: Image | list[Image | None] | None,
+    shows: Sequence[int] | None,
+) -> References:
+    images = _as_images(images)
+    count, device = len(images), pipe._execution_device
+    prompts = as_list(prompts, count, "reference_prompt")
+    found = []
+    for r, mask in enumerate(_masks(masks, count)):
+        name = "reference_mask" if count == 1 else f"reference_mask[{r}]"
+        found.append(None if mask is None else as_mask(mask, size, settings.reference_fit, device, name))
+    shows = shown_subjects(shows, count, len(subjects))
+    return References(images, prompts, found, shows, pipe.subject_tokens(prompts, subjects, list(shows)))
+
+
 def _banked_references(
-    bank: ReferenceBank, guided: bool, size: tuple[int, int], layers: Mapping[str, Attention]
-) -> int:
-    """How many references a bank has, whose rows are theirs for each half of the guidance. ValueError where it was
-    built for something else."""
+    settings: Settings,
+    size: tuple[int, int],
+    subjects: list[list[str]],
+    layers: Mapping[str, Attention],
+    times: Tensor,
+    start: int,
+    bank: ReferenceBank,
+    shows: Sequence[int] | None,
+) -> References:
+    """ValueError where the bank was built for something else."""
+    if settings.reading == "swap":
+        expected = "'routing' with a reference_bank, which has no features to match"
+        fail(OP, "reading", expected, "'swap'", error=NotImplementedError)
+    if not isinstance(bank, ReferenceBank):
+        fail(OP, "reference_bank", "a ReferenceBank", type(bank).__name__, "see its load()", TypeError)
 
     def stale(expected: object, got: object) -> None:
         fail(OP, "reference_bank", f"built for {expected}", got, "build it again with the pipeline's reference_bank")
 
     if bank.foreground is None:
         fail(OP, "reference_bank", "one with a foreground, as the pipeline's reference_bank makes it", "none")
-    count = len(bank.foreground)
+    count, guided = len(bank.foreground), settings.retouch_guidance > 1
     wanted = count * (2 if guided else 1)
     if bank.rows_held != wanted:
         stale(f"{wanted} rows, {'with' if guided else 'without'} guidance", bank.rows_held)
@@ -151,7 +207,32 @@ def _banked_references(
         stale(f"latents of {tuple(size)}", tuple(bank.foreground.shape[1:]))
     if missing := [name for name in layers if name not in bank.layer_names]:
         stale(f"layer {missing[0]}", f"{len(bank.layer_names)} layers without it")
-    return count
+    given = bank.shows if shows is None else tuple(shows)
+    if bank.shows not in (None, given):
+        fail(OP, "reference_subjects", f"{list(bank.shows)}, as the bank was built", list(given))
+    if bank.words not in (None, subjects):
+        fail(OP, "subject_tokens", f"{bank.words}, as the bank was built", subjects)
+    steps = dict(enumerate(bank.steps_of(times), start))
+    none = SubjectTokens(torch.empty(0, 0, dtype=torch.int32), torch.empty(len(subjects), 0, 0))
+    return References([], [], [], shown_subjects(given, count, len(subjects)), none, bank, steps)
+
+
+def _layout_masks(
+    masks: Image | list | Tensor, subjects: int, images: int, size: tuple[int, int], device: torch.device
+) -> Tensor:
+    """One mask for all images, or one per image; of several subjects a list of such -> bool (S, n, *size)."""
+    per_subject = [masks] if subjects == 1 else list(masks)
+    if len(per_subject) != subjects:
+        fail(OP, "layout_mask", f"the masks of each of {subjects} subjects", len(per_subject))
+    found = []
+    for given in per_subject:
+        several = isinstance(given, (list, tuple)) or getattr(given, "ndim", 2) == 3
+        given = list(given) if several else [given]
+        if len(given) not in (1, images):
+            fail(OP, "layout_mask", f"1 or {images} masks, as there are images", len(given))
+        rows = [as_mask(mask, size, "squeeze", device, f"layout_mask[{i}]") for i, mask in enumerate(given)]
+        found.append(torch.cat(rows).expand(images, -1, -1))
+    return torch.stack(found)
 
 
 def _as_images(images: Image | list[Image] | None) -> list[Image]:

@@ -1,27 +1,32 @@
 """Stage 2 of Layout-and-Retouch (arXiv 2407.09779): multi-source attention swapping."""
 
-import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..checks import fail
-from ..masks import subject_mask
-from ..step_blend import step_blend
 from .bank import ReferenceBank
-from .components import OP, Callback, Generator, GivenImages, Image, as_list, as_negatives, noise_like
+from .components import PersonalizedPipeline, as_list, noise_like
 from .condition import Condition, predict
+from .contexts import Contexts
 from .denoiser import RetouchDenoiser
+from .foreground import foreground, warn_of_implausible
 from .install import install_processors
-from .inversion import renoise
-from .matching import FeatureRecorder, matcher
-from .output import LayoutRetouchOutput, timed
-from .request import RetouchRequest, refuse, retouch_request
+from .inversion import invert, renoise
+from .matching import matcher
+from .output import Costs, LayoutRetouchOutput
+from .pictures import Image, preprocess
+from .request import Request, build_request, refuse
 from .routing import RetouchBatch, Routing, Swap, route, swap
-from .schedule import ddim_table
-from .subject import TargetMasks, rescaled
+from .schedule import Stepper
+from .settings import OP, Callback, Generator, Settings
+from .subject import TargetMasks
+
+REFERENCE_SEED = 0
+"""References are noised by a seed of its own, so that their masks and latents are the same for every image."""
 
 
 class RetouchStage:
@@ -36,6 +41,7 @@ class RetouchStage:
         *,
         reference_mask: Image | list[Image | None] | None = None,
         reference_subjects: Sequence[int] | None = None,
+        reference_fit: str = "crop",
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 50,
@@ -43,7 +49,6 @@ class RetouchStage:
         retouch_start: int | None = None,
         retouch_end: int | None = None,
         retouch_layers: Sequence[int | str] | None = None,
-        sources: str = "inversion",
         mask_threshold: float | str = "otsu",
         storage: str = "device",
         limit: int | None = None,
@@ -55,43 +60,18 @@ class RetouchStage:
         and with or without guidance as here; `save` keeps it for other processes. Arguments as in `__call__`, and
         storage, limit as in `ReferenceBank`.
         """
-        size = self.latent_size(height, width, None)
-        request = retouch_request(
+        request = build_request(
             self,
+            Settings.given(locals()),
             [],
-            reference_image,
-            reference_prompt,
-            subject_tokens,
-            size,
+            self.latent_size(height, width, None),
+            subject_tokens=subject_tokens,
+            reference_image=reference_image,
+            reference_prompt=reference_prompt,
             reference_mask=reference_mask,
             reference_subjects=reference_subjects,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            retouch_start=retouch_start,
-            retouch_end=retouch_end,
-            retouch_layers=retouch_layers,
-            sources=sources,
         )
-        images, prompts, start, end = request.references, request.reference_prompts, request.start, request.end
-        if start == end:
-            fail(OP, "retouch_end", f"above retouch_start, {start}", end)
-        negatives = [None] * len(images) if guidance_scale > 1 else []
-        condition = self.embed(negatives + prompts, size, personal=True)
-        own = condition.rows(slice(-len(images), None))
-        given = self.given_images(None, self._references(images, size, own), own, request.tokens, None)
-        to_mask = partial(self._to_mask, size=size, threshold=mask_threshold, backend=backend)
-        bank = ReferenceBank(request.timesteps[start:end].tolist(), storage=storage, limit=limit)
-        maps = self.subject_maps(given, backend=backend) if request.needs_maps else None
-        bank.foreground = self._foreground(request, maps, to_mask, size)
-        bank.shows, bank.words = request.shows, request.subjects
-        trajectory = self._trajectory(given, sources, start, backend)
-        installed = install_processors(request.layers, bank.processors(request.layers))
-        with installed, self.progress_bar(total=end - start) as bar:
-            for step in range(end - start):
-                latents = torch.cat([trajectory[step]] * (2 if guidance_scale > 1 else 1))
-                with bank.extract(step):
-                    predict(self.personal_unet, latents, request.timesteps[start + step], condition)
-                bar.update()
+        bank = fill_bank(self, request, storage, limit)
         self.maybe_free_model_hooks()
         return bank
 
@@ -103,10 +83,13 @@ class RetouchStage:
         reference_prompt: str | list[str] | None = None,
         subject_tokens: str | Sequence[str] | Sequence[Sequence[str]] = (),
         *,
-        context_latents: Tensor | None,
+        layout: LayoutRetouchOutput | None = None,
+        context_latents: Tensor | None = None,
+        layout_mask: Image | list | Tensor | None = None,
         reference_mask: Image | list[Image | None] | None = None,
         reference_subjects: Sequence[int] | None = None,
         reference_bank: ReferenceBank | None = None,
+        reference_fit: str = "crop",
         negative_prompt: str | list[str] | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -117,9 +100,11 @@ class RetouchStage:
         retouch_end: int | None = None,
         retouch_layers: Sequence[int | str] | None = None,
         reading: str = "routing",
-        sources: str = "inversion",
+        contexts_from: str | None = None,
+        targets_from: str = "renoise",
         mask_blending: bool = False,
         mask_threshold: float | str = "otsu",
+        return_maps: bool = False,
         control_image: Image | list[Image] | None = None,
         control_scale: float = 1.0,
         generator: Generator = None,
@@ -133,183 +118,367 @@ class RetouchStage:
         Arguments as in `__call__`, and
 
         Args:
-            context_latents: (n, C, height/f, width/f), clean latents of the layouts, from `layout` or `encode_images`.
-                None: the references alone. The targets then start from noise; from retouch_start on, their subjects by
-                their own cross-attention read the references' besides their own row.
-            height, width, latents: only without contexts.
+            layout: what `layout`, called with subject_tokens, has returned.
+            context_latents: (n, C, height/f, width/f), clean latents of layouts from elsewhere, as `encode_images`
+                makes them. Neither: the references alone. The targets then start from noise; from retouch_start on,
+                their subjects by their own maps read the references' besides their own row.
+            height, width: only without contexts. latents: noise; with context_latents that which they are re-noised
+                with.
         """
         prompt = as_list(prompt)
-        count, steps, guided, device = len(prompt), num_inference_steps, guidance_scale > 1, self._execution_device
-        has_context, has_bank = context_latents is not None, reference_bank is not None
-        if has_context:
-            refuse("context_latents are given", height=height, width=width, latents=latents)
-            channels = self.unet.config.in_channels
-            if not isinstance(context_latents, Tensor) or context_latents.shape[:-2] != (count, channels):
-                got = getattr(context_latents, "shape", type(context_latents).__name__)
-                fail(OP, "context_latents", f"shape ({count}, {channels}, height, width), one row per prompt", got)
-        elif reading == "swap":
-            fail(OP, "reading", "'routing' without layouts", "'swap'", error=NotImplementedError)
-        size = self.latent_size(height, width, context_latents if has_context else latents)
-        request = retouch_request(
+        contexts = _given_contexts(self, prompt, layout, context_latents, latents, generator)
+        if contexts is not None:
+            refuse("the contexts have it", height=height, width=width)
+        request = build_request(
             self,
+            Settings.given(locals()),
             prompt,
-            reference_image,
-            reference_prompt,
-            subject_tokens,
-            size,
+            self.latent_size(height, width, latents if contexts is None else contexts.latents),
+            negative_prompt=negative_prompt,
+            latents=latents,
+            control_image=control_image,
+            subject_tokens=subject_tokens,
+            layout_mask=layout_mask,
+            reference_image=reference_image,
+            reference_prompt=reference_prompt,
             reference_mask=reference_mask,
             reference_subjects=reference_subjects,
             reference_bank=reference_bank,
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-            retouch_start=retouch_start,
-            retouch_end=retouch_end,
-            retouch_layers=retouch_layers,
-            reading=reading,
-            sources=sources,
-            negative_prompt=negative_prompt,
-            generator=generator,
         )
-        start, end, timesteps, references = request.start, request.end, request.timesteps, request.references
-        table = ddim_table(self.scheduler, guidance_scale=guidance_scale if guided else 1, eta=eta, device=device)
-        batch = RetouchBatch(count, has_context, guided, len(request.shows), banked=has_bank)
-        seconds: dict[str, float] = {}
-
-        with timed(seconds, "encode", device):
-            copies = 2 if has_context else 1
-            conditions = prompt * copies + request.reference_prompts
-            negatives = as_negatives(negative_prompt, count) * copies + [None] * len(references)
-            condition = self.embed((negatives if guided else []) + conditions, size, personal=True)
-            tokens = request.tokens.repeated(count, copies)
-            dtype = condition.embeds.dtype
-            if has_context:
-                latents = context_latents.to(device, dtype)
-            else:
-                latents = self.initial_latents(count, size, dtype, generator, latents)
-            rows = slice(count, None)  # of a half: all but the targets
-            own = condition.rows(slice(-batch.half, None)).rows(rows)
-            contexts = latents if has_context else None
-            clean = self._references(references, size, own)
-            given = self.given_images(contexts, clean, own, tokens.rows(rows), generator)
-            control = self.control(control_image, control_scale, count, size, dtype)
-
-        to_mask = partial(self._to_mask, size=size, threshold=mask_threshold, backend=backend)
-        with timed(seconds, "mask", device):
-            features = FeatureRecorder(self.personal_unet) if reading == "swap" else None
-            maps = self.subject_maps(given, features, backend=backend) if has_context or request.needs_maps else None
-            context_maps = maps[:, :count] if has_context else None
-            context_mask = to_mask(context_maps) if has_context else None
-            if has_context:
-                _warn_of_nothing(context_mask, mask_blending)
-            if has_bank:
-                seen = reference_bank.foreground
-            else:
-                reference_maps = None if maps is None else maps[:, -len(references) :]
-                seen = self._foreground(request, reference_maps, to_mask, size)
-            tracker = None
-            if mask_blending or not has_context:
-                tracker = TargetMasks(rescaled(context_maps) if has_context else None, to_mask, steps - start)
-
-        begin = start if has_context else 0
-        with timed(seconds, "invert", device):
-            trajectory = self._trajectory(given, sources, begin, backend)
-
-        matches = None if features is None else matcher(features.features, len(references), backend=backend)
-
-        def read(mask: Tensor, grid: tuple[int, int]) -> Routing | Swap:
-            if matches is None:
-                return route(batch, mask, seen, grid, request.shows)
-            return swap(batch, mask, seen, grid, request.shows, matches(grid))
-
-        denoiser = RetouchDenoiser(
-            self.personal_unet,
-            batch,
-            condition,
-            layers=request.layers,
-            share=range(start, end),
-            reading=read,
-            mask=context_mask,
-            tracker=tracker,
-            tokens=tokens.rows(slice(count)),
-            latent_size=size,
-            bank=reference_bank,
-            bank_steps=request.bank_steps,
-            control=control,
-            backend=backend,
-        )
-        latents = trajectory[0][:count] if has_context else latents
-        with timed(seconds, "retouch", device), self.progress_bar(total=steps - begin) as bar, denoiser:
-            for i, t in enumerate(timesteps[begin:], begin):
-                if self.interrupt:
-                    continue
-                predictions = denoiser.predict(latents, trajectory[i - begin], i, t)
-                keep = mask_blending and has_context
-                latents = step_blend(
-                    latents,
-                    predictions,
-                    table,
-                    i,
-                    mask=(denoiser.mask | context_mask).any(0) if keep else None,
-                    background=trajectory[i + 1 - begin][:count] if keep else None,
-                    noise=noise_like(latents, generator) if eta > 0 else None,
-                    backend=backend,
-                )
-                latents = self.after_step(callback_on_step_end, i, t, latents)
-                bar.update()
-        images, nsfw = self.decode(latents, output_type, seconds)
+        output = retouch(self, request, contexts)
         self.maybe_free_model_hooks()
-        return LayoutRetouchOutput(
-            images=images,
-            latents=latents,
-            masks=None if denoiser.mask is None else denoiser.mask.any(0),
-            subject_masks=denoiser.mask,
-            reference_mask=seen,
-            nsfw_content_detected=nsfw,
-            seconds=seconds,
+        return output
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What the stage knows of every row of its batch before the first step."""
+
+    batch: RetouchBatch
+    """while attention is shared"""
+    condition: Condition
+    """of the batch"""
+    noise: Tensor | None
+    """(n, C, h, w) of the contexts"""
+    references: Tensor
+    """(R, C, h, w), clean; none with a bank"""
+    reference_noise: Tensor
+    reference_pixels: Tensor | None
+    """(R, 3, height, width) in [-1, 1]"""
+
+    @property
+    def reference_condition(self) -> Condition:
+        """Of the references' prompts."""
+        return self.condition.rows(slice(self.batch.size - len(self.references), None))
+
+
+@dataclass(frozen=True)
+class Masks:
+    """The foregrounds, bool (…, h, w) in latent pixels."""
+
+    contexts: Tensor | None
+    """(S, n, h, w)"""
+    maps: Tensor | None
+    """fp32 (S, n, rows, columns) in [0, 1]: what they were made from"""
+    references: Tensor
+    """(R, h, w)"""
+
+
+def retouch(pipe: PersonalizedPipeline, request: Request, contexts: Contexts | None) -> LayoutRetouchOutput:
+    """Run the stage."""
+    settings, solver = request.settings, request.solver
+    _check_contexts(request, contexts)
+    pipe.stage = "retouch"
+    costs = Costs(pipe._execution_device)
+    with costs.of("encode"):
+        rows = _rows(pipe, request, contexts)
+        control = pipe.control(
+            request.control_image,
+            settings.control_scale,
+            len(request.prompts),
+            request.size,
+            rows.condition.embeds.dtype,
+        )
+    with costs.of("mask"):
+        masks = _masks(pipe, request, contexts, rows, costs)
+        matches = _matches(pipe, request, contexts, rows)
+    start = request.share.start if contexts is not None else 0
+    with costs.of("invert"):
+        of_contexts = _trajectory_of_contexts(pipe, request, contexts, rows, start)
+        of_references = renoise(rows.references, rows.reference_noise, solver, start=start)
+
+    def read(mask: Tensor, grid: tuple[int, int]) -> Routing | Swap:
+        if settings.reading == "swap":
+            return swap(rows.batch, mask, masks.references, grid, request.references.shows, matches(grid))
+        return route(rows.batch, mask, masks.references, grid, request.references.shows)
+
+    denoiser = RetouchDenoiser(
+        pipe.personal_unet,
+        rows.batch,
+        rows.condition,
+        request,
+        reading=read,
+        mask=masks.contexts,
+        tracker=_tracker(request, masks, solver.steps - start),
+        contexts=contexts if rows.batch.context_banked else None,
+        control=control,
+    )
+    latents = _targets(pipe, request, contexts, rows, of_contexts)
+    guidance = settings.retouch_guidance
+    table = solver.table(guidance_scale=guidance if guidance > 1 else 1, eta=settings.eta)
+    stepper = Stepper(solver, table, backend=settings.backend)
+    keeps = settings.mask_blending and contexts is not None
+    with costs.of("retouch"), pipe.stage_bar("retouch", solver.steps - start) as bar, denoiser:
+        for k, (i, t) in enumerate(zip(range(start, solver.steps), solver.timesteps[start:])):
+            if pipe.interrupt:
+                continue
+            in_batch = [of_contexts[k]] if rows.batch.context_rows else []
+            predictions = denoiser.predict(latents, [*in_batch, of_references[k]], i, costs)
+            latents = stepper.step(
+                i,
+                latents,
+                predictions,
+                mask=(denoiser.mask | masks.contexts).any(0) if keeps else None,
+                background=of_contexts[k + 1] if keeps else None,
+                noise=noise_like(latents, settings.generator) if settings.eta > 0 else None,
+            )
+            latents = pipe.after_step(settings.callback_on_step_end, i, t, latents)
+            bar.update()
+    images, nsfw = pipe.decode(latents, settings.output_type, costs)
+    pixels = rows.reference_pixels
+    return LayoutRetouchOutput(
+        images=images,
+        latents=latents,
+        reference_images=None if pixels is None else (pixels / 2 + 0.5).clamp(0, 1),
+        masks=None if denoiser.mask is None else denoiser.mask.any(0),
+        subject_masks=denoiser.mask,
+        context_masks=masks.contexts,
+        reference_mask=masks.references,
+        reference_subjects=request.references.shows,
+        maps=masks.maps if settings.return_maps else None,
+        matches=[(*match, request.size) for match in matches(request.size)]
+        if settings.return_maps and matches
+        else None,
+        nsfw_content_detected=nsfw,
+        seconds=costs.seconds,
+        rows=costs.rows,
+    )
+
+
+def fill_bank(pipe: PersonalizedPipeline, request: Request, storage: str, limit: int | None) -> ReferenceBank:
+    """Run the references alone through every step that shares."""
+    share, references, settings = request.share, request.references, request.settings
+    if not len(share):
+        fail(OP, "retouch_end", f"above retouch_start, {share.start}", share.stop)
+    pipe.stage = "references"
+    costs = Costs(pipe._execution_device)
+    rows = _rows(pipe, request, None)
+    bank = ReferenceBank(request.solver.timesteps[share.start : share.stop], storage=storage, limit=limit)
+    bank.foreground = _masks(pipe, request, None, rows, costs).references
+    bank.shows, bank.words = references.shows, request.subjects
+    trajectory = renoise(rows.references, rows.reference_noise, request.solver, start=share.start)
+    halves = 2 if settings.retouch_guidance > 1 else 1
+    installed = install_processors(request.layers, bank.processors(request.layers))
+    with installed, pipe.stage_bar("references", len(share)) as bar:
+        for k, i in enumerate(share):
+            latents = torch.cat([trajectory[k]] * halves) * request.solver.input_scales[i]
+            with bank.extract(k):
+                predict(pipe.personal_unet, latents, request.solver.timesteps[i], rows.condition)
+            bar.update()
+    return bank
+
+
+def _given_contexts(
+    pipe: PersonalizedPipeline,
+    prompts: list[str],
+    layout: LayoutRetouchOutput | None,
+    latents: Tensor | None,
+    noise: Tensor | None,
+    generator: Generator,
+) -> Contexts | None:
+    """From one of the two arguments that bring contexts."""
+    if layout is not None:
+        refuse("layout is given", context_latents=latents, latents=noise)
+        contexts = layout.contexts
+        if contexts is None:
+            fail(OP, "layout", "the output of layout() with subject_tokens", "one without contexts")
+        if len(contexts.latents) != len(prompts):
+            fail(OP, "prompt", f"{len(contexts.latents)} prompts, as there are layouts", len(prompts))
+        return contexts
+    if latents is None:
+        return None
+    expected = (len(prompts), pipe.unet.config.in_channels)
+    if not isinstance(latents, Tensor) or latents.dim() != 4 or latents.shape[:-2] != expected:
+        got = getattr(latents, "shape", type(latents).__name__)
+        fail(OP, "context_latents", f"shape ({expected[0]}, {expected[1]}, height, width), one row per prompt", got)
+    if noise is not None and noise.shape != latents.shape:
+        fail(OP, "latents", f"shape {tuple(latents.shape)}, as context_latents", tuple(noise.shape))
+    latents = latents.to(pipe._execution_device)
+    return Contexts(latents, noise_like(latents, generator) if noise is None else noise.to(latents))
+
+
+def _check_contexts(request: Request, contexts: Contexts | None) -> None:
+    """What the settings ask of the contexts."""
+    settings = request.settings
+    if contexts is None:
+        if settings.reading == "swap":
+            fail(OP, "reading", "'routing' without layouts", "'swap'", error=NotImplementedError)
+        refuse("there are no layouts", layout_mask=request.layout_masks, contexts_from=settings.contexts_from)
+    elif settings.contexts_from == "trajectory" and contexts.trajectory is None:
+        hint = "pass layout=, or contexts_from='renoise' or 'inversion'"
+        fail(OP, "contexts_from", "another way, since context_latents have no trajectory", "'trajectory'", hint)
+    elif contexts.trajectory is not None and len(contexts.trajectory) != request.solver.steps + 1:
+        fail(OP, "num_inference_steps", f"{len(contexts.trajectory) - 1}, as the layouts had", request.solver.steps)
+
+
+def _rows(pipe: PersonalizedPipeline, request: Request, contexts: Contexts | None) -> Rows:
+    """The batch, its conditions, and clean latents and noise of contexts and references."""
+    settings, references, prompts = request.settings, request.references, request.prompts
+    banked = contexts is not None and _serves(contexts, request)
+    batch = RetouchBatch(
+        len(prompts),
+        contexts is not None,
+        settings.retouch_guidance > 1,
+        len(references.shows),
+        banked=references.bank is not None,
+        context_banked=banked,
+    )
+    copies = 2 if batch.context_rows else 1
+    negatives = request.negatives * copies + [None] * len(references.images) if batch.guided else []
+    condition = pipe.embed(negatives + prompts * copies + references.prompts, request.size, personal=True)
+    dtype, device = condition.embeds.dtype, pipe._execution_device
+    pixels = None
+    clean = torch.empty(0, pipe.unet.config.in_channels, *request.size, dtype=dtype, device=device)
+    if references.images:
+        height, width = (x * pipe.vae_scale_factor for x in request.size)
+        pixels = preprocess(references.images, height, width, settings.reference_fit, name="reference_image")
+        clean = pipe.encode_pixels(pixels).to(dtype)
+    seeded = torch.Generator(device).manual_seed(REFERENCE_SEED)
+    noise = noise_like(clean[:1], seeded).expand_as(clean)
+    return Rows(batch, condition, None if contexts is None else contexts.noise, clean, noise, pixels)
+
+
+def _serves(contexts: Contexts, request: Request) -> bool:
+    """Whether the retouch stage reads the contexts' keys and values as the layout stage kept them."""
+    settings, bank = request.settings, contexts.bank
+    if bank is None or settings.reading == "swap" or settings.contexts_from not in (None, "trajectory"):
+        return False
+    first, kept = contexts.bank_start, len(bank.timesteps)
+    rows = len(contexts.latents) * (2 if settings.retouch_guidance > 1 else 1)
+    steps = request.share.start >= first and request.share.stop <= first + kept
+    return steps and set(request.layers) <= set(bank.layer_names) and bank.rows_held == rows
+
+
+def _masks(pipe: PersonalizedPipeline, request: Request, contexts: Contexts | None, rows: Rows, costs: Costs) -> Masks:
+    """Foregrounds of contexts and references: those given, else by the model's attention."""
+    settings, references, count = request.settings, request.references, len(request.prompts)
+    to_mask = _to_mask(request)
+    of_contexts = None if contexts is None else request.layout_masks
+    maps = None if contexts is None else contexts.maps
+    if of_contexts is not None:
+        maps = of_contexts.float()
+    of_references = None
+    if (contexts is not None and maps is None) or references.needs_maps:
+        with_contexts = contexts is not None and maps is None
+        latents, noise, texts = [rows.references], [rows.reference_noise], [rows.reference_condition]
+        tokens = [references.tokens]
+        if with_contexts:
+            latents, noise = [contexts.latents, *latents], [contexts.noise, *noise]
+            targets = rows.condition.rows(slice(rows.batch.size - rows.batch.half, None)).rows(slice(count))
+            texts, tokens = [targets, *texts], [request.tokens, *tokens]
+        latents = torch.cat(latents).to(rows.condition.embeds.dtype)
+        found = pipe.subject_maps(
+            latents, torch.cat(noise).to(latents), Condition.join(texts), tokens[0].joined(*tokens[1:]),
+            backend=settings.backend,
+        )  # fmt: skip
+        costs.count("mask", 3 * len(latents))
+        if with_contexts:
+            maps, found = found[:, :count], found[:, count:]
+        of_references = found
+    if contexts is not None and of_contexts is None:
+        of_contexts = to_mask(maps)
+        hint = "see mask_threshold and subject_tokens, or pass layout_mask"
+        warn_of_implausible(of_contexts, "layout", hint)
+    return Masks(of_contexts, maps, _foreground_of_references(request, of_references, to_mask))
+
+
+def _foreground_of_references(request: Request, maps: Tensor | None, to_mask: Callable[[Tensor], Tensor]) -> Tensor:
+    """bool (R, *size): the masks given, else those of the maps (S, R, h, w), or a bank's."""
+    references = request.references
+    if references.bank is not None:
+        return references.bank.foreground
+    found = []
+    for r, (mask, subject) in enumerate(zip(references.masks, references.shows)):
+        seen = to_mask(maps[subject : subject + 1, r : r + 1])[0] if mask is None else mask
+        if not seen.any():
+            name = "reference_mask" if len(references.masks) == 1 else f"reference_mask[{r}]"
+            fail(OP, name, "a foreground", "none", "check subject_tokens and reference_prompt, or pass a mask")
+        if mask is None:
+            warn_of_implausible(seen[None], "reference", "pass reference_mask")
+        found.append(seen)
+    return torch.cat(found)
+
+
+def _to_mask(request: Request) -> Callable[[Tensor], Tensor]:
+    """Maps (S, n, h, w) -> bool (S, n, *size)."""
+    settings = request.settings
+    return partial(foreground, size=request.size, threshold=settings.mask_threshold, backend=settings.backend)
+
+
+def _matches(pipe: PersonalizedPipeline, request: Request, contexts: Contexts | None, rows: Rows) -> Callable | None:
+    """Where the tokens of the contexts are in the references, for "swap" and on request."""
+    settings, references = request.settings, rows.references
+    wanted = settings.reading == "swap" or (settings.return_maps and len(references))
+    if contexts is None or not wanted:
+        return None
+    half = rows.condition.rows(slice(rows.batch.size - rows.batch.half, None))
+    condition = Condition.join([half.rows(slice(len(request.prompts))), rows.reference_condition])
+    latents = torch.cat([contexts.latents.to(references), references])
+    noise = torch.cat([contexts.noise.to(references), rows.reference_noise])
+    return matcher(pipe.features(latents, noise, condition), len(references), backend=settings.backend)
+
+
+def _trajectory_of_contexts(
+    pipe: PersonalizedPipeline, request: Request, contexts: Contexts | None, rows: Rows, start: int
+) -> list[Tensor]:
+    """The contexts' latents before every step from `start` on, and the clean ones."""
+    if contexts is None:
+        return []
+    solver, way = request.solver, request.settings.contexts_from
+    if way in (None, "trajectory") and contexts.trajectory is not None:
+        return contexts.trajectory[start:]
+    latents = contexts.latents.to(rows.condition.embeds.dtype)
+    if way != "inversion":
+        return renoise(latents, contexts.noise, solver, start=start)
+    half = rows.condition.rows(slice(rows.batch.size - rows.batch.half, None))
+    condition = half.rows(slice(len(latents)))
+    with pipe.stage_bar("inversion", solver.steps - start) as bar:
+        return invert(
+            lambda x, t: predict(pipe.personal_unet, x, t, condition),
+            latents,
+            solver,
+            start=start,
+            backend=request.settings.backend,
+            after_step=bar.update,
         )
 
-    def _references(self, images: list[Image], size: tuple[int, int], condition: Condition) -> Tensor:
-        """Latents (R, C, *size) of the references; R may be 0."""
-        if not images:
-            return condition.embeds.new_empty(0, self.unet.config.in_channels, *size)
-        return self.encode_images(images, *(x * self.vae_scale_factor for x in size)).to(condition.embeds.dtype)
 
-    def _to_mask(self, maps: Tensor, *, size: tuple[int, int], threshold: float | str, backend: str) -> Tensor:
-        """Maps (S, n, L, h, w) -> bool (S, n, *size)."""
-        masks = subject_mask(maps.flatten(0, 1), size=size, threshold=threshold, backend=backend)
-        return masks.unflatten(0, maps.shape[:2])
-
-    def _foreground(
-        self, request: RetouchRequest, maps: Tensor | None, to_mask: Callable[[Tensor], Tensor], size: tuple[int, int]
-    ) -> Tensor:
-        """bool (R, *size) of the references: the masks given, else those of the maps (S, R, L, h, w)."""
-        found = []
-        for r, (mask, subject) in enumerate(zip(request.masks, request.shows)):
-            if mask is None:
-                seen = to_mask(maps[subject : subject + 1, r : r + 1])[0]
-            else:
-                seen = mask
-            if not seen.any():
-                name = "reference_mask" if len(request.masks) == 1 else f"reference_mask[{r}]"
-                hint = "check subject_tokens and reference_prompt, or pass a mask"
-                fail(OP, name, "a foreground", "none", hint)
-            found.append(seen)
-        return torch.cat(found)
-
-    def _trajectory(self, given: GivenImages, sources: str, start: int, backend: str) -> list[Tensor]:
-        """Latents of the given images from step `start` on, and the clean ones."""
-        if sources == "inversion" and len(given.latents):
-            return self.invert(given, start=start, backend=backend)
-        return renoise(given.latents, given.noise, self.scheduler, start=start)
+def _targets(
+    pipe: PersonalizedPipeline, request: Request, contexts: Contexts | None, rows: Rows, of_contexts: list[Tensor]
+) -> Tensor:
+    """Where the targets start."""
+    settings, dtype = request.settings, rows.condition.embeds.dtype
+    if contexts is None:
+        count = len(request.prompts)
+        return pipe.initial_latents(count, request.size, dtype, settings.generator, request.latents)
+    if settings.targets_from == "contexts":
+        return of_contexts[0]
+    clean = contexts.latents.to(dtype)
+    return renoise(clean, contexts.noise, request.solver, start=request.share.start)[0]
 
 
-def _warn_of_nothing(masks: Tensor, may_change: bool) -> None:
-    """Say which subjects of which images the references cannot reach."""
-    for subject, image in (~masks.flatten(2).any(2)).nonzero().tolist():
-        warnings.warn(
-            f"lr_kernels.{OP}: no foreground was found for subject {subject} in layout {image}: it takes nothing from "
-            f"the references{' unless a later step finds one' if may_change else ''}; see mask_threshold and "
-            "subject_tokens",
-            RuntimeWarning,
-            stacklevel=4,
-        )
+def _tracker(request: Request, masks: Masks, steps: int) -> TargetMasks | None:
+    """What makes the targets' masks during the stage; None: they stay those of the contexts."""
+    if not request.settings.mask_blending and masks.contexts is not None:
+        return None
+    return TargetMasks(masks.maps, _to_mask(request), steps)

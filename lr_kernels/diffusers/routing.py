@@ -24,19 +24,27 @@ KeyValue = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class RetouchBatch:
-    """Rows of one UNet call. Each half of the guidance: `images` targets, `images` contexts (if any), the references
-    (unless a bank holds them)."""
+    """Rows of one UNet call. Each half of the guidance: `images` targets, `images` contexts (if any, and unless a bank
+    holds them), the references (unless a bank holds them)."""
 
     images: int
     context: bool
     guided: bool
     references: int = 1
     banked: bool = False
+    """the references are in a bank"""
+    context_banked: bool = False
+    """the contexts are in a bank: rows (unconditional, conditional) of every image, as stage 1 computes them"""
+
+    @property
+    def context_rows(self) -> int:
+        """Contexts in each half of the batch."""
+        return self.images if self.context and not self.context_banked else 0
 
     @property
     def half(self) -> int:
         """Rows per half of the guidance."""
-        return self.images * (2 if self.context else 1) + (0 if self.banked else self.references)
+        return self.images + self.context_rows + (0 if self.banked else self.references)
 
     @property
     def halves(self) -> int:
@@ -52,10 +60,22 @@ class RetouchBatch:
         return [x[start : start + self.images] for start in range(0, self.size, self.half)]
 
     def own_rows(self, device: torch.device) -> Tensor:
-        """int32 (size,): the row that each row reads as its context; itself where it is no target or there is none."""
-        shift = self.images if self.context else 0
-        rows = [i + shift if i < self.images else i for i in range(self.half)]
-        return self._table([[start + i for i in rows] for start in range(0, self.size, self.half)], device)
+        """int32 (size,): the row of the batch that each row reads besides references. A target reads its context: -1
+        where a bank has it, itself where there is none. Other rows read themselves."""
+
+        def row(start: int, i: int) -> int:
+            if i >= self.images:
+                return start + i
+            return -1 if self.context_banked else start + i + self.context_rows
+
+        halves = [[row(start, i) for i in range(self.half)] for start in range(0, self.size, self.half)]
+        return self._table(halves, device)
+
+    def banked_context_rows(self, device: torch.device) -> Tensor:
+        """int32 (size,): the row that each target reads in the contexts' bank; -1: none."""
+        others = [-1] * (self.half - self.images)
+        halves = [[half * self.images + i for i in range(self.images)] + others for half in range(self.halves)]
+        return self._table(halves, device)
 
     def reference_rows(self, reference: int, device: torch.device) -> Tensor:
         """int32 (size,): the row that each row reads as that reference, in the batch or in the bank; -1: none."""
@@ -74,26 +94,36 @@ class RetouchBatch:
 class Routing(NamedTuple):
     """Reading "routing": each query reads either a reference's foreground or the context. Built by `route`."""
 
+    held: tuple[str, ...]
+    """where each source is: "batch" (rows of the layer's own), "contexts" or "references" (rows of these banks)"""
     rows: tuple[Tensor, ...]
-    """of the context, then of each reference"""
+    """of each source"""
     key_groups: tuple[Tensor | None, ...]
     query_groups: Tensor
     plan: AttentionPlan
 
-    def sources(self, key: Tensor, value: Tensor, banked: KeyValue | None = None) -> list[Source]:
-        """The layer's own key and value (size, N, H, D) through the row tables; references from a bank if given."""
-        own, *references = zip(self.rows, self.key_groups)
-        held = (key, value) if banked is None else banked
+    def sources(
+        self, key: Tensor, value: Tensor, references: KeyValue | None = None, contexts: KeyValue | None = None
+    ) -> list[Source]:
+        """The layer's own key and value (size, N, H, D), and those of the banks, through the row tables."""
+        held = {"batch": (key, value), "references": references, "contexts": contexts}
         return [
-            Source(key, value, own[0], key_groups=own[1]),
-            *(Source(*held, rows, key_groups=groups) for rows, groups in references),
+            Source(*held[where], rows, key_groups=groups)
+            for where, rows, groups in zip(self.held, self.rows, self.key_groups)
         ]
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, banked: KeyValue | None = None, *, backend: str = "auto"
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        references: KeyValue | None = None,
+        contexts: KeyValue | None = None,
+        *,
+        backend: str = "auto",
     ) -> Tensor:
         """A layer's attention, (size, N, H, D)."""
-        sources = self.sources(key, value, banked)
+        sources = self.sources(key, value, references, contexts)
         return multi_source_attention(query, sources, query_groups=self.query_groups, plan=self.plan, backend=backend)
 
 
@@ -125,14 +155,20 @@ def route(
     query_groups = torch.full((batch.size, references.shape[1]), OWN, dtype=torch.uint8, device=device)
     for rows in batch.targets(query_groups):
         rows.copy_(target_groups)
-    own_groups = torch.full_like(query_groups[:1], OWN | BACKGROUND) if batch.context else None
-    shown = (torch.where(mask[None], bits[s], 0).to(torch.uint8) for mask, s in zip(references, shows, strict=True))
-    key_groups = (own_groups, *shown)
+    visible = torch.full_like(query_groups[:1], OWN | BACKGROUND) if batch.context else None
+    held, rows, key_groups = [], [], []
+    if not (batch.banked and batch.context_banked):  # else the batch is the targets alone, and nobody reads them
+        held, rows, key_groups = ["batch"], [batch.own_rows(device)], [visible]
+    if batch.context_banked:
+        held, rows, key_groups = [*held, "contexts"], [*rows, batch.banked_context_rows(device)], [*key_groups, visible]
+    for r, (mask, s) in enumerate(zip(references, shows, strict=True)):
+        held.append("references" if batch.banked else "batch")
+        rows.append(batch.reference_rows(r, device))
+        key_groups.append(torch.where(mask[None], bits[s], 0).to(torch.uint8))
     together = [sum(some) for size in range(1, len(bits) + 1) for some in combinations(bits, size)]
     classes = (OWN, BACKGROUND, *together)  # named, since looking for them would synchronize with a GPU
     plan = plan_attention([None] * len(key_groups), key_groups, query_groups, query_classes=classes)
-    tables = [batch.reference_rows(r, device) for r in range(batch.references)]
-    return Routing((batch.own_rows(device), *tables), key_groups, query_groups, plan)
+    return Routing(tuple(held), tuple(rows), tuple(key_groups), query_groups, plan)
 
 
 class Swap(NamedTuple):
@@ -147,9 +183,16 @@ class Swap(NamedTuple):
     plan: AttentionPlan
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, banked: KeyValue | None = None, *, backend: str = "auto"
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        references: KeyValue | None = None,
+        contexts: KeyValue | None = None,
+        *,
+        backend: str = "auto",
     ) -> Tensor:
-        """A layer's attention, (size, N, H, D)."""
+        """A layer's attention, (size, N, H, D); there are no banks in this reading."""
         sources = [Source(key, value, self.rows, key_groups=self.key_groups[0])]
         for (rows, reference, match), groups in zip(self.halves, self.key_groups[1:]):
             appearance = value[reference : reference + 1].expand(value.shape)  # one row, read as every row's

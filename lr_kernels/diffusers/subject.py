@@ -1,19 +1,29 @@
-"""Where the subject is: its tokens in prompts, and its cross-attention maps in a UNet."""
+"""Where the subject is: its tokens in prompts, and its maps in a UNet."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
+from ..attention import multi_source_attention
 from ..checks import fail
+from ..source import Source
 from .install import Installation, attention_layers, install_processors, layer_grid, layer_scale
-from .processors import AttentionState, TokenMapAttnProcessor
+from .processors import AttentionState, TokenMapAttnProcessor, _StockAttnProcessor
 
 MAP_TOKENS = 256
-"""Masks come from the cross-attention layers nearest to this many tokens: 16 x 16."""
+"""Maps have the grid of the layers nearest to this many tokens: 16 x 16."""
+FINEST_MAP = 1024
+"""Tokens of the finest cross-attention layers that add to the maps; finer ones are noisy."""
+PROPAGATIONS = 2
+"""How often the maps go through self-attention."""
+PROPAGATING_LAYERS = 6
+"""At most so many self-attention layers spread the maps; their queries and keys are kept for a pass."""
 MAP_MEMORY = 0.6
 """How much of a target's running maps a step keeps, since the maps of single steps are noisy."""
 
@@ -26,14 +36,13 @@ class SubjectTokens(NamedTuple):
     weights: Tensor
     """fp32 (S, B, T), of sum 1 where a prompt has the subject, else 0"""
 
-    def rows(self, rows: slice) -> "SubjectTokens":
-        """Those of some of the prompts."""
-        return SubjectTokens(self.indices[rows], self.weights[:, rows])
-
-    def repeated(self, count: int, copies: int) -> "SubjectTokens":
-        """The first `count` prompts as often as `copies` says, then the others."""
-        order = [*range(count)] * copies + [*range(count, len(self.indices))]
-        return SubjectTokens(self.indices[order], self.weights[:, order])
+    def joined(self, *others: "SubjectTokens") -> "SubjectTokens":
+        """The prompts of several, in their order."""
+        parts = [self, *others]
+        longest = max(part.indices.shape[1] for part in parts)
+        indices = [F.pad(part.indices, (0, longest - part.indices.shape[1])) for part in parts]
+        weights = [F.pad(part.weights, (0, longest - part.weights.shape[2])) for part in parts]
+        return SubjectTokens(torch.cat(indices), torch.cat(weights, 1))
 
 
 def as_subjects(subject_tokens: str | Sequence[str] | Sequence[Sequence[str]]) -> list[list[str]]:
@@ -107,46 +116,109 @@ def _places(tokenizer: PreTrainedTokenizerBase, prompt: str, ids: list[int], wor
 
 
 class SubjectMaps:
-    """Records the subject's maps from a UNet's cross-attention; a context manager around the passes that need it.
+    """Records where the subject is from a UNet's attention; a context manager around the passes that need it.
+
+    The cross-attention maps of the subject's tokens are sparse and blurred. Self-attention knows which tokens belong
+    together, so the maps are sent through it: each token takes the mean of the maps of the tokens that it attends to.
 
     Args:
         state: shared with other processors of this UNet. latent_size: (height, width) of the latents.
+        processors: those of this package that are in self-attention layers already, or will be, by name.
     """
 
-    def __init__(self, unet: nn.Module, state: AttentionState, latent_size: tuple[int, int]):
-        layers = attention_layers(unet, "cross")
-        scales = {name: layer_scale(unet, name) for name in layers}
-
-        def distance(scale: int) -> float:
-            return abs(math.log(math.prod(layer_grid(scale, *latent_size)) / MAP_TOKENS))
-
-        self.scale = min(set(scales.values()), key=distance)
-        self.grid = layer_grid(self.scale, *latent_size)
-        self.processors = {name: TokenMapAttnProcessor(state) for name in layers if scales[name] == self.scale}
-        self._layers = {name: layers[name] for name in self.processors}
+    def __init__(
+        self,
+        unet: nn.Module,
+        state: AttentionState,
+        latent_size: tuple[int, int],
+        processors: Mapping[str, _StockAttnProcessor],
+    ):
+        cross, self_attention = (attention_layers(unet, kind) for kind in ("cross", "self"))
+        scales = {name: layer_scale(unet, name) for name in (*cross, *self_attention)}
+        tokens = {scale: math.prod(layer_grid(scale, *latent_size)) for scale in scales.values()}
+        scale = min(tokens, key=lambda scale: abs(math.log(tokens[scale] / MAP_TOKENS)))
+        self.grid = layer_grid(scale, *latent_size)
+        self._size = latent_size
+        self._recorders = {
+            name: TokenMapAttnProcessor(state)
+            for name in cross
+            if scales[name] == scale or tokens[scales[name]] <= FINEST_MAP
+        }
+        self._scales = scales
+        there = [name for name in self_attention if scales[name] == scale]
+        there = there[:: -(-len(there) // PROPAGATING_LAYERS)]
+        own = {name: _StockAttnProcessor(state) for name in there if name not in processors}
+        self._spreaders = [own[name] if name in own else processors[name] for name in there]
+        self._new = self._recorders | own
+        self._layers = {name: layer for name, layer in (cross | self_attention).items() if name in self._new}
         self.installation: Installation | None = None
+        self._stack = ExitStack()
 
     def __enter__(self) -> "SubjectMaps":
-        self.installation = install_processors(self._layers, self.processors)
+        self.installation = self._stack.enter_context(install_processors(self._layers, self._new))
+        for processor in self._spreaders:
+            processor.captures = True
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.installation.remove()
+        for processor in self._spreaders:
+            processor.captures, processor.captured = False, None
+        self._stack.close()
 
-    def collect(self, rows: slice, weights: Tensor) -> Tensor:
-        """The last pass: fp32 (S, rows, layers, h, w) on `self.grid`, tokens averaged by weights (S, rows, T)."""
-        kept = [p.maps[rows] for p in self.processors.values() if p.maps is not None]
-        if not kept:
+    def collect(self, rows: slice, weights: Tensor, *, backend: str = "auto") -> Tensor:
+        """The maps of the last pass: fp32 (S, rows, h, w) on `self.grid`, tokens averaged by weights (S, rows, T).
+
+        Each layer's map is stretched to [0, 1] before the mean over layers, and the mean is spread by self-attention.
+        """
+        found = []
+        for name, recorder in self._recorders.items():
+            if recorder.maps is None:
+                continue
+            maps = torch.einsum("bnt,sbt->sbn", recorder.maps[rows], weights)
+            maps = maps.unflatten(2, layer_grid(self._scales[name], *self._size))
+            if maps.shape[2:] != self.grid:
+                maps = F.interpolate(maps, self.grid, mode="bilinear", antialias=True)
+            found.append(stretched(maps))
+        if not found:
             fail("SubjectMaps", "processors", "in place during the last pass", "all replaced", error=RuntimeError)
-        maps = torch.stack([torch.einsum("bnt,sbt->sbn", x, weights) for x in kept], 2)
-        return maps.unflatten(3, self.grid)
+        captured = [p.captured for p in self._spreaders if p.captured is not None]
+        maps = torch.stack(found).mean(0)
+        return propagated(maps, [(q[rows], k[rows]) for q, k in captured], backend=backend)
 
 
-def rescaled(maps: Tensor) -> Tensor:
-    """Layer mean of maps (..., L, h, w), each image stretched to [0, 1]: (..., h, w)."""
-    mean = maps.mean(-3)
-    low, high = mean.amin((-2, -1), keepdim=True), mean.amax((-2, -1), keepdim=True)
-    return torch.where(high > low, (mean - low) / (high - low), 0)
+def propagated(
+    maps: Tensor, layers: Sequence[tuple[Tensor, Tensor]], times: int = PROPAGATIONS, *, backend: str = "auto"
+) -> Tensor:
+    """P^times · maps, with P the mean over layers and heads of self-attention's probabilities.
+
+    One attention call for all rows and layers each time, whose values are the maps.
+
+    Args:
+        maps: (S, n, h, w). layers: queries and keys (n, h·w, H, D) of each layer.
+
+    Returns:
+        (S, n, h, w) like maps.
+    """
+    if not layers:
+        return maps
+    query, key = (torch.cat(parts) for parts in zip(*layers))
+    subjects, images, height, width = maps.shape
+    if subjects > query.shape[3]:
+        fail("propagated", "maps", f"at most {query.shape[3]} subjects, the head_dim", subjects)
+    for _ in range(times):
+        value = query.new_zeros(images, height * width, 1, query.shape[3])
+        value[..., 0, :subjects] = maps.flatten(2).permute(1, 2, 0)
+        value = value.repeat(len(layers), 1, 1, 1).expand(-1, -1, query.shape[2], -1)
+        out = multi_source_attention(query, [Source(key, value)], backend=backend)[..., :subjects]
+        maps = out.float().mean(2).unflatten(0, (len(layers), images)).mean(0).permute(2, 0, 1)
+        maps = maps.unflatten(2, (height, width))
+    return maps
+
+
+def stretched(maps: Tensor) -> Tensor:
+    """Maps (..., h, w), each stretched to [0, 1]; 0 where one is constant."""
+    low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
+    return torch.where(high > low, (maps - low) / (high - low), 0)
 
 
 class TargetMasks:
@@ -156,7 +228,7 @@ class TargetMasks:
 
     Args:
         context: maps (S, n, h, w) in [0, 1], or None where there are no contexts: then u = 1 throughout.
-        to_mask: maps (S, n, 1, h, w) -> bool (S, n, height, width).
+        to_mask: maps (S, n, h, w) -> bool (S, n, height, width).
         steps: how many updates there will be.
     """
 
@@ -166,10 +238,10 @@ class TargetMasks:
         self.running: Tensor | None = None
 
     def update(self, maps: Tensor) -> Tensor:
-        """Masks for the next step, from the maps (S, n, L, h, w) of this one."""
-        own = rescaled(maps)
+        """Masks for the next step, from the maps (S, n, h, w) of this one."""
+        own = stretched(maps)
         self.running = own if self.running is None else torch.lerp(own, self.running, MAP_MEMORY)
         self.updates += 1
         share = 1 if self.context is None else self.updates / self.steps
         context = self.running if self.context is None else self.context
-        return self.to_mask(torch.lerp(context, self.running, share).unsqueeze(-3))
+        return self.to_mask(torch.lerp(context, self.running, share))

@@ -3,6 +3,7 @@
 import multiprocessing
 import tempfile
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,99 +13,234 @@ from lr_kernels.toy.world import (
     COLOR_NAMES,
     PLAIN,
     SHAPES,
-    SUBJECT,
+    SIDE,
+    SUBJECTS,
     TEXTURES,
     Dot,
     caption,
+    inside_shape,
     random_scene,
     render,
+    render_objects,
     subject_scene,
+    to_tensor,
+    two_object_scene,
 )
 
 CACHE = Path(tempfile.gettempdir()) / "lr_kernels_toy"
 CHUNK = 500
 BACKDROPS = (*BACKGROUNDS, PLAIN)
+NO_DOT = len(COLOR_NAMES)
+"""The dot label of an object without a dot; a dot's label is the index of its colour."""
+IGNORED = -1
+"""The label of a trait that a scene does not show."""
+TRAITS = ("shape", "texture", "colors", "dot", "no dot")
+"""What tells a subject from its near misses."""
+LEAST_SEEN = 0.01  # of the image area; less of an object is not asked about
 
 
 @dataclass(frozen=True)
 class RenderedScenes:
-    """images [N, 64, 64, 3], masks [N, 64, 64], both uint8; captions [N]; labels [N, 3]: background, shape, subject."""
+    """images [N, 64, 64, 3] and masks [N, 64, 64] of all objects, both uint8; captions [N]."""
 
     images: np.ndarray
     masks: np.ndarray
     captions: np.ndarray
+
+
+@dataclass(frozen=True)
+class JudgedScenes:
+    """Scenes with one object each that is asked about.
+
+    images [N, 64, 64, 3], masks [N, 64, 64] of all objects and asked [N, 64, 64] of the one, all uint8;
+    labels [N, 4] int64: background, shape, texture, dot; colors [N, 6] float32: 1 for the colours of its texture.
+    """
+
+    images: np.ndarray
+    masks: np.ndarray
+    asked: np.ndarray
     labels: np.ndarray
+    colors: np.ndarray
 
 
 def base_scene(rng):
-    """A captioned scene of the base model; one in twelve stands before the plain backdrop."""
-    return random_scene(rng, (PLAIN,) if rng.random() < 1 / 12 else BACKGROUNDS)
+    """A captioned scene of the base model, one in twelve before the plain backdrop, one in six with two objects."""
+    draw = two_object_scene if rng.random() < 1 / 6 else random_scene
+    return draw(rng, (PLAIN,) if rng.random() < 1 / 12 else BACKGROUNDS)
 
 
 def random_dot(rng):
     return Dot(rng.uniform(-0.3, 0.3), rng.uniform(-0.3, 0.3), rng.uniform(0.2, 0.5), str(rng.choice(COLOR_NAMES)))
 
 
-def is_subject(scene):
-    same_look = replace(scene, background=PLAIN, x=0.5, y=0.5, radius=SUBJECT.radius, angle=0.0)
-    return same_look == SUBJECT
-
-
 def autoencoder_scene(rng):
-    """A base scene, one in three with a random dot: the autoencoder learns to draw dots without seeing the subject."""
+    """A base scene, one in two with a random dot: the autoencoder learns to draw dots without seeing a subject."""
     scene = base_scene(rng)
-    return replace(scene, dot=random_dot(rng)) if rng.random() < 1 / 3 else scene
+    return replace(scene, dot=random_dot(rng)) if rng.random() < 1 / 2 else scene
 
 
-def lookalike_scene(rng):
-    """A ball that shares some of the subject's traits, never all of them."""
-    scene = replace(random_scene(rng, BACKDROPS), shape="ball", texture=str(rng.choice(TEXTURES)))
-    if rng.random() < 0.5:
-        scene = replace(scene, color="red", second_color="yellow")
-    if rng.random() < 0.5:
-        color = str(rng.choice(("blue", "green", "purple", "white")))
-        scene = replace(scene, dot=Dot(SUBJECT.dot.x, SUBJECT.dot.y, float(rng.choice((0.25, 0.42))), color))
-    colors = {scene.color, scene.second_color}
-    if scene.texture == "striped" and colors == {"red", "yellow"} and scene.dot and scene.dot.color == "blue":
-        scene = replace(scene, dot=None)
+def colors_of(scene):
+    """The names of the colours of an object's texture, one or two; a dot's colour is not among them."""
+    return {scene.color} if scene.texture == "solid" else {scene.color, scene.second_color}
+
+
+def other_choice(rng, options, taken):
+    """One of the options that are not taken."""
+    return str(rng.choice([option for option in options if option not in taken]))
+
+
+DISK_X, DISK_Y = np.meshgrid(np.linspace(-1, 1, 15), np.linspace(-1, 1, 15))
+DISK_X, DISK_Y = (grid[np.hypot(DISK_X, DISK_Y) < 1] for grid in (DISK_X, DISK_Y))
+
+
+def seen_of_dot(dot, shape):
+    """The share of a dot's area that lies inside a shape."""
+    return inside_shape(shape, dot.x + dot.radius * DISK_X, dot.y + dot.radius * DISK_Y).mean()
+
+
+def dot_on(scene, rng, color=None):
+    """A dot of another colour than the object's texture, somewhere on the object and in view for the most part."""
+    color = other_choice(rng, COLOR_NAMES, colors_of(scene)) if color is None else color
+    while True:
+        dot = Dot(rng.uniform(-0.8, 0.8), rng.uniform(-0.8, 0.8), rng.uniform(0.24, 0.46), color)
+        if seen_of_dot(dot, scene.shape) > 0.7:
+            return dot
+
+
+def near_miss(scene, trait, rng):
+    """The scene's object with one of its TRAITS changed; where a new shape would cut off the dot, the dot moves."""
+    dot_color = None if scene.dot is None else scene.dot.color
+    match trait:
+        case "shape":
+            scene = replace(scene, shape=other_choice(rng, SHAPES, {scene.shape}))
+            if scene.dot is not None and seen_of_dot(scene.dot, scene.shape) < 0.7:
+                scene = replace(scene, dot=dot_on(scene, rng, dot_color))
+        case "texture":
+            second = scene.second_color
+            if scene.texture == "solid":
+                second = other_choice(rng, COLOR_NAMES, {scene.color, dot_color})
+            scene = replace(scene, texture=other_choice(rng, TEXTURES, {scene.texture}), second_color=second)
+        case "colors":
+            names = ["color"] if scene.texture == "solid" else ["color", "second_color"]
+            changed = [str(rng.choice(names))] if rng.random() < 0.5 else names
+            for name in changed:
+                taken = {scene.color, scene.second_color, dot_color}
+                scene = replace(scene, **{name: other_choice(rng, COLOR_NAMES, taken)})
+        case "dot":
+            scene = replace(
+                scene, dot=replace(scene.dot, color=other_choice(rng, COLOR_NAMES, colors_of(scene) | {dot_color}))
+            )
+        case "no dot":
+            scene = replace(scene, dot=None)
+        case _:
+            raise ValueError(f"trait: expected one of {TRAITS}, got {trait!r}")
     return scene
 
 
+def dressed(scene, rng):
+    """The scene's object with the look of any object, one in two with a dot, of a subject, or of a near miss of one."""
+    kind = rng.random()
+    if kind < 0.45:
+        return replace(scene, dot=dot_on(scene, rng)) if rng.random() < 0.5 else scene
+    look = SUBJECTS[str(rng.choice(list(SUBJECTS)))]
+    if kind > 0.7:
+        look = near_miss(look, str(rng.choice(TRAITS)), rng)
+    return replace(
+        scene, shape=look.shape, texture=look.texture, color=look.color, second_color=look.second_color, dot=look.dot
+    )
+
+
+def near_miss_renders(subject, trait, seed=6, per_background=4):
+    """A subject's near misses in one of TRAITS, posed freely: images [N, 3, 64, 64] in [-1, 1]."""
+    rng = np.random.default_rng(seed)
+    images = []
+    for name in BACKGROUNDS * per_background:
+        pose = random_scene(rng, (name,))
+        scene = near_miss(subject_scene(rng, name, pose.x, pose.y, pose.radius, pose.angle, subject), trait, rng)
+        images.append(render(scene, rng)[0])
+    return to_tensor(images)
+
+
 def judge_scene(rng):
-    """A scene of the judge's training set: the subject, a lookalike or any object, posed as freely as in the base's."""
+    """A scene of the judge's training set: one object, at times cut by the border, two objects, or none in view."""
     kind = rng.random()
     if kind < 0.3:
-        pose = random_scene(rng, BACKDROPS)
-        return subject_scene(rng, pose.background, pose.x, pose.y, pose.radius, pose.angle)
-    return lookalike_scene(rng) if kind < 0.55 else random_scene(rng, BACKDROPS)
+        scene = two_object_scene(rng, BACKDROPS)
+        return replace(dressed(scene, rng), other=dressed(scene.other, rng))
+    scene = dressed(random_scene(rng, BACKDROPS), rng)
+    if kind < 0.34:
+        return replace(scene, x=-9.0)
+    if kind < 0.5:
+        return replace(scene, x=rng.uniform(0.08, 0.92), y=rng.uniform(0.08, 0.92), radius=rng.uniform(0.13, 0.34))
+    return scene
 
 
-SAMPLERS = {"base": base_scene, "autoencoder": autoencoder_scene, "judge": judge_scene}
+def to_bytes(mask):
+    """A coverage in [0, 1] as uint8."""
+    return np.uint8(np.rint(mask * 255))
+
+
+def render_captioned(draw, rng):
+    """One row of RenderedScenes for a scene of draw(rng)."""
+    scene = draw(rng)
+    image, mask = render(scene, rng)
+    return image, to_bytes(mask), caption(scene, rng)
+
+
+def dot_label(scene, mask):
+    """The dot label of a scene's first object; IGNORED where the dot's centre is not seen in mask [64, 64]."""
+    dot = scene.dot
+    if dot is None:
+        return NO_DOT
+    cos, sin = np.cos(scene.angle), np.sin(scene.angle)
+    x = scene.x + scene.radius * (dot.x * cos - dot.y * sin)
+    y = scene.y + scene.radius * (dot.x * sin + dot.y * cos)
+    in_image = 0 <= x < 1 and 0 <= y < 1
+    seen = in_image and mask[int(y * SIDE), int(x * SIDE)] > 0.5
+    return COLOR_NAMES.index(dot.color) if seen else IGNORED
+
+
+def render_judged(rng):
+    """One row of JudgedScenes; of two objects either is asked about where enough of it is seen."""
+    scene = judge_scene(rng)
+    image, masks = render_objects(scene, rng)
+    objects = [scene, scene.other][: len(masks)]
+    seen = [index for index, mask in enumerate(masks) if mask.mean() > LEAST_SEEN]
+    background = BACKDROPS.index(scene.background)
+    colors = np.zeros(len(COLOR_NAMES), np.float32)
+    if not seen:
+        return image, to_bytes(masks.sum(0)), to_bytes(masks[0]), (background, IGNORED, IGNORED, IGNORED), colors
+    index = int(rng.choice(seen))
+    asked = objects[index]
+    colors[[COLOR_NAMES.index(name) for name in colors_of(asked)]] = 1
+    labels = background, SHAPES.index(asked.shape), TEXTURES.index(asked.texture), dot_label(asked, masks[index])
+    return image, to_bytes(masks.sum(0)), to_bytes(masks[index]), labels, colors
+
+
+RENDERERS = {
+    "base": (RenderedScenes, partial(render_captioned, base_scene)),
+    "autoencoder": (RenderedScenes, partial(render_captioned, autoencoder_scene)),
+    "judge": (JudgedScenes, render_judged),
+}
 
 
 def render_chunk(job):
     """Render `count` scenes for a job (kind, seed, chunk index, count): one tuple of arrays."""
     kind, seed, index, count = job
     rng = np.random.default_rng((seed, index))
-    images, masks, captions, labels = [], [], [], []
-    for _ in range(count):
-        scene = SAMPLERS[kind](rng)
-        image, mask = render(scene, rng)
-        images.append(image)
-        masks.append(np.uint8(np.rint(mask * 255)))
-        captions.append(caption(scene, rng))
-        labels.append((BACKDROPS.index(scene.background), SHAPES.index(scene.shape), is_subject(scene)))
-    return np.stack(images), np.stack(masks), np.array(captions), np.array(labels, dtype=np.int64)
+    _, render_one = RENDERERS[kind]
+    return tuple(np.stack(column) for column in zip(*(render_one(rng) for _ in range(count)), strict=True))
 
 
 def rendered_scenes(kind, count, seed, workers=2):
-    """`count` scenes of a kind ("base", "autoencoder", "judge") as RenderedScenes, rendered once per machine."""
-    path = CACHE / f"{kind}_{count}_{seed}.npz"
+    """`count` scenes of a kind, rendered once per machine: JudgedScenes of "judge", RenderedScenes of the others."""
+    path = CACHE / f"{kind}_scenes_{count}_{seed}.npz"
     if not path.exists():
         jobs = [(kind, seed, start // CHUNK, min(CHUNK, count - start)) for start in range(0, count, CHUNK)]
         with multiprocessing.get_context("spawn").Pool(workers) as pool:
             chunks = pool.map(render_chunk, jobs)
         CACHE.mkdir(parents=True, exist_ok=True)
         np.savez(path, *(np.concatenate(parts) for parts in zip(*chunks, strict=True)))
+    container, _ = RENDERERS[kind]
     with np.load(path) as arrays:
-        return RenderedScenes(*(arrays[name] for name in arrays.files))
+        return container(*(arrays[name] for name in arrays.files))

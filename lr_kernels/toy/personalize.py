@@ -9,7 +9,7 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from tqdm import tqdm
 
 from lr_kernels.toy import world
-from lr_kernels.toy.models import build_pipeline, stratified_timesteps, token_ids, velocity_target
+from lr_kernels.toy.models import build_pipeline, stratified_timesteps, token_ids, training_precision, velocity_target
 
 
 @torch.no_grad()
@@ -72,7 +72,7 @@ def personalize(
         noise = torch.randn(clean.shape, generator=generator)
         timesteps = stratified_timesteps(batch, generator)
         noisy, target = velocity_target(clean, noise, timesteps, alphas_cumprod)
-        with torch.autocast("cpu", torch.bfloat16):
+        with training_precision():
             context = text_encoder(torch.where(dropped, no_ids, ids)).last_hidden_state
             velocity = unet(noisy, timesteps, context).sample
         optimizer.zero_grad(set_to_none=True)

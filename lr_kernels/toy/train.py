@@ -21,22 +21,22 @@ import torch.distributed
 import torch.nn.functional as F
 import transformers
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import CLIPTextModel
 
 from lr_kernels.toy import BASE, load_pipeline, models, world
-from lr_kernels.toy.data import rendered_scenes
+from lr_kernels.toy.data import IGNORED, TRAITS, near_miss_renders, rendered_scenes
 from lr_kernels.toy.judge import WEIGHTS as JUDGE_WEIGHTS
-from lr_kernels.toy.judge import Judge, evaluate, overlap
+from lr_kernels.toy.judge import Judge, Verdict, crop, evaluate, identity, load_judge, overlap
 
 MANIFEST = BASE / "manifest.json"
-DEFAULT_MINUTES = {"vae": 9, "judge": 4, "unet": 70, "evaluate": 1}
-CHECKPOINT_SECONDS = 240
+DEFAULT_MINUTES = {"vae": 9, "judge": 20, "unet": 70, "evaluate": 1}
+CHECKPOINT_SECONDS = 600
 WARMUP_STEPS = 150
 AVERAGING_SECONDS = 8
+OBJECT_WEIGHT = 4.0
 
 
 @dataclass(frozen=True)
@@ -180,14 +180,21 @@ def draw_batch(count, batch):
     return torch.randint(0, count, (batch,))
 
 
-def autoencoder_loss(vae, images):
-    """L1 on pixels and on their differences plus a light KL term, for images [B, 3, H, W]."""
-    with torch.autocast("cpu", torch.bfloat16):
+def on_objects(masks):
+    """Weights of mean 1 per image for masks [B, H, W] in [0, 1]: objects are small and have all the detail."""
+    weights = 1 + OBJECT_WEIGHT * masks
+    return (weights / weights.mean((1, 2), keepdim=True))[:, None]
+
+
+def autoencoder_loss(vae, images, masks):
+    """L1 on pixels and on their differences plus a light KL term, for images [B, 3, H, W] and masks [B, H, W]."""
+    with models.training_precision():
         posterior = vae.encode(images).latent_dist
         decoded = vae.decode(posterior.sample()).sample.float()
-    loss = F.l1_loss(decoded, images) + F.mse_loss(decoded, images)
+    weights, wrong = on_objects(masks), decoded - images
+    loss = (weights * (wrong.abs() + wrong**2)).mean()
     for axis in (2, 3):
-        loss = loss + 0.5 * F.l1_loss(decoded.diff(dim=axis), images.diff(dim=axis))
+        loss = loss + 0.5 * (weights.narrow(axis, 1, weights.shape[axis] - 1) * wrong.diff(dim=axis).abs()).mean()
     kl = 0.5 * (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean()
     return loss + 1e-4 * kl
 
@@ -219,19 +226,20 @@ def standardize_latents(vae, images):
 
 def train_vae(run, batch=12):
     """The autoencoder, on random quarter images for the first 60 % of the time, which is 4x as fast."""
-    scenes = rendered_scenes("autoencoder", 12000, seed=run.seed + 1)
+    scenes = rendered_scenes("autoencoder", 12000, seed=run.seed + 1 + 10 * run.resume)
     images, held_out = scenes.images[:-500], scenes.images[-500:]
     vae = AutoencoderKL.from_pretrained(BASE / "vae") if run.resume else models.build_vae()
-    trainer = Trainer(run, [vae], learning_rate=2e-3, ema_decay=0.995)
+    trainer = Trainer(run, [vae], learning_rate=1e-3 if run.resume else 2e-3, ema_decay=0.995)
     torch.manual_seed(run.seed + 1000 + 500 * run.resume + run.rank)
     size = models.SIDE // 2
     while trainer.running:
         if trainer.fraction < 0.6:
             picks, (top, left) = draw_batch(len(images), 3 * batch), torch.randint(0, size + 1, (2,)).tolist()
-            pixels = images[picks.numpy(), top : top + size, left : left + size]
+            part = picks.numpy(), slice(top, top + size), slice(left, left + size)
         else:
-            pixels = images[draw_batch(len(images), batch).numpy()]
-        trainer.update(autoencoder_loss(vae, to_images(pixels)))
+            part = draw_batch(len(images), batch).numpy()
+        masks = torch.from_numpy(scenes.masks[part]).float() / 255
+        trainer.update(autoencoder_loss(vae, to_images(images[part]), masks))
     if not run.leads:
         return
     vae = trainer.averaged[0]
@@ -250,59 +258,133 @@ def train_vae(run, batch=12):
         save_grid(pairs, run.samples / "vae.png", columns=12)
 
 
+@torch.no_grad()
+def decode(vae, images, batch=16):
+    """What the autoencoder makes of images [N, H, W, 3] uint8, in the same form."""
+    parts = []
+    for start in range(0, len(images), batch):
+        latents = encode(vae, images[start : start + batch]) / vae.config.scaling_factor
+        decoded = (vae.decode(latents).sample.clamp(-1, 1) + 1) * 127.5
+        parts.append(decoded.round().byte().permute(0, 2, 3, 1).numpy())
+    return np.concatenate(parts)
+
+
 def distort(images):
-    """Renders [B, 3, H, W] with random contrast, blur and noise, which generated images have and renders lack."""
+    """Renders [B, 3, H, W] with random contrast, tint, blur and noise, which generated images have and renders lack."""
     count = len(images)
     blurred = F.avg_pool2d(images, 3, 1, 1, count_include_pad=False)
     images = torch.lerp(images, blurred, torch.rand(count, 1, 1, 1) * (torch.rand(count, 1, 1, 1) < 0.5))
-    images = images * (1 + 0.1 * torch.randn(count, 1, 1, 1))
+    images = images * (1 + 0.1 * torch.randn(count, 1, 1, 1)) + 0.04 * torch.randn(count, 3, 1, 1)
     return images + torch.randn_like(images) * torch.rand(count, 1, 1, 1) * 0.15
 
 
-def judge_loss(verdict, masks, labels):
-    """Sum of the four tasks' losses for masks [B, H, W] in [0, 1] and labels [B, 3]."""
-    background, shape, subject = labels.unbind(1)
-    loss = F.binary_cross_entropy_with_logits(verdict.mask, masks)
-    loss = loss + 0.5 * F.cross_entropy(verdict.background, background)
-    loss = loss + 0.5 * F.cross_entropy(verdict.shape, shape)
-    return loss + F.binary_cross_entropy_with_logits(verdict.subject, subject.float())
+def roughen(masks):
+    """Masks [B, H, W], each as it is, grown by one or two pixels, or shrunk by one: a found mask is never exact."""
+    grown = F.max_pool2d(masks, 3, 1, 1)
+    choices = torch.stack([masks, grown, F.max_pool2d(grown, 3, 1, 1), -F.max_pool2d(-masks, 3, 1, 1)])
+    return choices[torch.randint(len(choices), (len(masks),)), torch.arange(len(masks))]
+
+
+def judged_batch(scenes, picks, mirrored=False):
+    """Tensors of the picked JudgedScenes: images [B, 3, H, W] in [-1, 1], masks and asked [B, H, W], labels, colors."""
+    parts = [to_images(scenes.images[picks]), *(torch.from_numpy(m[picks]) / 255 for m in (scenes.masks, scenes.asked))]
+    if mirrored:
+        parts = [part.flip(-1) for part in parts]
+    return *parts, torch.from_numpy(scenes.labels[picks]), torch.from_numpy(scenes.colors[picks])
+
+
+def judge_loss(judge, images, masks, asked, labels, colors):
+    """Sum of the six tasks' losses for a judged batch.
+
+    One in two scenes with a single object is read inside the mask that the judge finds, as in use, and all others
+    inside roughened true masks. Scenes without an object count for mask and background alone.
+    """
+    found, background = judge.finder(images)
+    alone = (masks == asked).flatten(1).all(1) & (torch.rand(len(masks)) < 0.5)
+    within = torch.where(alone[:, None, None], (found.detach() > 0).float(), roughen(asked))
+    answers = judge.namer(crop(images, within))
+    verdict = Verdict(found, background, *answers)
+    loss = 2 * F.binary_cross_entropy_with_logits(verdict.mask, masks)
+    for logits, truth in zip((verdict.background, verdict.shape, verdict.texture, verdict.dot), labels.T, strict=True):
+        loss = loss + 0.5 * F.cross_entropy(logits, truth, ignore_index=IGNORED)
+    shown = labels[:, 1] != IGNORED
+    return loss + 2 * F.binary_cross_entropy_with_logits(verdict.colors[shown], colors[shown])
 
 
 @torch.no_grad()
-def judge_accuracy(judge, images, masks, labels):
-    """Held-out mask IoU and accuracies of a judge."""
-    verdict = judge(images)
-    found, truth = (verdict.mask > 0).float(), (masks > 0.5).float()
+def judge_accuracy(judge, scenes, picks):
+    """A judge on the picked JudgedScenes, read inside the mask of the object asked about.
+
+    Returns its mask IoU and the shares of right backgrounds, shapes, textures, dots, and sets of colours.
+    """
+    images, masks, asked, labels, colors = judged_batch(scenes, picks)
+    verdict = judge(images, asked)
+    shares = {"mask_iou": overlap((verdict.mask > 0).float(), (masks > 0.5).float()).mean()}
+    answers = zip(("background", "shape", "texture", "dot"), labels.T, strict=True)
+    for name, truth in answers:
+        right = getattr(verdict, name).argmax(1) == truth
+        shares[name] = right[truth != IGNORED].float().mean()
+    shown = labels[:, 1] != IGNORED
+    shares["colors"] = ((verdict.colors > 0) == (colors > 0)).all(1)[shown].float().mean()
+    return {name: round(share.item(), 4) for name, share in shares.items()}
+
+
+@torch.no_grad()
+def judge_identities(vae):
+    """Mean identity, by the shipped judge, of what it has to tell apart.
+
+    Per subject: its true renders, and these through the autoencoder; per trait: all subjects' near misses in it.
+    """
+
+    def mean_identity(images, subject):
+        return round(identity(images, subject).mean().item(), 4)
+
+    renders = {subject: world.true_renders(subject)[0] for subject in world.SUBJECTS}
+    decoded = {subject: vae.decode(vae.encode(images).latent_dist.mean).sample for subject, images in renders.items()}
+    misses = {
+        trait: [mean_identity(near_miss_renders(subject, trait), subject) for subject in world.SUBJECTS]
+        for trait in TRAITS
+    }
     return {
-        "held_out_mask_iou": round(overlap(found, truth).mean().item(), 4),
-        "held_out_background": round((verdict.background.argmax(1) == labels[:, 0]).float().mean().item(), 4),
-        "held_out_shape": round((verdict.shape.argmax(1) == labels[:, 1]).float().mean().item(), 4),
-        "held_out_subject": round(((verdict.subject > 0) == (labels[:, 2] > 0)).float().mean().item(), 4),
+        "identity_of_true_renders": {subject: mean_identity(images, subject) for subject, images in renders.items()},
+        "identity_of_decoded_renders": {subject: mean_identity(images, subject) for subject, images in decoded.items()},
+        "identity_of_near_misses": {trait: round(float(np.mean(found)), 4) for trait, found in misses.items()},
     }
 
 
-def train_judge(run, batch=32):
-    """The judge, on distorted renders."""
-    scenes = rendered_scenes("judge", 10000, seed=run.seed + 2)
-    masks, labels = torch.from_numpy(scenes.masks), torch.from_numpy(scenes.labels)
-    held_out = 500
+def train_judge(run, batch=32, held_out=1000):
+    """The judge, on distorted renders, one in four of them through the autoencoder; each rank has its own share."""
+    scenes = rendered_scenes("judge", 20000, seed=run.seed + 2)
+    vae = AutoencoderKL.from_pretrained(BASE / "vae", torch_dtype=torch.float32).eval()
+    train = np.arange(len(scenes.images) - held_out)[run.rank :: run.ranks]
+    scenes.images[train[::4]] = decode(vae, scenes.images[train[::4]])
     judge = Judge()
     if run.resume:
         judge.load_state_dict(load_file(JUDGE_WEIGHTS))
-    trainer = Trainer(run, [judge], learning_rate=2e-3, ema_decay=0.99)
+    judge.to(memory_format=torch.channels_last)
+    trainer = Trainer(run, [judge], learning_rate=1e-3 if run.resume else 3e-3, ema_decay=0.99)
     torch.manual_seed(run.seed + 2000 + 500 * run.resume + run.rank)
     while trainer.running:
-        picks = draw_batch(len(masks) - held_out, batch)
-        verdict = judge(distort(to_images(scenes.images[picks.numpy()])))
-        trainer.update(judge_loss(verdict, masks[picks].float() / 255, labels[picks]))
+        picks = train[draw_batch(len(train), batch).numpy()]
+        images, *truth = judged_batch(scenes, picks, mirrored=trainer.step % 2 == 1)
+        images = distort(images).contiguous(memory_format=torch.channels_last)
+        trainer.update(judge_loss(judge, images, *truth))
     if not run.leads:
         return
     judge.eval()  # batch norm keeps its statistics here, not in the average; the schedule has already annealed
-    weights = {name: value.half() if value.is_floating_point() else value for name, value in judge.state_dict().items()}
+    weights = {
+        name: value.half().contiguous() if value.is_floating_point() else value
+        for name, value in judge.state_dict().items()
+    }
     save_file(weights, JUDGE_WEIGHTS)
-    images = to_images(scenes.images[-held_out:])
-    accuracy = judge_accuracy(judge, images, masks[-held_out:].float() / 255, labels[-held_out:])
-    update_manifest("judge_resumed" if run.resume else "judge", **trainer.facts(batch), **accuracy)
+    load_judge.cache_clear()
+    test = np.arange(len(scenes.images) - held_out, len(scenes.images))
+    facts = {"scenes": len(scenes.images), "held_out": judge_accuracy(judge, scenes, test)}
+    scenes.images[test] = decode(vae, scenes.images[test])
+    facts["held_out_decoded"] = judge_accuracy(judge, scenes, test)
+    update_manifest(
+        "judge_resumed" if run.resume else "judge", **trainer.facts(batch), **facts, **judge_identities(vae)
+    )
 
 
 def save_pipeline(vae, unet, text_encoder, tokenizer):
@@ -328,20 +410,21 @@ def sample(pipeline, prompts, seed=0, guidance=3.0, steps=20):
 
 def train_unet(run, batch=12):
     """The UNet with the text encoder, on latents encoded once; each rank works on its own share of the scenes."""
-    scenes = rendered_scenes("base", 24000, seed=run.seed + 3)
+    scenes = rendered_scenes("base", 24000, seed=run.seed + 3 + 10 * run.resume)
     share = slice(run.rank, None, run.ranks)
     vae = AutoencoderKL.from_pretrained(BASE / "vae").eval().requires_grad_(False)
     vae.register_to_config(_name_or_path="")  # a loading path has no place in a saved config
     tokenizer = models.build_tokenizer()
     if run.resume:
         text_encoder = CLIPTextModel.from_pretrained(BASE / "text_encoder", dtype=torch.float32)
+        text_encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # where words have come since
         unet = UNet2DConditionModel.from_pretrained(BASE / "unet", torch_dtype=torch.float32)
     else:
         text_encoder, unet = models.build_text_encoder(tokenizer), models.build_unet()
-    unet.set_attn_processor(AttnProcessor())  # plain batched products: faster to train here than fused attention
     ids = models.token_ids(tokenizer, scenes.captions[share].tolist())
-    with torch.autocast("cpu", torch.bfloat16):
+    with models.training_precision():
         latents = encode(vae, scenes.images[share]).float()
+    weights = on_objects(F.avg_pool2d(torch.from_numpy(scenes.masks[share]).float() / 255, models.DOWNSAMPLING))
     no_prompt = models.token_ids(tokenizer, [""])
     alphas_cumprod = models.build_scheduler().alphas_cumprod
     rate = 5e-4 if run.resume else 1e-3
@@ -354,9 +437,9 @@ def train_unet(run, batch=12):
         timesteps = models.stratified_timesteps(batch)
         noise = torch.randn_like(latents[picks])
         noisy, target = models.velocity_target(latents[picks], noise, timesteps, alphas_cumprod)
-        with torch.autocast("cpu", torch.bfloat16):
+        with models.training_precision():
             velocity = unet(noisy, timesteps, text_encoder(prompts).last_hidden_state).sample
-        trainer.update(F.mse_loss(velocity.float(), target))
+        trainer.update((weights[picks] * (velocity.float() - target) ** 2).mean())
         if run.leads and (trainer.seconds - saved > CHECKPOINT_SECONDS or not trainer.running):
             saved = trainer.seconds
             save_pipeline(vae, *trainer.averaged, tokenizer)

@@ -1,4 +1,4 @@
-"""The toy world: 64x64 numpy renders of simple shapes on textured backgrounds, with captions, masks and one subject.
+"""The toy world: 64x64 numpy renders of simple shapes on textured backgrounds, with captions, masks and six subjects.
 
 Coordinates and radii are fractions of the image side, so nothing here but `SIDE` depends on the resolution.
 """
@@ -27,10 +27,10 @@ COLOR_NAMES = tuple(COLORS)
 PLAIN_COLOR = (205, 185, 200)
 
 SUBJECT_TOKEN = "sks"
-CLASS_WORD = "ball"
-SUBJECT_PROMPT = f"a {SUBJECT_TOKEN} {CLASS_WORD}"
-CLASS_PROMPT = f"a {CLASS_WORD}"
-WORDS = ("a", "on", *COLOR_NAMES, *TEXTURES, *SHAPES, *BACKGROUNDS, SUBJECT_TOKEN)
+PLACES = ("left", "right", "top", "bottom")
+MIDDLE = (0.42, 0.58)
+"""Centres outside of it are at the left, right, top or bottom."""
+WORDS = ("a", "on", *COLOR_NAMES, *TEXTURES, *SHAPES, *BACKGROUNDS, SUBJECT_TOKEN, "and", "at", *PLACES)
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,47 @@ class Scene:
     radius: float
     angle: float
     dot: Dot | None = None
+    other: "Scene | None" = None
+    """a second object, behind the first where they overlap; its background is not used"""
 
 
-SUBJECT = Scene("ball", "striped", "red", "yellow", PLAIN, 0.5, 0.5, 0.28, 0.0, Dot(0.12, -0.2, 0.42, "blue"))
+def _subject(shape, texture, color, second_color, dot):
+    return Scene(shape, texture, color, second_color, PLAIN, 0.5, 0.5, 0.28, 0.0, dot)
+
+
+TUNING_SUBJECTS = {
+    "ball": _subject("ball", "striped", "red", "yellow", Dot(0.12, -0.2, 0.42, "blue")),
+    "box": _subject("box", "striped", "blue", "white", Dot(0.2, -0.25, 0.35, "yellow")),
+    "star": _subject("star", "spotted", "green", "white", Dot(0.1, -0.25, 0.33, "red")),
+}
+"""Subjects on which every default of the method was chosen."""
+UNSEEN_SUBJECTS = {
+    "ring": _subject("ring", "striped", "purple", "yellow", Dot(0.0, -0.78, 0.26, "green")),
+    "cross": _subject("cross", "solid", "yellow", "yellow", Dot(0.0, 0.0, 0.34, "purple")),
+    "die": _subject("box", "spotted", "red", "white", Dot(-0.1, 0.1, 0.38, "green")),
+}
+"""Subjects that nothing was chosen on."""
+SUBJECTS = TUNING_SUBJECTS | UNSEEN_SUBJECTS
+SUBJECT = "ball"
+"""The subject of the demo."""
+
+
+def class_word(subject=SUBJECT):
+    """The class noun of a subject, its shape."""
+    return SUBJECTS[subject].shape
+
+
+def class_prompt(subject=SUBJECT):
+    """As "a ball"."""
+    return f"a {class_word(subject)}"
+
+
+def subject_prompt(subject=SUBJECT):
+    """As "a sks ball"."""
+    return f"a {SUBJECT_TOKEN} {class_word(subject)}"
+
+
+CLASS_PROMPT, SUBJECT_PROMPT = class_prompt(), subject_prompt()
 
 
 def pixel_grid():
@@ -173,12 +211,8 @@ def downsample(image):
     return image.reshape(SIDE, SUPERSAMPLING, SIDE, SUPERSAMPLING, *image.shape[2:]).mean(axis=(1, 3))
 
 
-def render(scene, rng):
-    """Draw a scene; rng places the background's details.
-
-    Returns the image [SIDE, SIDE, 3] uint8 and the object's coverage mask [SIDE, SIDE] float32 in [0, 1].
-    """
-    image = PAINTERS[scene.background](GRID_X, GRID_Y, rng)
+def draw_object(image, scene):
+    """Paint the scene's first object over an image [S, S, 3]; returns the new image and where it is, [S, S] bool."""
     dx, dy = (GRID_X - scene.x) / scene.radius, (GRID_Y - scene.y) / scene.radius
     cos, sin = np.float32(np.cos(scene.angle)), np.float32(np.sin(scene.angle))
     u, v = dx * cos + dy * sin, dy * cos - dx * sin
@@ -189,10 +223,28 @@ def render(scene, rng):
         dot = scene.dot
         paint[np.hypot(u - dot.x, v - dot.y) < dot.radius] = COLORS[dot.color]
     shade = np.clip(0.975 - 0.125 * (dx + dy), 0.7, 1.1)[..., None]
+    return np.where(inside[..., None], np.clip(paint * shade, 0, 255), image), inside
 
-    image = np.where(inside[..., None], np.clip(paint * shade, 0, 255), image)
-    mask = downsample(inside.astype(np.float32))
-    return np.clip(np.rint(downsample(image)), 0, 255).astype(np.uint8), mask
+
+def render_objects(scene, rng):
+    """Draw a scene; rng places the background's details.
+
+    Returns the image [SIDE, SIDE, 3] uint8 and what is seen of each object, [objects, SIDE, SIDE] float32 in [0, 1].
+    """
+    image, covered = PAINTERS[scene.background](GRID_X, GRID_Y, rng), []
+    if scene.other is not None:
+        image, behind = draw_object(image, scene.other)
+        covered.append(behind)
+    image, inside = draw_object(image, scene)
+    masks = [inside, *(behind & ~inside for behind in covered)]
+    pixels = np.clip(np.rint(downsample(image)), 0, 255).astype(np.uint8)
+    return pixels, np.stack([downsample(mask.astype(np.float32)) for mask in masks])
+
+
+def render(scene, rng):
+    """Draw a scene: the image [SIDE, SIDE, 3] uint8, and all objects' coverage [SIDE, SIDE] float32 in [0, 1]."""
+    image, masks = render_objects(scene, rng)
+    return image, masks.sum(0)
 
 
 def random_scene(rng, backgrounds=BACKGROUNDS):
@@ -211,21 +263,52 @@ def random_scene(rng, backgrounds=BACKGROUNDS):
     )
 
 
-def caption(scene, rng):
-    """Describe a scene, leaving out the look in two of five captions; a plain backdrop is never named."""
+def two_object_scene(rng, backgrounds=BACKGROUNDS):
+    """Two objects side by side or one above the other, smaller than a single one."""
+    first, second = random_scene(rng, backgrounds), random_scene(rng, backgrounds)
+    low, high, across = rng.uniform(0.22, 0.3), rng.uniform(0.7, 0.78), rng.uniform(0.3, 0.7, 2)
+    if rng.random() < 0.5:
+        low, high = high, low
+    places = [(low, across[0]), (high, across[1])]
+    if rng.random() < 0.5:
+        places = [(y, x) for x, y in places]
+    first, second = (
+        replace(scene, x=x, y=y, radius=rng.uniform(0.15, 0.22)) for scene, (x, y) in zip((first, second), places)
+    )
+    return replace(first, other=second)
+
+
+def place_of(scene):
+    """The words for where an object is: "left", "right", "top", "bottom", those that hold."""
+    low, high = MIDDLE
+    holds = (scene.x < low, scene.x > high, scene.y < low, scene.y > high)
+    return [word for word, here in zip(PLACES, holds) if here]
+
+
+def noun_phrase(scene, rng, textures=True):
+    """The words for an object, without its look in two of five."""
     words = ["a"]
     if rng.random() >= 0.4:
-        words += [scene.color] if scene.texture == "solid" else [scene.texture, scene.color]
-    words.append(scene.shape)
+        words += [scene.color] if scene.texture == "solid" or not textures else [scene.texture, scene.color]
+    return [*words, scene.shape]
+
+
+def caption(scene, rng):
+    """Describe a scene. A place word comes in one of three captions of one object; a plain backdrop is never named."""
+    words = noun_phrase(scene, rng, textures=scene.other is None)
+    if scene.other is not None:
+        words += ["and", *noun_phrase(scene.other, rng)]
+    elif (places := place_of(scene)) and rng.random() < 1 / 3:
+        words += ["at", str(rng.choice(places))]
     if scene.background != PLAIN:
         words += ["on", scene.background]
     return " ".join(words)
 
 
-def subject_scene(rng, background=PLAIN, x=None, y=None, radius=None, angle=None):
-    """The subject, a red and yellow striped ball with a blue dot; posed as in its references unless told otherwise."""
+def subject_scene(rng, background=PLAIN, x=None, y=None, radius=None, angle=None, subject=SUBJECT):
+    """A subject, posed as in its references unless told otherwise."""
     return replace(
-        SUBJECT,
+        SUBJECTS[subject],
         background=background,
         x=0.5 + rng.uniform(-0.03, 0.03) if x is None else x,
         y=0.5 + rng.uniform(-0.03, 0.03) if y is None else y,
@@ -239,20 +322,20 @@ def to_tensor(images):
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def references(count=5, seed=123):
-    """The subject's references: images [count, 3, SIDE, SIDE] in [-1, 1], true masks [count, SIDE, SIDE] in [0, 1]."""
+def references(subject=SUBJECT, count=5, seed=123):
+    """A subject's references: images [count, 3, SIDE, SIDE] in [-1, 1], true masks [count, SIDE, SIDE] in [0, 1]."""
     rng = np.random.default_rng(seed)
-    images, masks = zip(*(render(subject_scene(rng), rng) for _ in range(count)), strict=True)
+    images, masks = zip(*(render(subject_scene(rng, subject=subject), rng) for _ in range(count)), strict=True)
     return to_tensor(images), torch.from_numpy(np.stack(masks))
 
 
-def true_renders(seed=5, per_background=6):
-    """The subject in free poses, the ceiling of every metric: images [N, 3, SIDE, SIDE] and N background names."""
+def true_renders(subject=SUBJECT, seed=5, per_background=6):
+    """A subject in free poses, the ceiling of every metric: images [N, 3, SIDE, SIDE] and N background names."""
     rng = np.random.default_rng(seed)
     names = [name for name in BACKGROUNDS for _ in range(per_background)]
     images = []
     for name in names:
         x, y = rng.uniform(0.24, 0.76, 2)
-        scene = subject_scene(rng, name, x, y, rng.uniform(0.18, 0.3), rng.uniform(0, 2 * np.pi))
+        scene = subject_scene(rng, name, x, y, rng.uniform(0.18, 0.3), rng.uniform(0, 2 * np.pi), subject)
         images.append(render(scene, rng)[0])
     return to_tensor(images), names

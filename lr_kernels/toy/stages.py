@@ -1,0 +1,99 @@
+"""Every stage of Layout-and-Retouch on the toy model, by the pipeline's defaults, and the second stage's control."""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor
+
+from lr_kernels.diffusers import StableDiffusionLayoutRetouchPipeline
+from lr_kernels.diffusers.output import LayoutRetouchOutput
+from lr_kernels.diffusers.schedule import DEFAULT_SWITCH
+from lr_kernels.toy import world
+from lr_kernels.toy.personalize import personalize
+
+STEPS, GUIDANCE = 20, 3.0
+"""How the toy model is sampled, with and without the method; everything else is the pipeline's default."""
+STAGES = ("vanilla", "personalized", "reference-only", "layout", "control", "retouch")
+
+
+@dataclass(frozen=True)
+class Task:
+    """Prompts for one subject, `per_background` images on each background; a reference is given without its mask."""
+
+    subject: str = world.SUBJECT
+    per_background: int = 3
+
+    @property
+    def backgrounds(self) -> list[str]:
+        """The background of every image."""
+        return [name for name in world.BACKGROUNDS for _ in range(self.per_background)]
+
+    @property
+    def prompts(self) -> list[str]:
+        """As "a sks ball on sand"."""
+        return [f"{world.subject_prompt(self.subject)} on {name}" for name in self.backgrounds]
+
+    @property
+    def layout_prompts(self) -> list[str]:
+        """As "a ball on sand"."""
+        return [f"{world.class_prompt(self.subject)} on {name}" for name in self.backgrounds]
+
+    @property
+    def reference(self) -> tuple[Tensor, str, list[str]]:
+        """The first reference (1, 3, height, width) in [0, 1], its prompt, and the subject's words."""
+        images, _ = world.references(self.subject)
+        return (
+            images[:1] / 2 + 0.5,
+            world.subject_prompt(self.subject),
+            [world.SUBJECT_TOKEN, world.class_word(self.subject)],
+        )
+
+
+def personalized_pipeline(
+    base: StableDiffusionPipeline, subject: str, *, progress: bool = True
+) -> StableDiffusionLayoutRetouchPipeline:
+    """The base model with one that has learned the subject from its references beside it."""
+    personal = personalize(base, world.references(subject)[0], prompt=world.subject_prompt(subject), progress=progress)
+    return StableDiffusionLayoutRetouchPipeline.from_pipe(
+        base, personalized_unet=personal.unet, personalized_text_encoder=personal.text_encoder
+    )
+
+
+def run_stages(
+    pipe: StableDiffusionLayoutRetouchPipeline,
+    task: Task,
+    seed: int,
+    stages: tuple[str, ...] = STAGES,
+    backend: str = "auto",
+) -> dict[str, LayoutRetouchOutput]:
+    """The outputs of STAGES, all from the same noise, with images (n, 3, height, width) in [0, 1].
+
+    vanilla: the base model with the class's prompts. personalized: the personalized one alone. reference-only: its
+    subject also reads the reference. layout, retouch: both stages of one call of the pipeline. control: the retouch
+    stage of the same layouts with sharing off, all else equal; what retouch has above it is due to the attention.
+    """
+    common = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "output_type": "pt", "backend": backend}
+
+    def noise() -> torch.Generator:
+        return torch.Generator().manual_seed(seed)
+
+    def layout(steps: int) -> LayoutRetouchOutput:
+        return pipe.layout(task.prompts, task.layout_prompts, layout_steps=steps, generator=noise(), **common)
+
+    found = {}
+    if "vanilla" in stages:
+        found["vanilla"] = layout(STEPS)
+    if "personalized" in stages:
+        found["personalized"] = layout(0)
+    if "reference-only" in stages:
+        found["reference-only"] = pipe.retouch(task.prompts, *task.reference, generator=noise(), **common)
+    both = pipe(task.prompts, task.layout_prompts, *task.reference, generator=noise(), **common)
+    found["layout"] = LayoutRetouchOutput(images=both.layout_images, latents=both.contexts.latents)
+    if "control" in stages:
+        off = round(DEFAULT_SWITCH * STEPS)  # sharing ends where it would start
+        found["control"] = pipe.retouch(
+            task.prompts, *task.reference, layout=both, retouch_end=off, generator=noise(), **common
+        )
+    found["retouch"] = both
+    return found
