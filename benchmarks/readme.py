@@ -133,18 +133,76 @@ def retouch_table() -> str:
     return "\n".join([*lines, "", about + "of 30 % of the image, medians of interleaved runs of one process."])
 
 
+STAGE_COLUMNS = {
+    "identity": "identity ↑",
+    "histogram": "colour histogram ↑",
+    "encoder": "untrained encoder ↑",
+    "background": "background right ↑",
+    "position_std": "position spread ↑",
+    "diversity": "1 − mIoU ↑",
+    "layout_iou": "IoU with layout ↑",
+}
+
+
+def stage_lines(stages: dict[str, dict[str, str]]) -> list[str]:
+    """A Markdown table of the columns that the stages have."""
+    names = [name for name in STAGE_COLUMNS if name in next(iter(stages.values()))]
+    lines = ["| stage | " + " | ".join(STAGE_COLUMNS[name] for name in names) + " |", "|---" * (len(names) + 1) + "|"]
+    for stage, values in stages.items():
+        mark = "**" if stage == "retouch" else ""
+        lines.append(f"| {mark}{stage}{mark} | " + " | ".join(values[name] for name in names) + " |")
+    return lines
+
+
 def demo_table() -> str:
     """The toy model's metrics per stage."""
     report = json.loads((RESULTS / "demo.json").read_text())
+    cells = {stage: {name: f"{x:.3f}" for name, x in found.items()} for stage, found in report["stages"].items()}
+    pairs = (
+        f"{pair}: {mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+        for pair, (mean, low, high) in report["identity_differences"].items()
+    )
+    about = f"{report['subject']}, {report['images']} images a stage; paired identity {'; '.join(pairs)}."
+    intro = "`make demo`, on its own subject, one of the three on which the defaults were chosen:"
+    return "\n".join([intro, "", *stage_lines(cells), "", about])
+
+
+def method_table() -> str:
+    """Stages and paired differences on the unseen subjects."""
+    report = json.loads((RESULTS / "method" / "unseen.json").read_text())
+    cells = {
+        stage: {name: "{:.3f} [{:.3f}, {:.3f}]".format(*x) for name, x in found.items()}
+        for stage, found in report["stages"].items()
+    }
+    intro = "On subjects of the toy model that nothing was tuned on, by the pipeline's defaults (95 % intervals over subjects, "
     lines = [
-        "| stage | identity ↑ | colour histogram ↑ | background right ↑ | position spread ↑ | 1 − mIoU ↑ |",
-        "|---|---|---|---|---|---|",
+        intro + "seeds and images):",
+        "",
+        *stage_lines(cells),
+        "",
+        "| paired difference | all | " + " | ".join(report["of"]["subjects"]) + " |",
     ]
-    for name, m in report["stages"].items():
-        mark = "**" if name == "retouch" else ""
-        values = (m[k] for k in ("identity", "histogram", "background", "position_std", "diversity"))
-        lines.append(f"| {mark}{name}{mark} | " + " | ".join(f"{v:.3f}" for v in values) + " |")
-    return "\n".join(lines)
+    lines.append("|---" * (len(report["of"]["subjects"]) + 2) + "|")
+    for pair, entry in report["differences"].items():
+        if pair.endswith(("identity", "encoder")):
+            lines.append(
+                f"| {pair} | " + " | ".join("{:+.3f} [{:+.3f}, {:+.3f}]".format(*x) for x in entry.values()) + " |"
+            )
+    m = report["of"]
+    about = f"{m['images']} images a stage, {len(m['seeds'])} seeds, position spread as a fraction of the image side; "
+    return "\n".join([*lines, "", about + f"{m['isa']}, torch {m['torch']}, commit {m['commit']}."])
+
+
+def price_table() -> str:
+    """Both stages beside plain generation."""
+    with (RESULTS / "price.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    lines = ["What the whole method costs, on the CPU at SD1.5's size:", ""]
+    lines += ["| run | images through the UNet | seconds | times plain |", "|---|---|---|---|"]
+    lines += [f"| {r['run']} | {r['rows']} | {r['seconds']} | {r['times_plain']} |" for r in rows]
+    m = rows[0]
+    about = f"{m['side']}², {m['steps']} steps, one image with guidance, fp32, random weights; {m['isa']}, "
+    return "\n".join([*lines, "", about + f"{m['threads']} threads, torch {m['torch']}, commit {m['commit']}."])
 
 
 TABLES = {
@@ -153,6 +211,8 @@ TABLES = {
     "gpu": gpu_table,
     "step": step_table,
     "demo": demo_table,
+    "method": method_table,
+    "price": price_table,
 }
 
 

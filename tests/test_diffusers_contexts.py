@@ -261,8 +261,11 @@ def test_a_foreground_is_the_region_of_the_highest_values():
     maps = torch.zeros(1, 1, 8, 8)
     maps[0, 0, 2:5, 2:6] = 1.0
     maps[0, 0, 7, 7] = 0.9
-    found = foreground(maps, (8, 8))
-    assert torch.equal(found[0], grown((maps[0] == 1), 1))
+    maps[0, 0, 5, 2:6] = 0.3  # warm, so the margin takes it
+    maps[0, 0, 6, 2:6] = 0.3  # warm but beyond the margin
+    expected = maps[0] == 1
+    expected[0, 5, 2:6] = True
+    assert torch.equal(foreground(maps, (8, 8))[0], expected)
 
 
 def test_implausible_areas_are_warned_about(pipe):

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from lr_kernels import demo, toy
+from lr_kernels.toy.stages import STAGES
 
 
 def test_references_are_reproducible():
@@ -27,13 +28,26 @@ def test_the_shipped_folder_is_a_stable_diffusion_pipeline_without_pickles():
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory):
+def demonstration(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     found = demo.run(folder, seeds=3)
     assert json.loads((folder / "metrics.json").read_text()) == found
-    picture = np.asarray(Image.open(folder / "comparison.png"))
-    assert picture.std() > 0
-    return found["stages"]
+    for name in ("comparison", "masks"):
+        assert np.asarray(Image.open(folder / f"{name}.png")).std() > 0
+    return found
+
+
+@pytest.fixture
+def report(demonstration):
+    return demonstration["stages"]
+
+
+def test_sharing_attention_is_what_recovers_the_subject(demonstration):
+    """The control is the retouch stage with sharing off: where sharing does nothing, their images are the same."""
+    assert tuple(demonstration["stages"]) == STAGES
+    mean, low, _ = demonstration["identity_differences"]["retouch - control"]
+    assert mean > 0.05 and low > 0
+    assert demonstration["identity_differences"]["retouch - layout"][1] > 0
 
 
 def test_retouch_recovers_the_subject_that_the_layout_lost(report):

@@ -17,7 +17,7 @@ from .processors import AttentionState
 from .settings import OP
 from .subject import SubjectMaps, SubjectTokens, stretched
 
-MAP_SHARE = 0.5
+MAP_SHARE = 0.3
 """Share of the layout stage's steps, the last ones, whose maps say where the subject is."""
 
 

@@ -12,9 +12,9 @@ SPECK = 0.5
 """Regions smaller than this share of the largest are no part of the subject."""
 FILLED_HOLE = 0.1
 """Holes smaller than this share of the subject are filled; a ring keeps its own."""
-MARGIN = 0.6
-"""How much larger than found a foreground is made, in cells of the maps: a mask that cuts the subject does more harm
-than one that lets some background in."""
+MARGIN, WARM = 0.6, 0.25
+"""A foreground grows by up to MARGIN cells of the maps into what is above WARM on the stretched maps: a mask that cuts
+the subject does more harm than one that lets some background in."""
 PLAUSIBLE = (0.005, 0.8)
 """Shares of the picture that a subject may cover without a warning."""
 
@@ -23,10 +23,11 @@ def foreground(
     maps: Tensor, size: tuple[int, int], *, threshold: float | str = "otsu", backend: str = "auto"
 ) -> Tensor:
     """Maps (S, n, h, w) -> masks, bool (S, n, *size): above the threshold, without specks, a little larger."""
-    masks = subject_mask(maps.flatten(0, 1)[:, None], size=size, threshold=threshold, backend=backend)
+    rows = maps.flatten(0, 1)[:, None]
+    masks, warm = (subject_mask(rows, size=size, threshold=level, backend=backend) for level in (threshold, WARM))
     cleaned = without_specks(masks)
     radius = round(MARGIN * max(side / cells for side, cells in zip(size, maps.shape[2:])))
-    return grown(cleaned, radius).unflatten(0, maps.shape[:2])
+    return (cleaned | (grown(cleaned, radius) & warm)).unflatten(0, maps.shape[:2])
 
 
 def without_specks(masks: Tensor) -> Tensor:

@@ -80,9 +80,9 @@ class LayoutRetouch(LayoutStage, RetouchStage):
             layout_prompt: the same scene with the class noun alone, as "a ball on sand"; one for all or one per prompt.
             reference_image: an image of the subject, or several. reference_prompt: as "a sks ball"; one for all or one
                 per reference.
-            subject_tokens: words that stand for the subject in `prompt` and `reference_prompt`, as ("sks", "ball"). Of
-                several subjects a list of such lists, as [("sks", "dog"), ("abc", "cat")], up to 6; the prompts have
-                them all, a reference's prompt that of its own.
+            subject_tokens: the words by which the model finds the subject in `prompt` and `reference_prompt`, best the
+                class noun alone, as "ball": the maps of a rare token are less sharp. Of several subjects a list of
+                lists, as [["dog"], ["cat"]], up to 6; the prompts have them all, a reference's prompt that of its own.
             reference_mask: of any kind and size, see `pictures.as_mask`; of several references a list. None: by the
                 model's attention.
             reference_subjects: which subject each reference shows. Default: the only one, or one reference for each.

@@ -91,6 +91,7 @@ def other_choice(rng, options, taken):
 
 DISK_X, DISK_Y = np.meshgrid(np.linspace(-1, 1, 15), np.linspace(-1, 1, 15))
 DISK_X, DISK_Y = (grid[np.hypot(DISK_X, DISK_Y) < 1] for grid in (DISK_X, DISK_Y))
+"""Points spread evenly over the unit disk, [P] each."""
 
 
 def seen_of_dot(dot, shape):
@@ -108,7 +109,7 @@ def dot_on(scene, rng, color=None):
 
 
 def near_miss(scene, trait, rng):
-    """The scene's object with one of its TRAITS changed; where a new shape would cut off the dot, the dot moves."""
+    """A scene's object, one with a dot, with one of its TRAITS changed; a dot that a new shape would cut off moves."""
     dot_color = None if scene.dot is None else scene.dot.color
     match trait:
         case "shape":
@@ -169,7 +170,7 @@ def judge_scene(rng):
         return replace(dressed(scene, rng), other=dressed(scene.other, rng))
     scene = dressed(random_scene(rng, BACKDROPS), rng)
     if kind < 0.34:
-        return replace(scene, x=-9.0)
+        return replace(scene, x=-9.0)  # out of view
     if kind < 0.5:
         return replace(scene, x=rng.uniform(0.08, 0.92), y=rng.uniform(0.08, 0.92), radius=rng.uniform(0.13, 0.34))
     return scene

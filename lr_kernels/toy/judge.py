@@ -1,6 +1,7 @@
 """The toy world's measures: a small network trained on renders that names what an image shows, and metrics from it."""
 
 import itertools
+import math
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -281,7 +282,7 @@ def evaluate(images, backgrounds, layouts=None, subject=world.SUBJECT):
     metrics = {name: values.mean() for name, values in scores(images, backgrounds, layouts, subject).items()}
     masks = object_masks(images)
     x, y = (centre[visible(masks)] for centre in centroids(masks))
-    metrics["position_std"] = (x.var() + y.var()).sqrt()
+    metrics["position_std"] = (x.var() + y.var()).sqrt() if len(x) > 1 else math.nan
     pairs = [(i, j) for i, j in itertools.combinations(range(len(images)), 2) if backgrounds[i] == backgrounds[j]]
     if pairs:
         first, second = torch.tensor(pairs).T

@@ -40,14 +40,10 @@ class Task:
         return [f"{world.class_prompt(self.subject)} on {name}" for name in self.backgrounds]
 
     @property
-    def reference(self) -> tuple[Tensor, str, list[str]]:
-        """The first reference (1, 3, height, width) in [0, 1], its prompt, and the subject's words."""
+    def reference(self) -> tuple[Tensor, str, str]:
+        """The first reference (1, 3, height, width) in [0, 1], its prompt, and the word that finds the subject."""
         images, _ = world.references(self.subject)
-        return (
-            images[:1] / 2 + 0.5,
-            world.subject_prompt(self.subject),
-            [world.SUBJECT_TOKEN, world.class_word(self.subject)],
-        )
+        return images[:1] / 2 + 0.5, world.subject_prompt(self.subject), world.class_word(self.subject)
 
 
 def personalized_pipeline(

@@ -302,8 +302,7 @@ def judge_loss(judge, images, masks, asked, labels, colors):
     found, background = judge.finder(images)
     alone = (masks == asked).flatten(1).all(1) & (torch.rand(len(masks)) < 0.5)
     within = torch.where(alone[:, None, None], (found.detach() > 0).float(), roughen(asked))
-    answers = judge.namer(crop(images, within))
-    verdict = Verdict(found, background, *answers)
+    verdict = Verdict(found, background, *judge.namer(crop(images, within)))
     loss = 2 * F.binary_cross_entropy_with_logits(verdict.mask, masks)
     for logits, truth in zip((verdict.background, verdict.shape, verdict.texture, verdict.dot), labels.T, strict=True):
         loss = loss + 0.5 * F.cross_entropy(logits, truth, ignore_index=IGNORED)
@@ -315,16 +314,16 @@ def judge_loss(judge, images, masks, asked, labels, colors):
 def judge_accuracy(judge, scenes, picks):
     """A judge on the picked JudgedScenes, read inside the mask of the object asked about.
 
-    Returns its mask IoU and the shares of right backgrounds, shapes, textures, dots, and sets of colours.
+    Returns its mask IoU where an object is shown, and the shares of right backgrounds, shapes, textures, dots, and sets
+    of colours.
     """
     images, masks, asked, labels, colors = judged_batch(scenes, picks)
     verdict = judge(images, asked)
-    shares = {"mask_iou": overlap((verdict.mask > 0).float(), (masks > 0.5).float()).mean()}
-    answers = zip(("background", "shape", "texture", "dot"), labels.T, strict=True)
-    for name, truth in answers:
+    shown = labels[:, 1] != IGNORED
+    shares = {"mask_iou": overlap((verdict.mask > 0).float(), (masks > 0.5).float())[shown].mean()}
+    for name, truth in zip(("background", "shape", "texture", "dot"), labels.T, strict=True):
         right = getattr(verdict, name).argmax(1) == truth
         shares[name] = right[truth != IGNORED].float().mean()
-    shown = labels[:, 1] != IGNORED
     shares["colors"] = ((verdict.colors > 0) == (colors > 0)).all(1)[shown].float().mean()
     return {name: round(share.item(), 4) for name, share in shares.items()}
 
