@@ -47,7 +47,7 @@ def pipelines(side: int) -> tuple[StableDiffusionPipeline, StableDiffusionLayout
         "tokenizer": tokenizer,
         "unet": unet,
         "scheduler": DDIMScheduler(
-            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False
+            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1
         ),
         "safety_checker": None,
         "feature_extractor": None,

@@ -174,9 +174,9 @@ def method_table() -> str:
         stage: {name: "{:.3f} [{:.3f}, {:.3f}]".format(*x) for name, x in found.items()}
         for stage, found in report["stages"].items()
     }
-    intro = "On subjects of the toy model that nothing was tuned on, by the pipeline's defaults (95 % intervals over subjects, "
+    intro = "On subjects of the toy model that nothing was tuned on, by the pipeline's defaults "
     lines = [
-        intro + "seeds and images):",
+        intro + "(95 % intervals over subjects, seeds and images):",
         "",
         *stage_lines(cells),
         "",

@@ -265,7 +265,8 @@ def test_a_foreground_is_the_region_of_the_highest_values():
     maps[0, 0, 6, 2:6] = 0.3  # warm but beyond the margin
     expected = maps[0] == 1
     expected[0, 5, 2:6] = True
-    assert torch.equal(foreground(maps, (8, 8))[0], expected)
+    assert torch.equal(foreground(maps, (8, 8), warm=0.2)[0], expected)
+    assert torch.equal(foreground(maps, (8, 8))[0], grown(maps[0] == 1, 1))
 
 
 def test_implausible_areas_are_warned_about(pipe):

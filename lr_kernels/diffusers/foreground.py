@@ -12,22 +12,27 @@ SPECK = 0.5
 """Regions smaller than this share of the largest are no part of the subject."""
 FILLED_HOLE = 0.1
 """Holes smaller than this share of the subject are filled; a ring keeps its own."""
-MARGIN, WARM = 0.6, 0.25
-"""A foreground grows by up to MARGIN cells of the maps into what is above WARM on the stretched maps: a mask that cuts
-the subject does more harm than one that lets some background in."""
+MARGIN, WARM = 0.6, 0.2
+"""A foreground grows by MARGIN cells of the maps, that of an image to be made only into what is above WARM on the
+stretched maps: a mask that cuts the subject does more harm than one that lets some background in."""
 PLAUSIBLE = (0.005, 0.8)
 """Shares of the picture that a subject may cover without a warning."""
 
 
 def foreground(
-    maps: Tensor, size: tuple[int, int], *, threshold: float | str = "otsu", backend: str = "auto"
-) -> Tensor:
-    """Maps (S, n, h, w) -> masks, bool (S, n, *size): above the threshold, without specks, a little larger."""
+    maps: Tensor, size: tuple[int, int], *, threshold: float | str = "otsu", warm: float | None = None,
+    backend: str = "auto",
+) -> Tensor:  # fmt: skip
+    """Maps (S, n, h, w) -> masks, bool (S, n, *size): above the threshold, without specks, a little larger.
+
+    warm: the masks grow only where the stretched maps are above it. None: on all sides.
+    """
     rows = maps.flatten(0, 1)[:, None]
-    masks, warm = (subject_mask(rows, size=size, threshold=level, backend=backend) for level in (threshold, WARM))
-    cleaned = without_specks(masks)
-    radius = round(MARGIN * max(side / cells for side, cells in zip(size, maps.shape[2:])))
-    return (cleaned | (grown(cleaned, radius) & warm)).unflatten(0, maps.shape[:2])
+    cleaned = without_specks(subject_mask(rows, size=size, threshold=threshold, backend=backend))
+    masks = grown(cleaned, round(MARGIN * max(side / cells for side, cells in zip(size, maps.shape[2:]))))
+    if warm is not None:
+        masks = cleaned | (masks & subject_mask(rows, size=size, threshold=warm, backend=backend))
+    return masks.unflatten(0, maps.shape[:2])
 
 
 def without_specks(masks: Tensor) -> Tensor:

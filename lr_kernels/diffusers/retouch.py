@@ -13,7 +13,7 @@ from .components import PersonalizedPipeline, as_list, noise_like
 from .condition import Condition, predict
 from .contexts import Contexts
 from .denoiser import RetouchDenoiser
-from .foreground import foreground, warn_of_implausible
+from .foreground import WARM, foreground, warn_of_implausible
 from .install import install_processors
 from .inversion import invert, renoise
 from .matching import matcher
@@ -372,7 +372,7 @@ def _serves(contexts: Contexts, request: Request) -> bool:
 def _masks(pipe: PersonalizedPipeline, request: Request, contexts: Contexts | None, rows: Rows, costs: Costs) -> Masks:
     """Foregrounds of contexts and references: those given, else by the model's attention."""
     settings, references, count = request.settings, request.references, len(request.prompts)
-    to_mask = _to_mask(request)
+    to_mask = _to_mask(request, WARM)
     of_contexts = None if contexts is None else request.layout_masks
     maps = None if contexts is None else contexts.maps
     if of_contexts is not None:
@@ -399,7 +399,7 @@ def _masks(pipe: PersonalizedPipeline, request: Request, contexts: Contexts | No
         of_contexts = to_mask(maps)
         hint = "see mask_threshold and subject_tokens, or pass layout_mask"
         warn_of_implausible(of_contexts, "layout", hint)
-    return Masks(of_contexts, maps, _foreground_of_references(request, of_references, to_mask))
+    return Masks(of_contexts, maps, _foreground_of_references(request, of_references, _to_mask(request)))
 
 
 def _foreground_of_references(request: Request, maps: Tensor | None, to_mask: Callable[[Tensor], Tensor]) -> Tensor:
@@ -419,10 +419,12 @@ def _foreground_of_references(request: Request, maps: Tensor | None, to_mask: Ca
     return torch.cat(found)
 
 
-def _to_mask(request: Request) -> Callable[[Tensor], Tensor]:
-    """Maps (S, n, h, w) -> bool (S, n, *size)."""
+def _to_mask(request: Request, warm: float | None = None) -> Callable[[Tensor], Tensor]:
+    """Maps (S, n, h, w) -> bool (S, n, *size), see `foreground`."""
     settings = request.settings
-    return partial(foreground, size=request.size, threshold=settings.mask_threshold, backend=settings.backend)
+    return partial(
+        foreground, size=request.size, threshold=settings.mask_threshold, warm=warm, backend=settings.backend
+    )
 
 
 def _matches(pipe: PersonalizedPipeline, request: Request, contexts: Contexts | None, rows: Rows) -> Callable | None:
@@ -481,4 +483,4 @@ def _tracker(request: Request, masks: Masks, steps: int) -> TargetMasks | None:
     """What makes the targets' masks during the stage; None: they stay those of the contexts."""
     if not request.settings.mask_blending and masks.contexts is not None:
         return None
-    return TargetMasks(masks.maps, _to_mask(request), steps)
+    return TargetMasks(masks.maps, _to_mask(request, WARM), steps)

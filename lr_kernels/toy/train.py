@@ -247,6 +247,7 @@ def train_vae(run, batch=12):
     with torch.no_grad():
         decoded = vae.decode(encode(vae, held_out) / vae.config.scaling_factor).sample
     error = F.mse_loss(decoded.clamp(-1, 1), to_images(held_out)).item()
+    vae.register_to_config(_name_or_path="")  # a loading path has no place in a saved config
     vae.half().save_pretrained(BASE / "vae", safe_serialization=True)
     facts = trainer.facts(batch) | {
         "latent_std": round(deviation, 4),
