@@ -169,7 +169,10 @@ def demo_table() -> str:
 
 def method_table() -> str:
     """Stages and paired differences on the unseen subjects."""
-    report = json.loads((RESULTS / "method" / "unseen.json").read_text())
+    path = RESULTS / "method" / "unseen.json"
+    if not path.exists():
+        return "*The unseen subjects: not run with these weights.*"
+    report = json.loads(path.read_text())
     cells = {
         stage: {name: "{:.3f} [{:.3f}, {:.3f}]".format(*x) for name, x in found.items()}
         for stage, found in report["stages"].items()

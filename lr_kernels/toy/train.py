@@ -29,7 +29,7 @@ from transformers import CLIPTextModel
 from lr_kernels.toy import BASE, load_pipeline, models, world
 from lr_kernels.toy.data import IGNORED, TRAITS, near_miss_renders, rendered_scenes
 from lr_kernels.toy.judge import WEIGHTS as JUDGE_WEIGHTS
-from lr_kernels.toy.judge import Judge, Verdict, crop, evaluate, identity, load_judge, overlap
+from lr_kernels.toy.judge import Judge, Verdict, crop, evaluate, identity, load_judge, overlap, shape_rates
 
 MANIFEST = BASE / "manifest.json"
 DEFAULT_MINUTES = {"vae": 9, "judge": 20, "unet": 70, "evaluate": 1}
@@ -451,15 +451,18 @@ def train_unet(run, batch=12):
 
 
 def evaluate_base(run, seed=7, per_background=6):
-    """Write the judge's metrics of the saved base model on "a ball on ..." into the manifest."""
+    """Write into the manifest how often "a ball on ..." of the saved base model is judged a ball, for every class."""
     if not run.leads:
         return
     names = [name for name in world.BACKGROUNDS for _ in range(per_background)]
-    images = sample(load_pipeline(BASE), [f"{world.CLASS_PROMPT} on {name}" for name in names], seed)
-    facts = {"seed": seed, "images": len(images), "guidance": 3.0, "inference_steps": 20}
-    update_manifest("base_model", **facts, **evaluate(images, names))
+    pipeline = load_pipeline(BASE)
+    images = {shape: sample(pipeline, [f"a {shape} on {name}" for name in names], seed) for shape in world.SHAPES}
+    rates = {shape: round(shape_rates(x, shape), 4) for shape, x in images.items()}
+    facts = {"seed": seed, "images_per_class": len(names), "guidance": 3.0, "inference_steps": 20}
+    backgrounds = [evaluate(x, names)["background"] for x in images.values()]
+    update_manifest("base_model", **facts, class_rates=rates, background=round(float(np.mean(backgrounds)), 4))
     if run.samples:
-        save_grid(images, run.samples / "base_model.png", columns=12)
+        save_grid(torch.cat([x[::3] for x in images.values()]), run.samples / "base_model.png", columns=12)
 
 
 STAGES = {"vae": train_vae, "judge": train_judge, "unet": train_unet, "evaluate": evaluate_base}
