@@ -126,6 +126,16 @@ def test_where_latents_come_from(pipe, contexts_from, targets_from):
     assert distance(first.latents, reference.latents) <= TOLERANCE
 
 
+def test_layouts_of_another_scheduler_or_other_subjects_are_refused(pipe):
+    stages = pipe.layout(PROMPTS, "a ball", [["sks"], ["ball"]], latents=NOISE, **SHARED)
+    arguments = {**SHARED, "layout": stages, "reference_mask": MASK}
+    with pytest.raises(ValueError, match="subject_tokens: expected 2 subjects, as the layouts had, got 1"):
+        pipe.retouch(PROMPTS, IMAGES[:1], "a sks ball", ("sks", "ball"), **arguments)
+    euler = fresh("sd", **{**pipe.components, "scheduler": EulerDiscreteScheduler(), "requires_safety_checker": False})
+    with pytest.raises(ValueError, match="scheduler: expected the one that the layouts were made with"):
+        euler.retouch(PROMPTS, IMAGES[:1], "a sks ball", ("sks", "ball"), **arguments)
+
+
 def test_targets_without_sharing_on_the_trajectory_are_the_layouts(pipe):
     out = run(pipe, retouch_start=1, retouch_end=1, targets_from="contexts", layout_steps=1)
     assert distance(out.latents, out.layout_images) <= TOLERANCE

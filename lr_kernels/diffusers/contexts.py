@@ -37,6 +37,8 @@ class Contexts:
     """keys and values of the steps that share; rows (unconditional, conditional) of every image"""
     bank_start: int = 0
     """the step of the schedule that is the bank's first"""
+    levels: tuple[float, ...] | None = None
+    """of the trajectory: what its scheduler multiplies the clean latents by, before every step and in the end"""
 
 
 class ContextRecorder:

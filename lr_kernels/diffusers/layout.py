@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -116,10 +117,13 @@ def lay_out(pipe: PersonalizedPipeline, request: Request) -> LayoutRetouchOutput
                 latents = pipe.after_step(settings.callback_on_step_end, i, t, latents)
                 bar.update()
     images, nsfw = pipe.decode(latents, settings.output_type, costs)
+    contexts = None
+    if recorder is not None and not pipe.interrupt:
+        contexts = replace(recorder.contexts(latents, noise), levels=tuple(solver.alphas.tolist()))
     return LayoutRetouchOutput(
         images=images,
         latents=latents,
-        contexts=None if recorder is None or pipe.interrupt else recorder.contexts(latents, noise),
+        contexts=contexts,
         nsfw_content_detected=nsfw,
         seconds=costs.seconds,
         rows=costs.rows,

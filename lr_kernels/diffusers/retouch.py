@@ -329,6 +329,11 @@ def _check_contexts(request: Request, contexts: Contexts | None) -> None:
         fail(OP, "contexts_from", "another way, since context_latents have no trajectory", "'trajectory'", hint)
     elif contexts.trajectory is not None and len(contexts.trajectory) != request.solver.steps + 1:
         fail(OP, "num_inference_steps", f"{len(contexts.trajectory) - 1}, as the layouts had", request.solver.steps)
+    elif contexts.levels not in (None, tuple(request.solver.alphas.tolist())):
+        fail(OP, "scheduler", "the one that the layouts were made with", "another one")
+    elif contexts.maps is not None and len(contexts.maps) != len(request.subjects):
+        hint = "pass layout() the same subject_tokens"
+        fail(OP, "subject_tokens", f"{len(contexts.maps)} subjects, as the layouts had", len(request.subjects), hint)
 
 
 def _rows(pipe: PersonalizedPipeline, request: Request, contexts: Contexts | None) -> Rows:
