@@ -22,11 +22,10 @@ from lr_kernels import toy
 from lr_kernels.diffusers import StableDiffusionLayoutRetouchPipeline
 from lr_kernels.toy import world
 from lr_kernels.toy.judge import evaluate, object_masks, overlap, scores
-from lr_kernels.toy.stages import STAGES, Task, personalized_pipeline, run_stages
+from lr_kernels.toy.stages import PAIRS, STAGES, Task, personalized_pipeline, run_stages
 from lr_kernels.toy.statistics import bootstrap_interval, paired_difference
 
 SEEDS = (1000, 2000, 3000)
-PAIRS = (("retouch", "control"), ("retouch", "layout"))
 SETS = {"tuning": tuple(world.TUNING_SUBJECTS), "unseen": tuple(world.UNSEEN_SUBJECTS)}
 
 

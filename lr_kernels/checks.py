@@ -1,6 +1,7 @@
 """Error messages of one form: ``lr_kernels.<op>: <argument>: expected …, got …; <hint>``."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -14,6 +15,12 @@ def fail(
 ) -> NoReturn:
     """Raise `error` with the library's one message form."""
     raise error(f"lr_kernels.{op}: {argument}: expected {expected}, got {got}" + (f"; {hint}" if hint else ""))
+
+
+def check_choice(op: str, argument: str, value: object, allowed: Sequence[object]) -> None:
+    """ValueError unless the value is one of those allowed."""
+    if value not in allowed:
+        fail(op, argument, "one of " + ", ".join(map(str, allowed)), repr(value))
 
 
 def one_of(size: int, *allowed: int) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .checks import fail
+from .checks import check_choice, fail
 
 COLUMNS = ("a", "e", "sigma", "h", "p", "q", "c", "d", "s")
 """What follows the weights g_0 … g_{K-1} of the predictions in a row of the table; see `reference.step_blend`."""
@@ -75,8 +75,8 @@ def step_coefficients(
         ValueError: a value outside its range, NaN included. TypeError: timesteps that are not integers.
     """
     op = "step_coefficients"
-    _one_of(op, "prediction_type", prediction_type, PREDICTION_TYPES)
-    _one_of(op, "keep_background", keep_background, BACKGROUNDS)
+    check_choice(op, "prediction_type", prediction_type, PREDICTION_TYPES)
+    check_choice(op, "keep_background", keep_background, BACKGROUNDS)
     if not 0 <= eta <= 1:
         fail(op, "eta", "a number in [0, 1]", eta)
     now, after = _noise_levels(op, alphas_cumprod, timesteps, next_timesteps, final_alpha_cumprod, prediction_type)
@@ -142,9 +142,9 @@ def sigma_coefficients(
         ValueError: a value outside its range, NaN included.
     """
     op = "sigma_coefficients"
-    _one_of(op, "solver", solver, SOLVERS)
-    _one_of(op, "prediction_type", prediction_type, SIGMA_PREDICTION_TYPES)
-    _one_of(op, "keep_background", keep_background, BACKGROUNDS)
+    check_choice(op, "solver", solver, SOLVERS)
+    check_choice(op, "prediction_type", prediction_type, SIGMA_PREDICTION_TYPES)
+    check_choice(op, "keep_background", keep_background, BACKGROUNDS)
     levels = torch.as_tensor(sigmas, dtype=torch.float64).cpu()
     if levels.dim() != 1 or len(levels) < 2:
         fail(op, "sigmas", "shape (steps + 1,), at least one step", tuple(levels.shape))
@@ -352,11 +352,6 @@ def _integers(op: str, name: str, x: Tensor | Sequence[int]) -> Tensor:
     if result.is_floating_point() or result.dtype == torch.bool:
         fail(op, name, "an integer dtype", result.dtype, error=TypeError)
     return result.long()
-
-
-def _one_of(op: str, name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        fail(op, name, "one of " + ", ".join(allowed), repr(value))
 
 
 def _per_step(op: str, name: str, x: PerStep, steps: int) -> Tensor:

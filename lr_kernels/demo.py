@@ -13,7 +13,7 @@ from torch import Tensor
 from . import toy
 from .info import versions
 from .toy.judge import evaluate, scores
-from .toy.stages import GUIDANCE, STEPS, Task, personalized_pipeline, run_stages
+from .toy.stages import GUIDANCE, PAIRS, STEPS, Task, personalized_pipeline, run_stages
 from .toy.statistics import paired_difference
 
 SEED = 1000
@@ -26,8 +26,6 @@ COLUMNS = {
     "diversity": "1 - mIoU ↑",
     "layout_iou": "IoU with layout ↑",
 }
-PAIRS = (("retouch", "control"), ("retouch", "layout"))
-"""Whose images are compared one by one."""
 
 
 def run(output: Path, *, subject: str = "ball", seeds: int = 3, backend: str = "auto") -> dict:

@@ -108,3 +108,16 @@ def _byte_ranges(arguments) -> list[tuple[int, int]]:
             span = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride()))
             found.append((x.data_ptr(), x.data_ptr() + span * x.element_size()))
     return found
+
+
+@pytest.fixture(scope="module")
+def pipes():
+    """The pipelines on tiny models, for the tests of a file."""
+    from tiny_pipelines import fresh  # diffusers takes seconds to import
+
+    return {"sd": fresh("sd"), "xl": fresh("xl")}
+
+
+@pytest.fixture
+def pipe(pipes):
+    return pipes["sd"]

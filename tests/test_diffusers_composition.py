@@ -26,16 +26,6 @@ from lr_kernels.diffusers import (
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def pipes():
-    return {"sd": fresh("sd"), "xl": fresh("xl")}
-
-
-@pytest.fixture
-def pipe(pipes):
-    return pipes["sd"]
-
-
 # Personalization by LoRA and by textual inversion
 
 

@@ -13,7 +13,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 from tiny_models import TOLERANCE, components, components_xl, distance, tiny_controlnet, tiny_scheduler
-from tiny_pipelines import IMAGES, MASK, NOISE, PROMPTS, SHARED, STEPS, fresh, run, seeded
+from tiny_pipelines import IMAGES, MASK, NOISE, PROMPTS, SHARED, STEPS, attention, banked, fresh, run, seeded
 from torch.nn import functional as F
 
 from lr_kernels.diffusers import MultiSourceAttnProcessor, RetouchBatch, route
@@ -22,26 +22,6 @@ from lr_kernels.diffusers.processors import AttentionState
 from lr_kernels.diffusers.subject import propagated
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def pipes():
-    return {"sd": fresh("sd"), "xl": fresh("xl")}
-
-
-@pytest.fixture
-def pipe(pipes):
-    return pipes["sd"]
-
-
-def banked(pipe, **kwargs):
-    kwargs = {"reference_mask": MASK, "num_inference_steps": STEPS, "guidance_scale": 2.0, **kwargs}
-    return pipe.reference_bank(IMAGES[:1], "a sks ball", ("sks", "ball"), **kwargs)
-
-
-def attention(q, k, v, visible):
-    """(H, N, D) x (H, M, D), visible (N, M)."""
-    return F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=visible[None, None])[0]
 
 
 # Keys and values of the layouts

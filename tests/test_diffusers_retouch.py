@@ -15,7 +15,7 @@ from tiny_models import (
     tiny_scheduler,
     tiny_unet,
 )
-from tiny_pipelines import IMAGES, MASK, NOISE, PROMPTS, SHARED, STEPS, fresh, run, seeded, with_lora
+from tiny_pipelines import IMAGES, MASK, NOISE, PROMPTS, SHARED, STEPS, attention, banked, fresh, run, seeded, with_lora
 from torch.nn import functional as F
 
 from lr_kernels.diffusers import (
@@ -35,16 +35,6 @@ from lr_kernels.diffusers.subject import as_subjects, shown_subjects
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def pipes():
-    return {"sd": fresh("sd"), "xl": fresh("xl")}
-
-
-@pytest.fixture
-def pipe(pipes):
-    return pipes["sd"]
-
-
 def retouch(pipe, prompt=PROMPTS, image=IMAGES[:1], reference_prompt="a sks ball", words=("sks", "ball"), **kwargs):
     kwargs = {**SHARED, "context_latents": NOISE[: len(prompt)], "reference_mask": MASK, **kwargs}
     kwargs.setdefault("generator", seeded())
@@ -52,11 +42,6 @@ def retouch(pipe, prompt=PROMPTS, image=IMAGES[:1], reference_prompt="a sks ball
 
 
 # The readings, by hand
-
-
-def attention(q, k, v, visible):
-    """(H, N, D) x (H, M, D), visible (N, M)."""
-    return F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=visible[None, None])[0]
 
 
 @pytest.mark.parametrize(("context", "guided"), list(itertools.product([True, False], repeat=2)))
@@ -198,11 +183,6 @@ def test_one_reference_image_is_needed(pipe):
 
 
 # The reference bank
-
-
-def banked(pipe, **kwargs):
-    kwargs = {"reference_mask": MASK, "num_inference_steps": STEPS, "guidance_scale": 2.0, **kwargs}
-    return pipe.reference_bank(IMAGES[:1], "a sks ball", ("sks", "ball"), **kwargs)
 
 
 def from_bank(pipe, bank, **kwargs):

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from peft import LoraConfig
 from tiny_models import XL_UNET, components, components_xl, tiny_unet
+from torch.nn import functional as F
 
 from lr_kernels.diffusers import StableDiffusionLayoutRetouchPipeline, StableDiffusionXLLayoutRetouchPipeline
 
@@ -34,6 +35,16 @@ def seeded(seed=0):
 def run(pipe, image=IMAGES[:1], **kwargs):
     kwargs = {**SHARED, "latents": NOISE, "reference_mask": MASK, "generator": seeded(), **kwargs}
     return pipe(PROMPTS, "a ball", image, "a sks ball", ("sks", "ball"), **kwargs)
+
+
+def banked(pipe, **kwargs):
+    kwargs = {"reference_mask": MASK, "num_inference_steps": STEPS, "guidance_scale": 2.0, **kwargs}
+    return pipe.reference_bank(IMAGES[:1], "a sks ball", ("sks", "ball"), **kwargs)
+
+
+def attention(q, k, v, visible):
+    """(H, N, D) x (H, M, D), visible (N, M)."""
+    return F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=visible[None, None])[0]
 
 
 def with_lora(unet, *names):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..checks import fail
 from .bank import ReferenceBank
-from .components import PersonalizedPipeline, as_list, noise_like
+from .components import MAP_TIMES, PersonalizedPipeline, as_list, noise_like
 from .condition import Condition, predict
 from .contexts import Contexts
 from .denoiser import RetouchDenoiser
@@ -165,6 +165,12 @@ class Rows:
     reference_noise: Tensor
     reference_pixels: Tensor | None
     """(R, 3, height, width) in [-1, 1]"""
+
+    @property
+    def prompt_condition(self) -> Condition:
+        """Of the images' prompts, which contexts share with targets."""
+        first = self.batch.size - self.batch.half
+        return self.condition.rows(slice(first, first + self.batch.images))
 
     @property
     def reference_condition(self) -> Condition:
@@ -389,14 +395,13 @@ def _masks(pipe: PersonalizedPipeline, request: Request, contexts: Contexts | No
         tokens = [references.tokens]
         if with_contexts:
             latents, noise = [contexts.latents, *latents], [contexts.noise, *noise]
-            targets = rows.condition.rows(slice(rows.batch.size - rows.batch.half, None)).rows(slice(count))
-            texts, tokens = [targets, *texts], [request.tokens, *tokens]
+            texts, tokens = [rows.prompt_condition, *texts], [request.tokens, *tokens]
         latents = torch.cat(latents).to(rows.condition.embeds.dtype)
         found = pipe.subject_maps(
             latents, torch.cat(noise).to(latents), Condition.join(texts), tokens[0].joined(*tokens[1:]),
             backend=settings.backend,
         )  # fmt: skip
-        costs.count("mask", 3 * len(latents))
+        costs.count("mask", len(MAP_TIMES) * len(latents))
         if with_contexts:
             maps, found = found[:, :count], found[:, count:]
         of_references = found
@@ -438,8 +443,7 @@ def _matches(pipe: PersonalizedPipeline, request: Request, contexts: Contexts | 
     wanted = settings.reading == "swap" or (settings.return_maps and len(references))
     if contexts is None or not wanted:
         return None
-    half = rows.condition.rows(slice(rows.batch.size - rows.batch.half, None))
-    condition = Condition.join([half.rows(slice(len(request.prompts))), rows.reference_condition])
+    condition = Condition.join([rows.prompt_condition, rows.reference_condition])
     latents = torch.cat([contexts.latents.to(references), references])
     noise = torch.cat([contexts.noise.to(references), rows.reference_noise])
     return matcher(pipe.features(latents, noise, condition), len(references), backend=settings.backend)
@@ -457,11 +461,9 @@ def _trajectory_of_contexts(
     latents = contexts.latents.to(rows.condition.embeds.dtype)
     if way != "inversion":
         return renoise(latents, contexts.noise, solver, start=start)
-    half = rows.condition.rows(slice(rows.batch.size - rows.batch.half, None))
-    condition = half.rows(slice(len(latents)))
     with pipe.stage_bar("inversion", solver.steps - start) as bar:
         return invert(
-            lambda x, t: predict(pipe.personal_unet, x, t, condition),
+            lambda x, t: predict(pipe.personal_unet, x, t, rows.prompt_condition),
             latents,
             solver,
             start=start,

@@ -8,7 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from ..checks import fail
+from ..checks import check_choice, fail
 from .bank import STORAGES
 from .pictures import FITS
 from .schedule import Blend
@@ -56,17 +56,17 @@ class Settings:
         return cls(**{field.name: arguments[field.name] for field in fields(cls) if field.name in arguments})
 
     def __post_init__(self) -> None:
-        _one_of("reading", self.reading, READINGS)
-        _one_of("contexts_from", self.contexts_from, (None, *CONTEXTS_FROM))
-        _one_of("targets_from", self.targets_from, TARGETS_FROM)
-        _one_of("context_storage", self.context_storage, (None, *STORAGES))
-        _one_of("reference_fit", self.reference_fit, FITS)
+        check_choice(OP, "reading", self.reading, READINGS)
+        check_choice(OP, "contexts_from", self.contexts_from, (None, *CONTEXTS_FROM))
+        check_choice(OP, "targets_from", self.targets_from, TARGETS_FROM)
+        check_choice(OP, "context_storage", self.context_storage, (None, *STORAGES))
+        check_choice(OP, "reference_fit", self.reference_fit, FITS)
         for name in ("guidance_scale", "retouch_guidance_scale"):
             scale = getattr(self, name)
             if scale is not None and not math.isfinite(scale):
                 fail(OP, name, "a finite number", scale)
         if isinstance(self.mask_threshold, str):
-            _one_of("mask_threshold", self.mask_threshold, ("otsu",))
+            check_choice(OP, "mask_threshold", self.mask_threshold, ("otsu",))
         elif not 0 <= self.mask_threshold <= 1:
             fail(OP, "mask_threshold", "'otsu' or a number in [0, 1]", self.mask_threshold)
 
@@ -79,8 +79,3 @@ class Settings:
         """One generator, or one per image."""
         if isinstance(self.generator, list) and len(self.generator) != images:
             fail(OP, "generator", f"one, or {images}, one per image", len(self.generator))
-
-
-def _one_of(name: str, given: object, allowed: Sequence[object]) -> None:
-    if given not in allowed:
-        fail(OP, name, "one of " + ", ".join(str(x) for x in allowed), repr(given))

@@ -15,6 +15,8 @@ from lr_kernels.toy.personalize import personalize
 STEPS, GUIDANCE = 20, 3.0
 """How the toy model is sampled, with and without the method; everything else is the pipeline's default."""
 STAGES = ("vanilla", "personalized", "reference-only", "layout", "control", "retouch")
+PAIRS = (("retouch", "control"), ("retouch", "layout"))
+"""Whose images are compared one by one."""
 
 
 @dataclass(frozen=True)
