@@ -1,7 +1,9 @@
 """Error messages of one form: ``lr_kernels.<op>: <argument>: expected …, got …; <hint>``."""
 
+import math
 import os
 from collections.abc import Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,6 +23,18 @@ def check_choice(op: str, argument: str, value: object, allowed: Sequence[object
     """ValueError unless the value is one of those allowed."""
     if value not in allowed:
         fail(op, argument, "one of " + ", ".join(map(str, allowed)), repr(value))
+
+
+def check_number(op: str, argument: str, value: object, expected: str = "a finite number") -> None:
+    """ValueError unless the value is a finite real number, of any type that is one."""
+    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+        fail(op, argument, expected, repr(value))
+
+
+def check_integer(op: str, argument: str, value: object, lowest: int, expected: str) -> None:
+    """ValueError unless the value is an integer, of any type that is one, and at least the lowest."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < lowest:
+        fail(op, argument, expected, repr(value))
 
 
 def one_of(size: int, *allowed: int) -> bool:

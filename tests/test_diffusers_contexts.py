@@ -262,10 +262,12 @@ def test_a_foreground_is_the_region_of_the_highest_values():
 def test_implausible_areas_are_warned_about(pipe):
     full, nothing = torch.ones(2, 8, 8, dtype=torch.bool), torch.zeros(8, 8, dtype=torch.bool)
     nothing[0, 0] = True
-    with pytest.warns(RuntimeWarning, match=r"subject 0 was found nowhere in layout 0; see mask_threshold"):
+    with pytest.warns(RuntimeWarning, match=r"subject 0 is nowhere in layout 0; see mask_threshold"):
         run(pipe, mask_threshold=1.0)
     out = run(pipe, layout_mask=full)  # one's own is not doubted
     assert out.masks.all() and torch.equal(out.context_masks[0], full)
+    with pytest.warns(RuntimeWarning, match=r"subject 0 is nowhere in layout 1; so says layout_mask"):
+        run(pipe, layout_mask=[full[0], torch.zeros_like(full[0])])
     with pytest.raises(ValueError, match=r"layout_mask: expected 1 or 2 masks, as there are images, got 3"):
         run(pipe, layout_mask=[nothing] * 3)
 

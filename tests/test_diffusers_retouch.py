@@ -363,7 +363,7 @@ def test_integer_images_and_masks_are_those_of_255(pipe):
 def test_a_target_without_foreground_is_warned_about(pipe):
     with pytest.warns(
         RuntimeWarning,
-        match="subject 0 was found nowhere in layout 1; see mask_threshold and subject_tokens, or pass layout_mask",
+        match="subject 0 is nowhere in layout 1; see mask_threshold and subject_tokens, or pass layout_mask",
     ):
         retouch(pipe, mask_threshold=1.0)
 

@@ -1,6 +1,6 @@
 """Stable Diffusion pipelines with a personalized model beside the vanilla one, and the steps that the stages share."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import ClassVar
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
-from ..checks import fail
+from ..checks import check_integer, fail
 from .adapters import adapters_off, check_free
 from .condition import Condition, Control, predict
 from .matching import FeatureRecorder
@@ -174,8 +174,6 @@ class PersonalizedPipeline:
         """Check the models and the scheduler, and set its timesteps."""
         check_scheduler(self.scheduler)
         check_free(OP, [self.unet, self.personal_unet])
-        if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
-            fail(OP, "num_inference_steps", "a positive integer", num_inference_steps)
         for unet in (self.unet, self.personal_unet):
             if unet.config.encoder_hid_dim_type is not None:
                 got, hint = unet.config.encoder_hid_dim_type, "call unload_ip_adapter() first"
@@ -200,12 +198,17 @@ class PersonalizedPipeline:
         """(height, width) of the latents. Default: those given, or the UNet's sample size."""
         f, side = self.vae_scale_factor, self.unet.config.sample_size
         default = (side, side) if isinstance(side, int) else side
-        if latents is not None and height is None and width is None:
-            default = latents.shape[2:]
+        if latents is not None:
+            if not isinstance(latents, Tensor) or latents.dim() != 4:
+                fail(OP, "latents", "a tensor (n, C, height, width)", getattr(latents, "shape", type(latents).__name__))
+            if height is None and width is None:
+                default = latents.shape[2:]
         size = []
         for name, pixels, latent_side in zip(("height", "width"), (height, width), default):
-            if pixels is not None and (pixels % f or pixels < f):
-                fail(OP, name, f"a multiple of {f}", pixels)
+            if pixels is not None:
+                check_integer(OP, name, pixels, f, f"a multiple of {f}")
+                if pixels % f:
+                    fail(OP, name, f"a multiple of {f}", pixels)
             size.append(latent_side if pixels is None else pixels // f)
         return tuple(size)
 
@@ -238,10 +241,17 @@ class PersonalizedPipeline:
         return Control(self.controlnet, pixels, scale)
 
     def after_step(self, callback: Callback, step: int, t: Tensor, latents: Tensor) -> Tensor:
-        """Run callback_on_step_end; the latents, or those it returns."""
-        if callback is None:
+        """Run callback_on_step_end; the latents, or those it returns, in the dtype and on the device of the stage."""
+        returned = None if callback is None else callback(self, step, t, {"latents": latents})
+        if returned is None:
             return latents
-        return (callback(self, step, t, {"latents": latents}) or {}).get("latents", latents)
+        if not isinstance(returned, Mapping):
+            fail(OP, "callback_on_step_end", "a function that returns a dict or None", type(returned).__name__)
+        changed = returned.get("latents", latents)
+        if not isinstance(changed, Tensor) or changed.shape != latents.shape:
+            expected = f"latents of shape {tuple(latents.shape)} from it"
+            fail(OP, "callback_on_step_end", expected, getattr(changed, "shape", type(changed).__name__))
+        return changed.to(latents)
 
 
 class PersonalizedStableDiffusionPipeline(PersonalizedPipeline, StableDiffusionPipeline):

@@ -55,13 +55,13 @@ def grown(masks: Tensor, radius: int) -> Tensor:
     return grown[:, 0] > 0
 
 
-def warn_of_implausible(masks: Tensor, what: str, hint: str) -> None:
-    """Warn of masks, bool (S, n, h, w), that are empty or cover a share of the picture that a subject hardly covers."""
-    low, high = PLAUSIBLE
+def warn_of_implausible(masks: Tensor, what: str, hint: str, plausible: tuple[float, float] = PLAUSIBLE) -> None:
+    """Warn of masks, bool (S, n, h, w), that are empty or cover a share of the picture that is not plausible."""
+    low, high = plausible
     for subject, images in enumerate(masks.float().mean((2, 3)).tolist()):
         for image, share in enumerate(images):
-            if not low <= share <= high:
-                found = f"covers {share:.1%} of" if share else "was found nowhere in"
+            if not share or not low <= share <= high:
+                found = f"covers {share:.1%} of" if share else "is nowhere in"
                 warnings.warn(
                     f"lr_kernels.layout_retouch: subject {subject} {found} {what} {image}; {hint}",
                     RuntimeWarning,

@@ -89,8 +89,9 @@ class LayoutRetouch(LayoutStage, RetouchStage):
             reference_bank: from the method of that name, in place of reference_image, reference_prompt, reference_mask.
             reference_fit: how a reference of another aspect ratio is brought to the size: "crop" cuts what is too much
                 on both sides, "pad" repeats its border, "squeeze" changes the aspect ratio. Its mask likewise.
-            layout_mask: where the subject is in the layouts, one for all images or one per image; of several subjects
-                a list of such. Default: by the model's attention in the last steps of the layout stage.
+            layout_mask: where the subject is in the layouts: a mask for all images as `reference_mask`, a list of one
+                per image, an array (n, h, w, C), a tensor (n, h, w) or (n, C, h, w); of several subjects a list of
+                such. Default: by the model's attention in the last steps of the layout stage.
             negative_prompt: one for all, or one per prompt. num_images_per_prompt: images of each prompt, in order.
             height, width: pixels, multiples of the VAE's factor. Default: the UNet's sample size.
             guidance_scale: classifier-free guidance; at most 1: none. retouch_guidance_scale: that of the retouch
@@ -122,11 +123,11 @@ class LayoutRetouch(LayoutStage, RetouchStage):
             return_maps: whether the output has `maps` and `matches`.
             control_image: what the pipeline's `controlnet` follows in both stages, for layouts and targets: one image
                 for all or one per prompt. control_scale: its strength.
-            generator: one, or one per image; latents: initial noise (n, C, height/f, width/f).
+            generator: one, or a list of one per image; latents: initial noise (n, C, height/f, width/f).
             backend: of all lr_kernels operators, see `multi_source_attention`.
             output_type: "pil", "np", "pt" or "latent".
             callback_on_step_end: called in both stages as (pipe, step, timestep, {"latents": …}); may return a dict
-                with other latents. `pipe.stage` says which stage it is.
+                with other latents of the same shape. `pipe.stage` says which stage it is.
 
         Returns:
             `LayoutRetouchOutput`, or (images, layout_images) where return_dict is False. If the layout stage was

@@ -11,6 +11,7 @@ from ..attention_checks import MAX_SOURCES
 from ..checks import fail
 from .bank import ReferenceBank
 from .components import PersonalizedPipeline, as_list
+from .foreground import warn_of_implausible
 from .install import check_stock, select_layers
 from .pictures import Image, as_mask
 from .routing import MAX_SUBJECTS
@@ -221,18 +222,29 @@ def _layout_masks(
     masks: Image | list | Tensor, subjects: int, images: int, size: tuple[int, int], device: torch.device
 ) -> Tensor:
     """One mask for all images, or one per image; of several subjects a list of such -> bool (S, n, *size)."""
-    per_subject = [masks] if subjects == 1 else list(masks)
-    if len(per_subject) != subjects:
-        fail(OP, "layout_mask", f"the masks of each of {subjects} subjects", len(per_subject))
+    per_subject = [masks] if subjects == 1 else masks
+    if not isinstance(per_subject, (list, tuple, Tensor)) or len(per_subject) != subjects:
+        got = len(masks) if isinstance(masks, (list, tuple, Tensor)) else type(masks).__name__
+        fail(OP, "layout_mask", f"a list of the masks of each of {subjects} subjects", got)
     found = []
     for given in per_subject:
-        several = isinstance(given, (list, tuple)) or getattr(given, "ndim", 2) == 3
-        given = list(given) if several else [given]
+        given = _masks_of_images(given)
         if len(given) not in (1, images):
             fail(OP, "layout_mask", f"1 or {images} masks, as there are images", len(given))
         rows = [as_mask(mask, size, "squeeze", device, f"layout_mask[{i}]") for i, mask in enumerate(given)]
         found.append(torch.cat(rows).expand(images, -1, -1))
-    return torch.stack(found)
+    found = torch.stack(found)
+    empty_only = 0, 1  # a given mask is not doubted
+    warn_of_implausible(found, "layout", "so says layout_mask", empty_only)
+    return found
+
+
+def _masks_of_images(masks: Image | list | Tensor) -> list[Image]:
+    """One mask, or those of several images: a list, an array (n, h, w, C), a tensor (n, h, w) or (n, C, h, w)."""
+    if isinstance(masks, (list, tuple)):
+        return list(masks)
+    batched = 3 if isinstance(masks, Tensor) else 4
+    return list(masks) if getattr(masks, "ndim", 0) >= batched else [masks]
 
 
 def _as_images(images: Image | list[Image] | None) -> list[Image]:

@@ -1,6 +1,5 @@
 """Settings: how a call denoises, as one frozen object that the stages share."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
@@ -8,7 +7,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from ..checks import check_choice, fail
+from ..checks import check_choice, check_integer, check_number, fail
 from .bank import STORAGES
 from .pictures import FITS
 from .schedule import Blend
@@ -17,6 +16,7 @@ OP = "layout_retouch"
 READINGS = ("routing", "swap")
 CONTEXTS_FROM = ("trajectory", "renoise", "inversion")
 TARGETS_FROM = ("renoise", "contexts")
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 Generator = torch.Generator | list[torch.Generator] | None
 Callback = Callable[[DiffusionPipeline, int, Tensor, dict], dict] | None
@@ -61,14 +61,22 @@ class Settings:
         check_choice(OP, "targets_from", self.targets_from, TARGETS_FROM)
         check_choice(OP, "context_storage", self.context_storage, (None, *STORAGES))
         check_choice(OP, "reference_fit", self.reference_fit, FITS)
-        for name in ("guidance_scale", "retouch_guidance_scale"):
-            scale = getattr(self, name)
-            if scale is not None and not math.isfinite(scale):
-                fail(OP, name, "a finite number", scale)
+        check_choice(OP, "output_type", self.output_type, OUTPUT_TYPES)
+        check_integer(OP, "num_inference_steps", self.num_inference_steps, 1, "a positive integer")
+        for name in ("guidance_scale", "retouch_guidance_scale", "eta", "control_scale"):
+            if name != "retouch_guidance_scale" or self.retouch_guidance_scale is not None:
+                check_number(OP, name, getattr(self, name))
+        if self.context_limit is not None:
+            check_integer(OP, "context_limit", self.context_limit, 0, "a number of bytes, or None")
+        if self.callback_on_step_end is not None and not callable(self.callback_on_step_end):
+            fail(OP, "callback_on_step_end", "a function, or None", type(self.callback_on_step_end).__name__)
         if isinstance(self.mask_threshold, str):
             check_choice(OP, "mask_threshold", self.mask_threshold, ("otsu",))
-        elif not 0 <= self.mask_threshold <= 1:
-            fail(OP, "mask_threshold", "'otsu' or a number in [0, 1]", self.mask_threshold)
+        else:
+            expected = "'otsu' or a number in [0, 1]"
+            check_number(OP, "mask_threshold", self.mask_threshold, expected)
+            if not 0 <= self.mask_threshold <= 1:
+                fail(OP, "mask_threshold", expected, self.mask_threshold)
 
     @property
     def retouch_guidance(self) -> float:
@@ -76,6 +84,10 @@ class Settings:
         return self.guidance_scale if self.retouch_guidance_scale is None else self.retouch_guidance_scale
 
     def check_generators(self, images: int) -> None:
-        """One generator, or one per image."""
-        if isinstance(self.generator, list) and len(self.generator) != images:
-            fail(OP, "generator", f"one, or {images}, one per image", len(self.generator))
+        """One generator, or a list of one per image."""
+        several = self.generator if isinstance(self.generator, list) else [self.generator]
+        for generator in several:
+            if not isinstance(generator, torch.Generator) and self.generator is not None:
+                fail(OP, "generator", "a torch.Generator, or a list of them", type(generator).__name__)
+        if isinstance(self.generator, list) and len(several) != images:
+            fail(OP, "generator", f"one, or {images}, one per image", len(several))

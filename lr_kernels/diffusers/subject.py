@@ -1,7 +1,7 @@
 """Where the subject is: its tokens in prompts, and its maps in a UNet."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
 
@@ -47,11 +47,21 @@ class SubjectTokens(NamedTuple):
 
 def as_subjects(subject_tokens: str | Sequence[str] | Sequence[Sequence[str]]) -> list[list[str]]:
     """A word, the words of one subject, or a list of such lists -> the words of each subject."""
-    words = [subject_tokens] if isinstance(subject_tokens, str) else list(subject_tokens)
-    subjects = [words] if all(isinstance(x, str) for x in words) else [as_subjects(x)[0] for x in words]
-    if not all(subjects):
-        fail("layout_retouch", "subject_tokens", "words of the prompts that stand for the subject", subject_tokens)
-    return subjects
+    words = [subject_tokens] if isinstance(subject_tokens, str) else subject_tokens
+    subjects = [words] if _are_words(words) else [[x] if isinstance(x, str) else x for x in _listed(words)]
+    if not subjects or not all(_are_words(x) and len(x) for x in subjects):
+        fail(
+            "layout_retouch", "subject_tokens", "words of the prompts that stand for the subject", repr(subject_tokens)
+        )
+    return [list(x) for x in subjects]
+
+
+def _listed(x: object) -> list:
+    return list(x) if isinstance(x, (list, tuple)) else []
+
+
+def _are_words(x: object) -> bool:
+    return isinstance(x, (list, tuple)) and all(isinstance(word, str) for word in x)
 
 
 def shown_subjects(shows: Sequence[int] | None, references: int, subjects: int) -> tuple[int, ...]:
@@ -60,6 +70,8 @@ def shown_subjects(shows: Sequence[int] | None, references: int, subjects: int) 
     Raises:
         ValueError: a subject that no reference shows, a number that is none.
     """
+    if shows is not None and not isinstance(shows, Iterable):
+        fail("layout_retouch", "reference_subjects", "a list of numbers", repr(shows))
     if shows is None and subjects not in (1, references):
         fail("layout_retouch", "reference_subjects", f"the subject of each of {references} references", None)
     found = tuple([0] * references if subjects == 1 else range(references)) if shows is None else tuple(shows)

@@ -427,8 +427,7 @@ def train_unet(run, batch=12):
     weights = on_objects(F.avg_pool2d(torch.from_numpy(scenes.masks[share]).float() / 255, models.DOWNSAMPLING))
     no_prompt = models.token_ids(tokenizer, [""])
     alphas_cumprod = models.build_scheduler().alphas_cumprod
-    rate = 5e-4 if run.resume else 1e-3
-    trainer = Trainer(run, [unet.train(), text_encoder.train()], learning_rate=rate, ema_decay=0.999)
+    trainer = Trainer(run, [unet.train(), text_encoder.train()], learning_rate=1e-3, ema_decay=0.999)
     torch.manual_seed(run.seed + 3000 + 500 * run.resume + run.rank)
     saved = 0.0
     while trainer.running:
