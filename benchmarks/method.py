@@ -3,7 +3,8 @@
 For every subject and seed the stages run by the pipeline's defaults through one call, the control of the second stage
 beside them. Every image is judged; differences between stages are paired, image by image, and their intervals are
 bootstrapped over (subject, seed) and over images. Defaults were chosen on the tuning subjects; the unseen ones were
-not looked at. Writes per-image scores (CSV) and a summary (JSON).
+not looked at. A second, smaller set of prompts asks for a place or a second object, and every attribute is judged by
+itself. Writes per-image scores (two CSV files) and a summary (JSON).
 """
 
 import argparse
@@ -21,11 +22,13 @@ from benchmarks import harness
 from lr_kernels import toy
 from lr_kernels.diffusers import StableDiffusionLayoutRetouchPipeline
 from lr_kernels.toy import world
-from lr_kernels.toy.judge import evaluate, object_masks, overlap, scores
-from lr_kernels.toy.stages import PAIRS, STAGES, Task, personalized_pipeline, run_stages
+from lr_kernels.toy.judge import fidelity, object_masks, overlap, scores, spread
+from lr_kernels.toy.stages import PAIRS, STAGES, Task, composed, on_backgrounds, personalized_pipeline, run_stages
 from lr_kernels.toy.statistics import bootstrap_interval, paired_difference
 
 SEEDS = (1000, 2000, 3000)
+ATTRIBUTES = ("present", "identity", "place", "other_shape", "other_color", "background")
+"""Of what the second set of prompts asks for, see `lr_kernels.toy.judge.fidelity`."""
 SETS = {"tuning": tuple(world.TUNING_SUBJECTS), "unseen": tuple(world.UNSEEN_SUBJECTS)}
 
 
@@ -63,8 +66,7 @@ def judged(outputs: dict, task: Task) -> tuple[list[dict], dict]:
         similar = _similarity(pixels, task.subject)
         for row, value in zip(rows, similar):
             row[f"{stage} encoder"] = value
-        measured = evaluate(pixels, task.backgrounds, images["layout"], task.subject)
-        of_sets[stage] = {name: measured[name] for name in ("position_std", "diversity")}
+        of_sets[stage] = spread(pixels, task.backgrounds)
     found = outputs["retouch"].context_masks[0].float()
     true = F.adaptive_avg_pool2d(object_masks(images["layout"])[:, None], found.shape[1:])[:, 0] >= 0.5
     for row, value in zip(rows, overlap(found, true.float()).tolist()):
@@ -77,6 +79,29 @@ def _similarity(pixels: torch.Tensor, subject: str) -> list[float]:
     from lr_kernels.toy.encoder import similarity
 
     return [round(x, 5) for x in similarity(pixels, world.references(subject)[0]).tolist()]
+
+
+def judged_by_attribute(outputs: dict, task: Task) -> list[dict]:
+    """Per image and stage how well it shows what its prompt asks for; None what it does not ask for."""
+    rows = []
+    for stage, out in outputs.items():
+        pixels = torch.as_tensor(out.images).float() * 2 - 1
+        for i, (prompt, wanted) in enumerate(zip(task.prompts, task.wanted)):
+            found = {name: round(x.item(), 5) for name, x in fidelity(pixels[i : i + 1], wanted).items()}
+            rows.append({"stage": stage, "prompt": prompt, **{name: found.get(name) for name in ATTRIBUTES}})
+    return rows
+
+
+def summary_by_attribute(rows: list[dict]) -> dict:
+    """Per stage the mean of each attribute over the images that were asked for it, with its interval."""
+    report: dict[str, dict] = {}
+    for stage in dict.fromkeys(row["stage"] for row in rows):
+        report[stage] = {}
+        for name in ATTRIBUTES:
+            asked = [row for row in rows if row["stage"] == stage and row[name] is not None]
+            groups = [(row["subject"], row["seed"]) for row in asked]
+            report[stage][name] = _rounded(bootstrap_interval([row[name] for row in asked], groups))
+    return report
 
 
 def summary(rows: list[dict], of_sets: list[dict], subjects: tuple[str, ...]) -> dict:
@@ -123,6 +148,10 @@ def print_summary(report: dict, title: str) -> None:
         cells = ["{:.3f} [{:.3f}, {:.3f}]".format(*found[name]) for name in names if name in found]
         table.add_row(stage, *cells, style="bold" if stage == "retouch" else None)
     console.print(table)
+    table = Table("stage", *ATTRIBUTES, title="prompts that ask for a place or a second object")
+    for stage, found in report["by_attribute"].items():
+        table.add_row(stage, *("{:.3f} [{:.3f}, {:.3f}]".format(*found[name]) for name in ATTRIBUTES))
+    console.print(table)
     for pair, entry in report["differences"].items():
         if pair.split(" ")[-1] in ("identity", "encoder"):
             text = "; ".join("{} {:+.3f} [{:+.3f}, {:+.3f}]".format(subject, *x) for subject, x in entry.items())
@@ -143,9 +172,9 @@ def main() -> None:
     parser.add_argument("--pictures", type=Path, help="folder for a comparison of each subject and seed")
     options = parser.parse_args()
     subjects = tuple(name for given in options.subjects for name in SETS.get(given, (given,)))
-    rows, of_sets = [], []
+    rows, of_sets, attributes = [], [], []
     for subject in subjects:
-        pipe, task = pipeline_of(subject, options.weights), Task(subject, options.per_background)
+        pipe, task = pipeline_of(subject, options.weights), on_backgrounds(subject, options.per_background)
         for seed in options.seeds:
             outputs = run_stages(pipe, task, seed, tuple(options.stages))
             found, sets = judged(outputs, task)
@@ -153,15 +182,22 @@ def main() -> None:
             of_sets.append({"subject": subject, "seed": seed, "stages": sets})
             if options.pictures:
                 _draw(outputs, task, options.pictures / f"{subject}_{seed}.png")
+            more = composed(subject)
+            outputs = run_stages(pipe, more, seed, tuple(options.stages))
+            attributes += [{"subject": subject, "seed": seed, **x} for x in judged_by_attribute(outputs, more)]
+            if options.pictures:
+                _draw(outputs, more, options.pictures / f"{subject}_{seed}_composed.png")
     name = "-".join(options.subjects)
     report = summary(rows, of_sets, subjects)
+    report["by_attribute"] = summary_by_attribute(attributes)
     report["of"] = {"subjects": subjects, "seeds": list(options.seeds), "images": len(rows), **harness.machine()}
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
-    with (options.output / f"{name}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    for path, table in ((f"{name}.csv", rows), (f"{name}-attributes.csv", attributes)):
+        with (options.output / path).open("w", newline="") as file:
+            writer = csv.DictWriter(file, table[0])
+            writer.writeheader()
+            writer.writerows(table)
     print_summary(report, f"{len(rows)} images of {', '.join(subjects)}")
 
 
@@ -170,7 +206,9 @@ def _draw(outputs: dict, task: Task, path: Path) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     images = {name: torch.as_tensor(out.images).float() for name, out in outputs.items()}
-    comparison(images, task.reference[0], task.backgrounds, task.per_background).save(path)
+    noun = world.subject_prompt(task.subject)
+    texts = [prompt.removeprefix(f"{noun} ").replace(" on ", "\non ") for prompt in task.prompts]
+    comparison(images, task.reference[0], texts, task.backgrounds.count(task.backgrounds[0])).save(path)
     outputs["retouch"].draw().save(path.with_name(f"{path.stem}_masks.png"))
 
 

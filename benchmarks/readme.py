@@ -191,6 +191,20 @@ def method_table() -> str:
             lines.append(
                 f"| {pair} | " + " | ".join("{:+.3f} [{:+.3f}, {:+.3f}]".format(*x) for x in entry.values()) + " |"
             )
+    names = {
+        "present": "both objects",
+        "identity": "identity",
+        "place": "place",
+        "other_shape": "second object's shape",
+        "other_color": "its colour",
+        "background": "background",
+    }
+    lines += ["", "| prompts with a place or a second object | " + " | ".join(names.values()) + " |"]
+    lines.append("|---" * (len(names) + 1) + "|")
+    for stage, found in report["by_attribute"].items():
+        lines.append(
+            f"| {stage} | " + " | ".join("{:.2f} [{:.2f}, {:.2f}]".format(*found[name]) for name in names) + " |"
+        )
     m = report["of"]
     about = f"{m['images']} images a stage, {len(m['seeds'])} seeds, position spread as a fraction of the image side; "
     return "\n".join([*lines, "", about + f"{m['isa']}, torch {m['torch']}, commit {m['commit']}."])

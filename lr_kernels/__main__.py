@@ -1,4 +1,4 @@
-"""`python -m lr_kernels`: info, demo and presets."""
+"""`python -m lr_kernels`: info, demo, presets and knobs."""
 
 import argparse
 from pathlib import Path
@@ -19,6 +19,8 @@ def main() -> None:
     demo.add_argument("--backend", default="auto", help="auto, cpu, triton, cuda or reference (default auto)")
     presets = commands.add_parser("presets", help="every preset on the embedded toy model: a picture")
     presets.add_argument("--output", type=Path, default=Path("outputs/presets"), help="folder for the PNG")
+    knobs = commands.add_parser("knobs", help="what the pipeline's arguments do, on the embedded toy model: a picture")
+    knobs.add_argument("--output", type=Path, default=Path("outputs/knobs"), help="folder for the PNG")
     options = parser.parse_args()
     if options.command == "info":
         print(info.report())
@@ -27,6 +29,11 @@ def main() -> None:
         from .gallery import run as draw
 
         print(draw(options.output))
+        return
+    if options.command == "knobs":
+        from .knobs import run as turn
+
+        print(turn(options.output))
         return
     from .demo import run  # needs diffusers, which info does not
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from . import toy
 from .info import versions
-from .toy.judge import evaluate, scores
-from .toy.stages import GUIDANCE, PAIRS, STEPS, Task, personalized_pipeline, run_stages
+from .toy.judge import scores, spread
+from .toy.stages import GUIDANCE, PAIRS, STEPS, on_backgrounds, personalized_pipeline, run_stages
 from .toy.statistics import paired_difference
 
 SEED = 1000
@@ -40,7 +40,7 @@ def run(output: Path, *, subject: str = "ball", seeds: int = 3, backend: str = "
         the paired differences of identity with their 95 % intervals.
     """
     output.mkdir(parents=True, exist_ok=True)
-    task = Task(subject, seeds)
+    task = on_backgrounds(subject, seeds)
     start = time.perf_counter()
     pipe = personalized_pipeline(toy.load_pipeline(), subject)
     personalize_seconds = time.perf_counter() - start
@@ -51,9 +51,10 @@ def run(output: Path, *, subject: str = "ball", seeds: int = 3, backend: str = "
     stages, identity = {}, {}
     for name, result in results.items():
         pixels = images[name] * 2 - 1
-        identity[name] = scores(pixels, task.backgrounds, layouts, subject)["identity"]
-        measured = evaluate(pixels, task.backgrounds, layouts, subject)
-        stages[name] = {**measured, "seconds": round(sum(result.seconds.values()), 2)}
+        found = scores(pixels, task.backgrounds, layouts, subject)
+        identity[name] = found["identity"]
+        means = {measure: round(values.mean().item(), 4) for measure, values in found.items()}
+        stages[name] = {**means, **spread(pixels, task.backgrounds), "seconds": round(sum(result.seconds.values()), 2)}
     both = results["retouch"]
     stages["layout"]["seconds"] = round(both.seconds["layout"], 2)  # of one call, which did both
     stages["retouch"]["seconds"] = round(sum(both.seconds.values()) - both.seconds["layout"], 2)
@@ -72,28 +73,30 @@ def run(output: Path, *, subject: str = "ball", seeds: int = 3, backend: str = "
         "versions": versions(),
     }
     (output / "metrics.json").write_text(json.dumps(report, indent=2))
-    comparison(images, task.reference[0], task.backgrounds, seeds).save(output / "comparison.png")
+    comparison(images, task.reference[0], [f"on {name}" for name in task.backgrounds], seeds).save(
+        output / "comparison.png"
+    )
     both.draw().save(output / "masks.png")
     _print(report, output)
     return report
 
 
-def comparison(rows: dict[str, Tensor], reference: Tensor, names: list[str], seeds: int, scale: int = 2) -> Image.Image:
+def comparison(rows: dict[str, Tensor], reference: Tensor, texts: list[str], seeds: int, scale: int = 2) -> Image.Image:
     """A labelled picture: a row per stage, a column per image, the reference at the top left.
 
-    rows: per stage (n, 3, h, w) in [0, 1]; names: n backgrounds, `seeds` columns of each are next to each other.
+    rows: per stage (n, 3, h, w) in [0, 1]; texts: what n images show, `seeds` of each text next to each other.
     """
     side = reference.shape[-1] * scale
     gap, label, header = 6, 130, side + 34
     font = ImageFont.load_default(15)
-    width = label + len(names) * (side + gap)
+    width = label + len(texts) * (side + gap)
     canvas = Image.new("RGB", (width, header + len(rows) * (side + gap)), "white")
     draw = ImageDraw.Draw(canvas)
     canvas.paste(_picture(reference[0], side), (label, 4))
     draw.text((8, side // 2), "reference", fill="black", font=font)
-    for column, name in enumerate(names):
+    for column, text in enumerate(texts):
         if column % seeds == 0:
-            draw.text((label + column * (side + gap), side + 12), f"on {name}", fill="black", font=font)
+            draw.text((label + column * (side + gap), header - 4), text, fill="black", font=font, anchor="ld")
     for row, (stage, images) in enumerate(rows.items()):
         top = header + row * (side + gap)
         draw.text((8, top + side // 2 - 8), stage, fill="black", font=font)

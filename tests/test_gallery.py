@@ -1,11 +1,12 @@
-"""The gallery of presets: each changes the pictures, none leaves a trace in the model."""
+"""The galleries: each preset changes the pictures and leaves no trace in the model, each knob has its row."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from lr_kernels import gallery, toy
+from lr_kernels import gallery, knobs, toy
+from lr_kernels.diffusers import StableDiffusionLayoutRetouchPipeline as Pipeline
 from lr_kernels.diffusers import attention_layers
 
 STEPS, SEED = 3, 2
@@ -54,3 +55,16 @@ def test_the_processors_are_restored(drawn):
     _, _, pipe, before = drawn
     layers = attention_layers(pipe.unet, "self") | attention_layers(pipe.unet, "cross")
     assert all(layers[name].processor is processor for name, processor in before.items())
+
+
+def test_knobs_are_drawn_with_what_they_measure(tmp_path, monkeypatch):
+    turned = [knob for knob in knobs.KNOBS if knob.label in ("defaults", "retouch_start=14", "layout_mask=…")]
+    monkeypatch.setattr(knobs, "KNOBS", turned)
+    monkeypatch.setattr(knobs, "personalized_pipeline", lambda base, subject: Pipeline.from_pipe(base))
+    drawn = []
+    original = knobs.sheet
+    monkeypatch.setattr(knobs, "sheet", lambda rows: drawn.extend(rows) or original(rows))
+    path = knobs.run(tmp_path)
+    assert Image.open(path).height > len(drawn) * toy.SIDE
+    assert [row.label.split("\n")[0] for row in drawn] == ["layout", *(knob.label for knob in turned)]
+    assert not torch.equal(drawn[1].images, drawn[2].images) and drawn[3].masks is not None

@@ -272,15 +272,20 @@ def scores(images, backgrounds, layouts=None, subject=world.SUBJECT):
 
 
 def evaluate(images, backgrounds, layouts=None, subject=world.SUBJECT):
-    """Every metric of a set of images, as floats; arguments as of `scores`.
+    """Every metric of a set of images, as floats: the means of `scores`, whose arguments it takes, and `spread`."""
+    found = scores(images, backgrounds, layouts, subject)
+    return {name: round(float(values.mean()), 4) for name, values in found.items()} | spread(images, backgrounds)
+
+
+def spread(images, backgrounds):
+    """How much a set of images [N, 3, 64, 64] in [-1, 1] varies, as floats.
 
     Returns:
-        The means of `scores` and two measures of the set: `position_std` of the objects' centres, a fraction of the
-        side (nan with fewer than two objects), and `diversity`, 1 - the mean IoU of the masks of images that share a
-        background, which count as seeds of one prompt (left out where none do).
+        `position_std` of the objects' centres, a fraction of the side (nan with fewer than two objects), and
+        `diversity`, 1 - the mean IoU of the masks of images that share a background, which count as seeds of one prompt
+        (left out where none do).
     """
-    metrics = {name: values.mean() for name, values in scores(images, backgrounds, layouts, subject).items()}
-    masks = object_masks(images)
+    metrics, masks = {}, object_masks(images)
     x, y = (centre[visible(masks)] for centre in centroids(masks))
     metrics["position_std"] = (x.var() + y.var()).sqrt() if len(x) > 1 else math.nan
     pairs = [(i, j) for i, j in itertools.combinations(range(len(images)), 2) if backgrounds[i] == backgrounds[j]]

@@ -10,6 +10,7 @@ from lr_kernels.diffusers import StableDiffusionLayoutRetouchPipeline
 from lr_kernels.diffusers.output import LayoutRetouchOutput
 from lr_kernels.diffusers.schedule import DEFAULT_SWITCH
 from lr_kernels.toy import world
+from lr_kernels.toy.judge import Wanted
 from lr_kernels.toy.personalize import personalize
 
 STEPS, GUIDANCE = 20, 3.0
@@ -21,31 +22,55 @@ PAIRS = (("retouch", "control"), ("retouch", "layout"))
 
 @dataclass(frozen=True)
 class Task:
-    """Prompts for one subject, `per_background` images on each background; a reference is given without its mask."""
+    """Images of one subject, each with what its prompt asks for; a reference is given without its mask."""
 
-    subject: str = world.SUBJECT
-    per_background: int = 3
+    subject: str
+    wanted: tuple[Wanted, ...]
 
     @property
     def backgrounds(self) -> list[str]:
         """The background of every image."""
-        return [name for name in world.BACKGROUNDS for _ in range(self.per_background)]
+        return [wanted.background for wanted in self.wanted]
 
     @property
     def prompts(self) -> list[str]:
         """As "a sks ball on sand"."""
-        return [f"{world.subject_prompt(self.subject)} on {name}" for name in self.backgrounds]
+        return [sentence(world.subject_prompt(self.subject), wanted) for wanted in self.wanted]
 
     @property
     def layout_prompts(self) -> list[str]:
         """As "a ball on sand"."""
-        return [f"{world.class_prompt(self.subject)} on {name}" for name in self.backgrounds]
+        return [sentence(world.class_prompt(self.subject), wanted) for wanted in self.wanted]
 
     @property
     def reference(self) -> tuple[Tensor, str, str]:
         """The first reference (1, 3, height, width) in [0, 1], its prompt, and the word that finds the subject."""
         images, _ = world.references(self.subject)
         return images[:1] / 2 + 0.5, world.subject_prompt(self.subject), world.class_word(self.subject)
+
+
+def on_backgrounds(subject: str, per_background: int = 3) -> Task:
+    """The subject alone, so many images on each background."""
+    names = (name for name in world.BACKGROUNDS for _ in range(per_background))
+    return Task(subject, tuple(Wanted(subject=subject, background=name) for name in names))
+
+
+def composed(subject: str) -> Task:
+    """Ten images whose prompts ask for more: a place in four, a second object in six."""
+    shape = "ball" if world.class_word(subject) == "box" else "box"
+    second = Wanted(shape=shape, color="green")
+    at_places = [
+        Wanted(subject=subject, place=place, background=name) for place, name in zip(world.PLACES, world.BACKGROUNDS)
+    ]
+    beside = [Wanted(subject=subject, background=name, other=second) for name in world.BACKGROUNDS]
+    return Task(subject, (*at_places, *beside))
+
+
+def sentence(noun: str, wanted: Wanted) -> str:
+    """A prompt in the form of the base model's captions: the noun with the rest of what is wanted."""
+    other = "" if wanted.other is None else f" and a {wanted.other.color} {wanted.other.shape}"
+    place = "" if wanted.place is None else f" at {wanted.place}"
+    return f"{noun}{other}{place} on {wanted.background}"
 
 
 def personalized_pipeline(
