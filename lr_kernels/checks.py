@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import NoReturn
@@ -21,7 +21,7 @@ def fail(
 
 def check_choice(op: str, argument: str, value: object, allowed: Sequence[object]) -> None:
     """ValueError unless the value is one of those allowed."""
-    if value not in allowed:
+    if not isinstance(value, Hashable) or value not in allowed:  # an array is not compared as a whole
         fail(op, argument, "one of " + ", ".join(map(str, allowed)), repr(value))
 
 

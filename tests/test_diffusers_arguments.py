@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from tiny_pipelines import IMAGES, NOISE, PROMPTS, run, seeded
+from diffusers import EulerDiscreteScheduler
+from tiny_models import tiny_controlnet, tiny_scheduler, tiny_unet
+from tiny_pipelines import IMAGES, MASK, NOISE, PROMPTS, SHARED, banked, fresh, run, seeded
+
+from lr_kernels.diffusers import ReferenceBank
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TWO = [["sks"], ["ball"]]
 HALF = torch.zeros(8, 8, dtype=torch.bool)
@@ -30,8 +36,8 @@ HALF[:, :4] = True
         ({"generator": [seeded()]}, "generator: expected one, or 2, one per image, got 1"),
         ({"height": 16.0}, "height: expected a multiple of 2, got 16.0"),
         ({"width": 15}, "width: expected a multiple of 2, got 15"),
-        ({"latents": NOISE.numpy()}, "latents: expected a tensor (n, C, height, width), got (2, 4, 8, 8)"),
-        ({"latents": NOISE[0]}, "latents: expected a tensor (n, C, height, width), got torch.Size([4, 8, 8])"),
+        ({"latents": NOISE.numpy()}, "latents: expected a floating tensor (n, C, height, width), got (2, 4, 8, 8)"),
+        ({"latents": NOISE[0]}, "latents: expected a floating tensor (n, C, height, width), got torch.float32 (4, 8, 8)"),
         ({"reference_subjects": 0}, "reference_subjects: expected a list of numbers, got 0"),
         ({"reference_subjects": [1]}, "reference_subjects: expected 1 numbers, among them each of 0 to 0, got [1]"),
         ({"layout_mask": [HALF] * 3}, "layout_mask: expected 1 or 2 masks, as there are images, got 3"),
@@ -94,3 +100,162 @@ def test_a_callbacks_latents_are_taken_in_any_precision(pipe):
 
     first, second = (run(pipe, callback_on_step_end=f, output_type="latent") for f in (rounded, as_given))
     assert first.images.dtype == torch.float32 and torch.equal(first.images, second.images)
+
+
+# Found before the first step
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"image": "dog.png"}, "reference_image: expected a PIL image"),
+        ({"image": torch.full((1, 3, 16, 16), float("nan"))}, "reference_image: expected finite numbers"),
+        ({"image": 255 * IMAGES[:1]}, "reference_image: expected floating numbers in [0, 1]"),
+        ({"image": [IMAGES]}, "reference_mask: expected 2 masks"),
+        ({"reference_mask": torch.zeros(16, 16)}, "reference_mask: expected a foreground, got none"),
+        ({"reference_subjects": [0.0]}, "reference_subjects: expected 1 numbers"),
+        ({"reference_subjects": [[0]]}, "reference_subjects: expected 1 numbers"),
+        ({"layout_blend": 5}, "layout_blend: expected one of hard, linear, cosine, a function or 4 weights, got 5"),
+        ({"layout_blend": "soft"}, "layout_blend: expected one of hard, linear, cosine, got 'soft'"),
+        ({"layout_blend": ["a"] * 4}, "layout_blend[0]: expected a finite number, got 'a'"),
+        ({"layout_blend": lambda i: None}, "layout_blend[0]: expected a finite number, got None"),
+        ({"num_inference_steps": 2000}, "num_inference_steps: expected at most 1000"),
+        ({"num_images_per_prompt": True}, "num_images_per_prompt: expected a positive integer, got True"),
+        ({"reference_fit": np.array(["a", "b"])}, "reference_fit: expected one of crop, pad, squeeze"),
+        ({"negative_prompt": 5}, "negative_prompt: expected a string or several, got 5"),
+        ({"eta": 3.0}, "eta: expected a number in [0, 1], got 3.0"),
+        ({"context_limit": 5, "context_storage": None}, "context_limit: expected None without a context_storage"),
+    ],
+)  # fmt: skip
+def test_nothing_is_computed_before_a_wrong_argument_is_refused(pipe, arguments, message):
+    steps = []
+    with pytest.raises((ValueError, TypeError)) as caught:
+        run(pipe, callback_on_step_end=lambda pipe, step, t, tensors: steps.append(step), **arguments)
+    assert str(caught.value).startswith(f"lr_kernels.layout_retouch: {message}") and not steps
+
+
+def test_layers_are_refused_by_the_arguments_name(pipe):
+    for layers in (3.5, [3], [None], []):
+        with pytest.raises(ValueError, match="retouch_layers: expected"):
+            run(pipe, retouch_layers=layers)
+
+
+def test_a_batch_in_a_list_of_references_is_several(pipe):
+    masks = [MASK, MASK]
+    out = run(pipe, image=[IMAGES[:2]], reference_mask=masks, output_type="latent")
+    again = run(pipe, image=[IMAGES[0], IMAGES[1]], reference_mask=masks, output_type="latent")
+    assert torch.equal(out.images, again.images) and len(out.reference_mask) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [({"targets_from": "contexts"}, "targets_from"), ({"mask_blending": True}, "mask_blending"),
+     ({"return_maps": True}, "return_maps"), ({"retouch_start": 0, "retouch_end": 1}, "retouch_end")],
+)  # fmt: skip
+def test_what_only_layouts_have_is_refused_without_them(pipe, arguments, name):
+    with pytest.raises(ValueError, match=f"{name}: expected"):
+        pipe.retouch(PROMPTS, IMAGES[:1], "a sks ball", "ball", latents=NOISE, num_inference_steps=4, **arguments)
+
+
+def test_a_layout_stage_by_itself_refuses_what_it_would_drop(pipe):
+    with pytest.raises(ValueError, match="layout_prompt: expected a string or several, got None"):
+        pipe.layout(PROMPTS, None)
+    with pytest.raises(ValueError, match="context_storage: expected None, since there are no subject_tokens"):
+        pipe.layout(PROMPTS, "a ball", context_storage="device")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"layout": NOISE}, r"layout: expected what layout\(\) has returned, got Tensor"),
+        ({"context_latents": NOISE, "latents": [1]}, "latents: expected shape"),
+        ({"context_latents": NOISE.long()}, "context_latents: expected finite floating numbers"),
+        ({"context_latents": NOISE * float("nan")}, "context_latents: expected finite floating numbers"),
+        ({"context_latents": NOISE[..., :0]}, "context_latents: expected shape"),
+    ],
+)
+def test_contexts_are_checked(pipe, arguments, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        pipe.retouch(PROMPTS, IMAGES[:1], "a sks ball", "ball", **arguments)
+
+
+# Layouts and banks of something else
+
+
+@pytest.mark.parametrize(
+    "change", [{"use_karras_sigmas": True}, {"beta_end": 0.03}, {"prediction_type": "v_prediction"}]
+)
+def test_layouts_of_another_schedule_are_refused(change):
+    pipe = fresh(scheduler=EulerDiscreteScheduler())
+    common = {**SHARED, "latents": None}
+    layout = pipe.layout(PROMPTS, "a ball", "ball", **common)
+    pipe.scheduler = EulerDiscreteScheduler(**change)
+    with pytest.raises(ValueError, match="scheduler: expected the one that the layouts were made with"):
+        pipe.retouch(PROMPTS, IMAGES[:1], "a sks ball", "ball", layout=layout, **common)
+
+
+def test_layouts_of_other_subjects_are_refused_unless_masks_are_given(pipe):
+    layout = pipe.layout(PROMPTS, "a ball", "sks", **SHARED)
+    common = {**SHARED, "layout": layout, "reference_mask": MASK}
+    with pytest.raises(
+        ValueError, match=r"subject_tokens: expected \[\['sks'\]\], as the layouts had, got \[\['ball'\]\]"
+    ):
+        pipe.retouch(PROMPTS, IMAGES[:1], "a sks ball", "ball", **common)
+    out = pipe.retouch(PROMPTS, IMAGES[:1], "a sks ball", "ball", layout_mask=HALF, **common)
+    assert torch.equal(out.context_masks[0, 0], HALF)
+
+
+def test_layouts_renoised_take_another_number_of_steps(pipe):
+    layout = pipe.layout(PROMPTS, "a ball", "ball", **{**SHARED, "num_inference_steps": 2})
+    common = {**SHARED, "layout": layout, "reference_mask": MASK}
+    with pytest.raises(ValueError, match="num_inference_steps: expected 2, as the layouts had"):
+        pipe.retouch(PROMPTS, IMAGES[:1], "a sks ball", "ball", **common)
+    out = pipe.retouch(PROMPTS, IMAGES[:1], "a sks ball", "ball", contexts_from="renoise", **common)
+    assert out.latents.isfinite().all()
+
+
+def test_layouts_of_another_precision_are_converted():
+    pipe = fresh()
+    layout = pipe.layout(PROMPTS, "a ball", "ball", context_storage="device", **SHARED)
+    common = {**SHARED, "layout": layout, "reference_mask": MASK, "output_type": "latent"}
+    exact = pipe.retouch(PROMPTS, IMAGES[:1], "a sks ball", "ball", **common).latents
+    out = pipe.to(torch.bfloat16).retouch(PROMPTS, IMAGES[:1], "a sks ball", "ball", **common).latents
+    assert out.dtype == torch.bfloat16 and (out.float() - exact).abs().mean() < 0.1 * exact.abs().mean()
+
+
+def test_a_bank_of_other_noise_levels_or_precision_is_refused(pipe):
+    bank = banked(pipe)
+    arguments = {**SHARED, "latents": NOISE, "reference_bank": bank}
+    other = fresh(scheduler=tiny_scheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012))
+    with pytest.raises(ValueError, match="bank: expected the noise levels that it was built at"):
+        other(PROMPTS, "a ball", subject_tokens=("sks", "ball"), **arguments)
+    half = fresh().to(torch.bfloat16)
+    with pytest.raises(ValueError, match=r"reference_bank: expected built for torch.bfloat16, got torch.float32"):
+        half(PROMPTS, "a ball", subject_tokens=("sks", "ball"), **arguments)
+
+
+def test_steps_at_the_same_timestep_are_told_apart_by_their_levels():
+    bank = ReferenceBank([6, 4, 1, 1, 1], signals=[0.1, 0.2, 0.3, 0.4, 0.5])
+    assert bank.steps_of([1, 1], [0.4, 0.5]) == range(3, 5) and bank.steps_of([1, 1]) == range(2, 4)
+
+
+@pytest.mark.parametrize(("height", "width"), [(6, 20), (10, 34)])
+def test_a_bank_serves_sizes_that_no_layer_divides(pipe, height, width):
+    common = {"num_inference_steps": 2, "guidance_scale": 2.0, "height": height, "width": width}
+    bank = pipe.reference_bank(IMAGES[:1], "a sks ball", "ball", reference_mask=MASK, **common)
+    words = PROMPTS, "a ball"
+    out = pipe(*words, subject_tokens="ball", reference_bank=bank, generator=seeded(), **common, output_type="latent")
+    plain = pipe(*words, IMAGES[:1], "a sks ball", "ball", reference_mask=MASK, generator=seeded(), **common)
+    assert (out.latents - plain.latents).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("as_batch", [list, torch.Tensor.clone])
+def test_control_images_are_one_for_all_or_one_per_prompt(as_batch):
+    pipe = fresh(controlnet=tiny_controlnet(tiny_unet(0)))
+    edges = torch.rand(2, 3, 16, 16, generator=seeded(5))
+    common = {"num_images_per_prompt": 2, "latents": NOISE[[0, 0, 1, 1]]}
+    out = run(pipe, control_image=as_batch(edges), **common)
+    once = run(pipe, control_image=list(edges))
+    assert (out.latents - once.latents[[0, 0, 1, 1]]).abs().max() < 1e-3
+    with pytest.raises(ValueError, match="control_image: expected 1 or 2 images, as there are prompts, got 4"):
+        run(pipe, control_image=torch.cat([edges, edges]), **common)

@@ -12,13 +12,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..attention import multi_source_attention
-from ..checks import fail
+from ..checks import check_choice, check_integer, fail
 from ..plan import AttentionPlan, plan_attention
 from ..source import Source
+from .install import layer_grid
 from .processors import AttentionState, _refuse_mask, _StockAttnProcessor
 from .routing import token_mask
 
 STORAGES = ("device", "cpu")
+SAME_LEVEL = 1e-4
+"""How far shares of signal may be apart that are one noise level: schedulers compute them in fp32 by different ways."""
 
 
 class BankLayer:
@@ -77,17 +80,25 @@ class KeyValueBank:
     once more.
 
     Args:
-        timesteps: of the schedule, in its order.
+        timesteps: of the schedule, in its order. signals: how much of the latents is signal at each, see
+            `Solver.signals`; None: not known, and timesteps alone say which step a bank has.
         storage: where all steps are: "device", that of the model, or "cpu": pinned memory, copied step by step.
         limit: bytes that the storage may take.
     """
 
     def __init__(
-        self, timesteps: Sequence[float] | Tensor, *, storage: str = "device", limit: int | None = None
+        self,
+        timesteps: Sequence[float] | Tensor,
+        *,
+        signals: Sequence[float] | None = None,
+        storage: str = "device",
+        limit: int | None = None,
     ) -> None:
-        if storage not in STORAGES:
-            fail(self._op, "storage", f"one of {', '.join(STORAGES)}", repr(storage))
+        check_choice(self._op, "storage", storage, STORAGES)
+        if limit is not None:
+            check_integer(self._op, "limit", limit, 0, "a number of bytes, or None")
         self.timesteps = [_number(t) for t in timesteps]
+        self.signals = None if signals is None else list(signals)
         self.storage, self.limit = storage, limit
         self.mode: str | None = None
         """None: the layers are stock; "extract": they write their keys and values; "cached": they read the bank's"""
@@ -129,17 +140,33 @@ class KeyValueBank:
         return list(self._buffers())
 
     @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the keys and values; None while the bank is empty."""
+        return next((x.dtype for x in self._buffers().values()), None)
+
+    @property
     def rows_held(self) -> int:
         """Rows that every layer has; 0 while the bank is empty."""
         return next((x.shape[1] for x in self._buffers().values()), 0)
 
-    def steps_of(self, timesteps: Sequence[float] | Tensor) -> range:
-        """The bank's steps of timesteps that follow each other. ValueError where the bank was built for others."""
+    def steps_of(self, timesteps: Sequence[float] | Tensor, signals: Sequence[float] | None = None) -> range:
+        """The bank's steps of timesteps that follow each other, at these noise levels where both are known.
+
+        ValueError where the bank was built for others.
+        """
         wanted = [_number(t) for t in timesteps]
+        at_other_levels = False
         for first in range(len(self.timesteps) - len(wanted) + 1):
-            if self.timesteps[first : first + len(wanted)] == wanted:
-                return range(first, first + len(wanted))
-        hint = "use the same number of steps and the same range of sharing, or call reset()"
+            part = slice(first, first + len(wanted))
+            if self.timesteps[part] != wanted:
+                continue
+            known = self.signals is not None and signals is not None
+            if not known or all(abs(a - b) < SAME_LEVEL for a, b in zip(self.signals[part], signals)):
+                return range(part.start, part.stop)
+            at_other_levels = True
+        hint = "use the same number of steps and a part of the same range of sharing, or call reset()"
+        if at_other_levels:
+            fail(self._op, "bank", "the noise levels that it was built at", "others at the same timesteps", hint)
         fail(self._op, "bank", f"built for timesteps {self.timesteps}", wanted, hint)
 
     @contextlib.contextmanager
@@ -200,11 +227,16 @@ class ReferenceBank(KeyValueBank):
     """Keys and values of references, as a `KeyValueBank`, with what readers need to know of them.
 
     Args:
-        timesteps, storage, limit: of `KeyValueBank`.
+        timesteps, signals, storage, limit: of `KeyValueBank`.
     """
 
     def __init__(
-        self, timesteps: Sequence[float] | Tensor, *, storage: str = "device", limit: int | None = None
+        self,
+        timesteps: Sequence[float] | Tensor,
+        *,
+        signals: Sequence[float] | None = None,
+        storage: str = "device",
+        limit: int | None = None,
     ) -> None:
         self.rows: Tensor | None = None
         """int32 (B,): the bank's row that each row reads, -1: none. Default: row b, or the only one"""
@@ -214,7 +246,7 @@ class ReferenceBank(KeyValueBank):
         """which subject each reference shows, where the pipeline made the bank"""
         self.words: list[list[str]] | None = None
         """the words of each subject, likewise"""
-        super().__init__(timesteps, storage=storage, limit=limit)
+        super().__init__(timesteps, signals=signals, storage=storage, limit=limit)
 
     def reset(self) -> None:
         super().reset()
@@ -250,8 +282,12 @@ class ReferenceBank(KeyValueBank):
         return source._replace(key_mask=plan.key_masks[1]), plan
 
     def _grid(self, tokens: int) -> tuple[int, int]:
-        """(rows, columns) of a layer's tokens, by the shape of the mask."""
+        """(rows, columns) of a layer's tokens: the mask's own at a whole scale, else in its proportions."""
         height, width = self._foreground.shape[1:]
+        for scale in range(1, max(height, width) + 1):
+            rows, columns = layer_grid(scale, height, width)
+            if rows * columns == tokens:
+                return rows, columns
         columns = round((tokens * width / height) ** 0.5)
         if columns == 0 or tokens % columns:
             fail("ReferenceBank", "foreground", f"the shape of an image of {tokens} tokens", (height, width))
@@ -259,6 +295,8 @@ class ReferenceBank(KeyValueBank):
 
     def save(self, path: str | PathLike, model: str = "") -> None:
         """Write a safetensors file. `model` says what it was computed with; `load` can ask for it."""
+        if not isinstance(model, str):
+            fail("ReferenceBank", "model", "a string", type(model).__name__)
         if len(self._filled) != len(self.timesteps):
             fail("ReferenceBank", "bank", f"all {len(self.timesteps)} steps extracted", sorted(self._filled))
         if torch.cuda.is_available():
@@ -266,7 +304,8 @@ class ReferenceBank(KeyValueBank):
         tensors = {name: x.cpu().contiguous() for name, x in self._stored.items()}
         if self._foreground is not None:
             tensors["foreground"] = self._foreground.cpu().contiguous()
-        about = {name: json.dumps(getattr(self, name)) for name in ("timesteps", "shows", "words")} | {"model": model}
+        kept = ("timesteps", "signals", "shows", "words")
+        about = {name: json.dumps(getattr(self, name)) for name in kept} | {"model": model}
         save_file(tensors, path, about)
 
     @classmethod
@@ -289,7 +328,8 @@ class ReferenceBank(KeyValueBank):
                 fail("ReferenceBank", "path", "a file that save() wrote", str(path))
             if model is not None and about["model"] != model:
                 fail("ReferenceBank", "model", repr(model), repr(about["model"]), "the bank belongs to another model")
-            bank = cls(json.loads(about["timesteps"]), storage=storage)
+            signals = json.loads(about.get("signals", "null"))
+            bank = cls(json.loads(about["timesteps"]), signals=signals, storage=storage)
             shows, bank.words = (json.loads(about.get(name, "null")) for name in ("shows", "words"))
             bank.shows = None if shows is None else tuple(shows)
             for name in file.keys():

@@ -105,8 +105,10 @@ class PersonalizedPipeline:
         with adapters_off(OP, [self.unet, *self.text_encoders(personal=False)], self.config.personalized_adapters):
             yield
 
+    @torch.no_grad()
     def encode_images(self, images: Image | list[Image], height: int, width: int, fit: str = "crop") -> Tensor:
         """Images of any kind, brought to the size as `fit` says, see `preprocess` -> clean latents (n, C, h, w)."""
+        self.latent_size(height, width, None)  # refuses what is no multiple of the VAE's factor
         return self.encode_pixels(preprocess(images, height, width, fit))
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
@@ -199,8 +201,10 @@ class PersonalizedPipeline:
         f, side = self.vae_scale_factor, self.unet.config.sample_size
         default = (side, side) if isinstance(side, int) else side
         if latents is not None:
-            if not isinstance(latents, Tensor) or latents.dim() != 4:
-                fail(OP, "latents", "a tensor (n, C, height, width)", getattr(latents, "shape", type(latents).__name__))
+            if not isinstance(latents, Tensor) or latents.dim() != 4 or not latents.is_floating_point():
+                got = f"{latents.dtype} " if isinstance(latents, Tensor) else ""
+                got += str(tuple(latents.shape)) if hasattr(latents, "shape") else type(latents).__name__
+                fail(OP, "latents", "a floating tensor (n, C, height, width)", got)
             if height is None and width is None:
                 default = latents.shape[2:]
         size = []
@@ -330,9 +334,9 @@ def noise_like(latents: Tensor, generator: Generator) -> Tensor:
 
 def as_list(x: str | Sequence[str], count: int | None = None, name: str = "prompt") -> list[str]:
     """One string or several -> a list of `count`."""
-    texts = [x] if isinstance(x, str) else list(x or ())
+    texts = [x] if isinstance(x, str) else list(x) if isinstance(x, (list, tuple)) else []
     if not texts or not all(isinstance(text, str) for text in texts):
-        fail(OP, name, "a string or several", x)
+        fail(OP, name, "a string or several", repr(x))
     x = texts
     if count is None or len(x) == count:
         return x

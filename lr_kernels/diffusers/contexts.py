@@ -37,8 +37,10 @@ class Contexts:
     """keys and values of the steps that share; rows (unconditional, conditional) of every image"""
     bank_start: int = 0
     """the step of the schedule that is the bank's first"""
-    levels: tuple[float, ...] | None = None
-    """of the trajectory: what its scheduler multiplies the clean latents by, before every step and in the end"""
+    walk: tuple | None = None
+    """of the solver that made the trajectory, see `Solver.walk`"""
+    words: list[list[str]] | None = None
+    """of each subject, whose maps these are"""
 
 
 class ContextRecorder:

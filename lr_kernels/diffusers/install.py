@@ -1,7 +1,7 @@
 """Finding a UNet's attention layers, and putting processors into a model's layers and back."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, JointAttnProcessor2_0
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
@@ -42,11 +42,14 @@ def layer_grid(scale: int, height: int, width: int) -> tuple[int, int]:
     return -(-height // scale), -(-width // scale)
 
 
-def select_layers(unet: nn.Module, kind: str, choice: Sequence[int | str] | None = None) -> dict[str, Attention]:
+def select_layers(
+    unet: nn.Module, kind: str, choice: Sequence[int | str] | None = None, name: str = "choice"
+) -> dict[str, Attention]:
     """The attention layers of `kind` that match any entry of `choice`.
 
     Args:
         choice: scales (see `layer_scale`) and beginnings of layer names such as "up_blocks.1". None: all layers.
+        name: of the argument in messages.
 
     Raises:
         ValueError: an entry that matches no layer.
@@ -54,20 +57,23 @@ def select_layers(unet: nn.Module, kind: str, choice: Sequence[int | str] | None
     layers = attention_layers(unet, kind)
     if choice is None:
         return layers
-    choice = (choice,) if isinstance(choice, int | str) else tuple(choice)
-    if not choice or not all(isinstance(entry, int | str) for entry in choice):
-        fail("select_layers", "choice", "scales and beginnings of layer names, at least one", list(choice))
+    entries = (choice,) if isinstance(choice, int | str) else choice
+    if not isinstance(entries, Iterable) or not all(isinstance(entry, int | str) for entry in entries):
+        fail("select_layers", name, "scales and beginnings of layer names, at least one", choice)
+    choice = tuple(entries)
+    if not choice:
+        fail("select_layers", name, "scales and beginnings of layer names, at least one", list(choice))
     chosen = {}
     for entry in choice:
         if isinstance(entry, int):
-            matches = [name for name in layers if layer_scale(unet, name) == entry]
+            matches = [layer for layer in layers if layer_scale(unet, layer) == entry]
         else:
-            matches = [name for name in layers if f"{name}.".startswith(entry.rstrip(".") + ".")]
+            matches = [layer for layer in layers if f"{layer}.".startswith(entry.rstrip(".") + ".")]
         if not matches:
-            scales = sorted({layer_scale(unet, name) for name in layers})
+            scales = sorted({layer_scale(unet, layer) for layer in layers})
             expected = f"one of the scales {scales} or the beginning of a layer's name"
-            fail("select_layers", "choice", expected, repr(entry))
-        chosen.update((name, layers[name]) for name in matches)
+            fail("select_layers", name, expected, repr(entry))
+        chosen.update((layer, layers[layer]) for layer in matches)
     return chosen
 
 

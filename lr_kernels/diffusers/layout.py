@@ -12,7 +12,7 @@ from .condition import Condition, predict
 from .contexts import ContextRecorder
 from .output import Costs, LayoutRetouchOutput
 from .pictures import Image
-from .request import Request, build_request
+from .request import Request, build_request, refuse
 from .schedule import Blend, Stepper
 from .settings import Callback, Generator, Settings
 
@@ -63,10 +63,12 @@ class LayoutStage:
             negative_prompt=negative_prompt,
             latents=latents,
             control_image=control_image,
-            layout_prompt=layout_prompt,
+            layout_prompt=as_list(layout_prompt, name="layout_prompt"),
             subject_tokens=subject_tokens,
             with_references=False,
         )
+        if request.tokens is None:
+            refuse("there are no subject_tokens", context_storage=context_storage, context_limit=context_limit)
         output = lay_out(self, request)
         self.maybe_free_model_hooks()
         return output
@@ -119,7 +121,7 @@ def lay_out(pipe: PersonalizedPipeline, request: Request) -> LayoutRetouchOutput
     images, nsfw = pipe.decode(latents, settings.output_type, costs)
     contexts = None
     if recorder is not None and not pipe.interrupt:
-        contexts = replace(recorder.contexts(latents, noise), levels=tuple(solver.alphas.tolist()))
+        contexts = replace(recorder.contexts(latents, noise), walk=solver.walk, words=request.subjects)
     return LayoutRetouchOutput(
         images=images,
         latents=latents,

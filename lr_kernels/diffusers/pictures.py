@@ -109,6 +109,12 @@ def as_mask(mask: Image, size: Size, fit: str, device: torch.device, name: str =
     return token_mask(covered[None], size).unflatten(1, size).to(device)
 
 
+def one_by_one(images: Image | Sequence[Image]) -> list[Image]:
+    """One image, several, batches of them -> every image by itself; numbers and channels as they are."""
+    several = images if isinstance(images, (list, tuple)) else [images]
+    return [part for image in several for part in (image if getattr(image, "ndim", 0) == 4 else [image])]
+
+
 # Reading
 
 

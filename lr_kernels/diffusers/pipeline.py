@@ -6,13 +6,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..checks import fail
+from ..checks import check_integer, fail
 from .bank import ReferenceBank
 from .components import PersonalizedStableDiffusionPipeline, as_list
 from .components_xl import PersonalizedStableDiffusionXLPipeline
 from .layout import LayoutStage, lay_out
 from .output import LayoutRetouchOutput
-from .pictures import Image
+from .pictures import Image, one_by_one
 from .request import build_request
 from .retouch import RetouchStage, retouch
 from .schedule import Blend
@@ -137,16 +137,20 @@ class LayoutRetouch(LayoutStage, RetouchStage):
             ValueError: an argument that does not fit, named; a bank built for something else. NotImplementedError: a
             scheduler or an attention processor that the method cannot use; "swap" without layouts or with a bank.
         """
-        if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
-            fail(OP, "num_images_per_prompt", "a positive integer", num_images_per_prompt)
-        prompt = [p for p in as_list(prompt) for _ in range(num_images_per_prompt)]
+        check_integer(OP, "num_images_per_prompt", num_images_per_prompt, 1, "a positive integer")
+        prompts = as_list(prompt)
+        prompt = [p for p in prompts for _ in range(num_images_per_prompt)]
 
         def per_image(texts: str | list[str], name: str) -> list[str]:
             texts = as_list(texts, name=name)
             return texts if len(texts) == 1 else [p for p in texts for _ in range(num_images_per_prompt)]
 
-        if isinstance(control_image, (list, tuple)) and len(control_image) > 1:
-            control_image = [image for image in control_image for _ in range(num_images_per_prompt)]
+        if control_image is not None:
+            control_image = one_by_one(control_image)
+            if len(control_image) not in (1, len(prompts)):
+                fail(OP, "control_image", f"1 or {len(prompts)} images, as there are prompts", len(control_image))
+            if len(control_image) > 1:
+                control_image = [image for image in control_image for _ in range(num_images_per_prompt)]
         request = build_request(
             self,
             Settings.given(locals()),

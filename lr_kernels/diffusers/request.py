@@ -13,7 +13,7 @@ from .bank import ReferenceBank
 from .components import PersonalizedPipeline, as_list
 from .foreground import warn_of_implausible
 from .install import check_stock, select_layers
-from .pictures import Image, as_mask
+from .pictures import Image, as_mask, one_by_one, preprocess
 from .routing import MAX_SUBJECTS
 from .schedule import DEFAULT_SWITCH, Solver, blend_weights, step_in_schedule
 from .settings import OP, Settings
@@ -24,8 +24,8 @@ from .subject import SubjectTokens, as_subjects, shown_subjects
 class References:
     """The images of the subjects, or a bank that has them."""
 
-    images: list[Image]
-    """none where a bank has them"""
+    pixels: Tensor | None
+    """(R, 3, height, width) in [-1, 1]; None where a bank has them"""
     prompts: list[str]
     masks: list[Tensor | None]
     """bool (1, *size); None: from the model's attention"""
@@ -101,10 +101,11 @@ def build_request(
     switch = step_in_schedule("layout_steps", settings.layout_steps, round(DEFAULT_SWITCH * steps), 0, steps)
     start = step_in_schedule("retouch_start", settings.retouch_start, round(DEFAULT_SWITCH * steps), 0, steps - 1)
     end = step_in_schedule("retouch_end", settings.retouch_end, steps, start, steps)
-    layers = select_layers(pipe.personal_unet, "self", settings.retouch_layers)
+    layers = select_layers(pipe.personal_unet, "self", settings.retouch_layers, "retouch_layers")
     negatives = [None] * count if negative_prompt is None else as_list(negative_prompt, count, "negative_prompt")
     subjects, tokens, references, layout_masks = [], None, None, None
-    if with_references or subject_tokens:
+    unnamed = isinstance(subject_tokens, (list, tuple)) and not len(subject_tokens)
+    if with_references or not unnamed:
         check_stock(layers)
         subjects = as_subjects(subject_tokens)
         if len(subjects) > MAX_SUBJECTS:
@@ -124,9 +125,8 @@ def build_request(
             reference_prompt=reference_prompt,
             reference_mask=reference_mask,
         )
-        times = solver.timesteps[start:end]
         references = _banked_references(
-            settings, size, subjects, layers, times, start, reference_bank, reference_subjects
+            pipe, settings, size, subjects, layers, solver, range(start, end), reference_bank, reference_subjects
         )
     if references is not None:
         most = (MAX_SOURCES - 2) // (2 if settings.reading == "swap" and settings.retouch_guidance > 1 else 1)
@@ -167,24 +167,31 @@ def _given_references(
     masks: Image | list[Image | None] | None,
     shows: Sequence[int] | None,
 ) -> References:
-    images = _as_images(images)
+    if images is None:
+        fail(OP, "reference_image", "an image, several, or a reference_bank", None)
+    height, width = (x * pipe.vae_scale_factor for x in size)
+    images = one_by_one(images)
+    pixels = preprocess(images, height, width, settings.reference_fit, name="reference_image")
     count, device = len(images), pipe._execution_device
     prompts = as_list(prompts, count, "reference_prompt")
     found = []
     for r, mask in enumerate(_masks(masks, count)):
         name = "reference_mask" if count == 1 else f"reference_mask[{r}]"
         found.append(None if mask is None else as_mask(mask, size, settings.reference_fit, device, name))
+        if mask is not None and not found[-1].any():
+            fail(OP, name, "a foreground", "none")
     shows = shown_subjects(shows, count, len(subjects))
-    return References(images, prompts, found, shows, pipe.subject_tokens(prompts, subjects, list(shows)))
+    return References(pixels, prompts, found, shows, pipe.subject_tokens(prompts, subjects, list(shows)))
 
 
 def _banked_references(
+    pipe: PersonalizedPipeline,
     settings: Settings,
     size: tuple[int, int],
     subjects: list[list[str]],
     layers: Mapping[str, Attention],
-    times: Tensor,
-    start: int,
+    solver: Solver,
+    share: range,
     bank: ReferenceBank,
     shows: Sequence[int] | None,
 ) -> References:
@@ -204,18 +211,21 @@ def _banked_references(
     wanted = count * (2 if guided else 1)
     if bank.rows_held != wanted:
         stale(f"{wanted} rows, {'with' if guided else 'without'} guidance", bank.rows_held)
+    if bank.dtype != pipe.personal_unet.dtype:
+        stale(pipe.personal_unet.dtype, bank.dtype)
     if tuple(bank.foreground.shape[1:]) != tuple(size):
         stale(f"latents of {tuple(size)}", tuple(bank.foreground.shape[1:]))
     if missing := [name for name in layers if name not in bank.layer_names]:
         stale(f"layer {missing[0]}", f"{len(bank.layer_names)} layers without it")
-    given = bank.shows if shows is None else tuple(shows)
+    given = shown_subjects(bank.shows if shows is None else shows, count, len(subjects))
     if bank.shows not in (None, given):
         fail(OP, "reference_subjects", f"{list(bank.shows)}, as the bank was built", list(given))
     if bank.words not in (None, subjects):
         fail(OP, "subject_tokens", f"{bank.words}, as the bank was built", subjects)
-    steps = dict(enumerate(bank.steps_of(times), start))
+    part = slice(share.start, share.stop)
+    steps = dict(enumerate(bank.steps_of(solver.timesteps[part], solver.signals[part]), share.start))
     none = SubjectTokens(torch.empty(0, 0, dtype=torch.int32), torch.empty(len(subjects), 0, 0))
-    return References([], [], [], shown_subjects(given, count, len(subjects)), none, bank, steps)
+    return References(None, [], [], given, none, bank, steps)
 
 
 def _layout_masks(
@@ -245,21 +255,6 @@ def _masks_of_images(masks: Image | list | Tensor) -> list[Image]:
         return list(masks)
     batched = 3 if isinstance(masks, Tensor) else 4
     return list(masks) if getattr(masks, "ndim", 0) >= batched else [masks]
-
-
-def _as_images(images: Image | list[Image] | None) -> list[Image]:
-    """One image, several, or a batch (R, ...) -> a list."""
-    if images is None:
-        fail(OP, "reference_image", "an image, several, or a reference_bank", None)
-    if isinstance(images, (list, tuple)):
-        found = list(images)
-    elif getattr(images, "ndim", 0) == 4:
-        found = [images[r : r + 1] for r in range(len(images))]
-    else:
-        found = [images]
-    if not found:
-        fail(OP, "reference_image", "at least one image", 0)
-    return found
 
 
 def _masks(masks: Image | list[Image | None] | None, references: int) -> list[Image | None]:

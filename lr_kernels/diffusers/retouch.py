@@ -18,7 +18,7 @@ from .install import install_processors
 from .inversion import invert, renoise
 from .matching import matcher
 from .output import Costs, LayoutRetouchOutput
-from .pictures import Image, preprocess
+from .pictures import Image
 from .request import Request, build_request, refuse
 from .routing import RetouchBatch, Routing, Swap, route, swap
 from .schedule import Stepper
@@ -56,9 +56,9 @@ class RetouchStage:
     ) -> ReferenceBank:
         """What the references contribute to the retouch stage: keys and values of every layer and step that shares.
 
-        Pass it as `reference_bank` to any number of calls with the same size, steps, range of steps, layers (or fewer)
-        and with or without guidance as here; `save` keeps it for other processes. Arguments as in `__call__`, and
-        storage, limit as in `ReferenceBank`.
+        Pass it as `reference_bank` to any number of calls with the same size and number of steps, the same range of
+        steps and layers or a part of them, and with or without guidance as here; `save` keeps it for other processes.
+        Arguments as in `__call__`, and storage, limit as in `ReferenceBank`.
         """
         request = build_request(
             self,
@@ -121,7 +121,7 @@ class RetouchStage:
             layout: what `layout`, called with subject_tokens, has returned.
             context_latents: (n, C, height/f, width/f), clean latents of layouts from elsewhere, as `encode_images`
                 makes them. Neither: the references alone. The targets then start from noise; from retouch_start on,
-                their subjects by their own maps read the references' besides their own row.
+                and after a first step that finds them, their subjects read the references' besides their own row.
             height, width: only without contexts. latents: noise; with context_latents that which they are re-noised
                 with.
         """
@@ -163,8 +163,6 @@ class Rows:
     references: Tensor
     """(R, C, h, w), clean; none with a bank"""
     reference_noise: Tensor
-    reference_pixels: Tensor | None
-    """(R, 3, height, width) in [-1, 1]"""
 
     @property
     def prompt_condition(self) -> Condition:
@@ -251,7 +249,7 @@ def retouch(pipe: PersonalizedPipeline, request: Request, contexts: Contexts | N
             latents = pipe.after_step(settings.callback_on_step_end, i, t, latents)
             bar.update()
     images, nsfw = pipe.decode(latents, settings.output_type, costs)
-    pixels = rows.reference_pixels
+    pixels = request.references.pixels
     return LayoutRetouchOutput(
         images=images,
         latents=latents,
@@ -279,7 +277,9 @@ def fill_bank(pipe: PersonalizedPipeline, request: Request, storage: str, limit:
     pipe.stage = "references"
     costs = Costs(pipe._execution_device)
     rows = _rows(pipe, request, None)
-    bank = ReferenceBank(request.solver.timesteps[share.start : share.stop], storage=storage, limit=limit)
+    steps = slice(share.start, share.stop)
+    signals = request.solver.signals[steps]
+    bank = ReferenceBank(request.solver.timesteps[steps], signals=signals, storage=storage, limit=limit)
     bank.foreground = _masks(pipe, request, None, rows, costs).references
     bank.shows, bank.words = references.shows, request.subjects
     trajectory = renoise(rows.references, rows.reference_noise, request.solver, start=share.start)
@@ -303,6 +303,8 @@ def _given_contexts(
     generator: Generator,
 ) -> Contexts | None:
     """From one of the two arguments that bring contexts."""
+    if layout is not None and not isinstance(layout, LayoutRetouchOutput):
+        fail(OP, "layout", "what layout() has returned", type(layout).__name__, error=TypeError)
     if layout is not None:
         refuse("layout is given", context_latents=latents, latents=noise)
         contexts = layout.contexts
@@ -314,11 +316,14 @@ def _given_contexts(
     if latents is None:
         return None
     expected = (len(prompts), pipe.unet.config.in_channels)
-    if not isinstance(latents, Tensor) or latents.dim() != 4 or latents.shape[:-2] != expected:
+    if not isinstance(latents, Tensor) or latents.dim() != 4 or latents.shape[:-2] != expected or 0 in latents.shape:
         got = getattr(latents, "shape", type(latents).__name__)
         fail(OP, "context_latents", f"shape ({expected[0]}, {expected[1]}, height, width), one row per prompt", got)
-    if noise is not None and noise.shape != latents.shape:
-        fail(OP, "latents", f"shape {tuple(latents.shape)}, as context_latents", tuple(noise.shape))
+    if not latents.is_floating_point() or not bool(latents.isfinite().all()):
+        fail(OP, "context_latents", "finite floating numbers", f"{latents.dtype}, or NaN or Inf")
+    if noise is not None and getattr(noise, "shape", None) != latents.shape:
+        got = getattr(noise, "shape", type(noise).__name__)
+        fail(OP, "latents", f"shape {tuple(latents.shape)}, as context_latents", got)
     latents = latents.to(pipe._execution_device)
     return Contexts(latents, noise_like(latents, generator) if noise is None else noise.to(latents))
 
@@ -329,23 +334,32 @@ def _check_contexts(request: Request, contexts: Contexts | None) -> None:
     if contexts is None:
         if settings.reading == "swap":
             fail(OP, "reading", "'routing' without layouts", "'swap'", error=NotImplementedError)
+        only_with_layouts = {"targets_from": "renoise", "mask_blending": False, "return_maps": False}
+        for name, default in only_with_layouts.items():
+            if getattr(settings, name) != default:
+                fail(OP, name, f"{default!r}, since there are no layouts", repr(getattr(settings, name)))
         refuse("there are no layouts", layout_mask=request.layout_masks, contexts_from=settings.contexts_from)
-    elif settings.contexts_from == "trajectory" and contexts.trajectory is None:
+        if request.share.stop == 1:
+            fail(OP, "retouch_end", "at least 2 without layouts, where a first step finds the subjects", 1)
+        return
+    if settings.contexts_from == "trajectory" and contexts.trajectory is None:
         hint = "pass layout=, or contexts_from='renoise' or 'inversion'"
         fail(OP, "contexts_from", "another way, since context_latents have no trajectory", "'trajectory'", hint)
-    elif contexts.trajectory is not None and len(contexts.trajectory) != request.solver.steps + 1:
-        fail(OP, "num_inference_steps", f"{len(contexts.trajectory) - 1}, as the layouts had", request.solver.steps)
-    elif contexts.levels not in (None, tuple(request.solver.alphas.tolist())):
-        fail(OP, "scheduler", "the one that the layouts were made with", "another one")
-    elif contexts.maps is not None and len(contexts.maps) != len(request.subjects):
-        hint = "pass layout() the same subject_tokens"
-        fail(OP, "subject_tokens", f"{len(contexts.maps)} subjects, as the layouts had", len(request.subjects), hint)
+    if contexts.trajectory is not None and settings.contexts_from in (None, "trajectory"):
+        steps, walk = len(contexts.trajectory) - 1, request.solver.walk
+        if steps != request.solver.steps:
+            fail(OP, "num_inference_steps", f"{steps}, as the layouts had", request.solver.steps)
+        if contexts.walk not in (None, walk):
+            fail(OP, "scheduler", "the one that the layouts were made with", "another one, or set otherwise")
+    if request.layout_masks is None and contexts.words not in (None, request.subjects):
+        hint = "pass layout() the same subject_tokens, or a layout_mask"
+        fail(OP, "subject_tokens", f"{contexts.words}, as the layouts had", request.subjects, hint)
 
 
 def _rows(pipe: PersonalizedPipeline, request: Request, contexts: Contexts | None) -> Rows:
     """The batch, its conditions, and clean latents and noise of contexts and references."""
     settings, references, prompts = request.settings, request.references, request.prompts
-    banked = contexts is not None and _serves(contexts, request)
+    banked = contexts is not None and _serves(contexts, request, pipe.personal_unet.dtype)
     batch = RetouchBatch(
         len(prompts),
         contexts is not None,
@@ -355,21 +369,18 @@ def _rows(pipe: PersonalizedPipeline, request: Request, contexts: Contexts | Non
         context_banked=banked,
     )
     copies = 2 if batch.context_rows else 1
-    negatives = request.negatives * copies + [None] * len(references.images) if batch.guided else []
+    negatives = request.negatives * copies + [None] * len(references.prompts) if batch.guided else []
     condition = pipe.embed(negatives + prompts * copies + references.prompts, request.size, personal=True)
     dtype, device = condition.embeds.dtype, pipe._execution_device
-    pixels = None
     clean = torch.empty(0, pipe.unet.config.in_channels, *request.size, dtype=dtype, device=device)
-    if references.images:
-        height, width = (x * pipe.vae_scale_factor for x in request.size)
-        pixels = preprocess(references.images, height, width, settings.reference_fit, name="reference_image")
-        clean = pipe.encode_pixels(pixels).to(dtype)
+    if references.pixels is not None:
+        clean = pipe.encode_pixels(references.pixels).to(dtype)
     seeded = torch.Generator(device).manual_seed(REFERENCE_SEED)
     noise = noise_like(clean[:1], seeded).expand_as(clean)
-    return Rows(batch, condition, None if contexts is None else contexts.noise, clean, noise, pixels)
+    return Rows(batch, condition, None if contexts is None else contexts.noise, clean, noise)
 
 
-def _serves(contexts: Contexts, request: Request) -> bool:
+def _serves(contexts: Contexts, request: Request, dtype: torch.dtype) -> bool:
     """Whether the retouch stage reads the contexts' keys and values as the layout stage kept them."""
     settings, bank = request.settings, contexts.bank
     if bank is None or settings.reading == "swap" or settings.contexts_from not in (None, "trajectory"):
@@ -377,6 +388,7 @@ def _serves(contexts: Contexts, request: Request) -> bool:
     first, kept = contexts.bank_start, len(bank.timesteps)
     rows = len(contexts.latents) * (2 if settings.retouch_guidance > 1 else 1)
     steps = request.share.start >= first and request.share.stop <= first + kept
+    steps = steps and bank.dtype == dtype
     return steps and set(request.layers) <= set(bank.layer_names) and bank.rows_held == rows
 
 
@@ -457,7 +469,7 @@ def _trajectory_of_contexts(
         return []
     solver, way = request.solver, request.settings.contexts_from
     if way in (None, "trajectory") and contexts.trajectory is not None:
-        return contexts.trajectory[start:]
+        return [x.to(rows.condition.embeds.dtype) for x in contexts.trajectory[start:]]
     latents = contexts.latents.to(rows.condition.embeds.dtype)
     if way != "inversion":
         return renoise(latents, contexts.noise, solver, start=start)

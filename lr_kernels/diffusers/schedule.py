@@ -1,8 +1,7 @@
 """From a diffusers scheduler to the coefficient tables of step_blend, and the walk along them."""
 
-import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,7 +9,7 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, SchedulerMixin
 from torch import Tensor
 
-from ..checks import fail
+from ..checks import check_choice, check_number, fail
 from ..coefficients import (
     COLUMNS,
     PREDICTION_TYPES,
@@ -25,6 +24,7 @@ _OP = "layout_retouch"
 DEFAULT_SWITCH = 0.3
 """Share of the steps for layout_steps and retouch_start: with 6 of 20, layouts stay and identity comes back."""
 
+BLENDS = ("hard", "linear", "cosine")
 Blend = str | Callable[[int], float] | Sequence[float] | Tensor
 
 _REQUIRED: dict[type, dict[str, tuple]] = {
@@ -67,6 +67,17 @@ class Solver:
     @property
     def steps(self) -> int:
         return len(self.timesteps)
+
+    @property
+    def signals(self) -> list[float]:
+        """(steps + 1) how much of the latents is signal, α/√(α² + σ²), whatever scale a scheduler keeps them at."""
+        return (self.alphas / (self.alphas**2 + self.sigmas**2).sqrt()).tolist()
+
+    @property
+    def walk(self) -> tuple:
+        """What two runs have in common where the latents of one are of use to the other."""
+        levels = (tuple(x.tolist()) for x in (self.timesteps, self.alphas, self.sigmas))
+        return (self.prediction_type, *levels)
 
     def table(self, *, guidance_scale: float, eta: float = 0.0, weights: Tensor | None = None) -> Tensor:
         """The table for (unconditional, conditional) predictions, with weights (steps,) those of two models.
@@ -138,6 +149,9 @@ def solver(scheduler: object, num_inference_steps: int, device: torch.device | s
         NotImplementedError: see `solver_of`.
     """
     check_scheduler(scheduler)
+    if num_inference_steps > scheduler.config.num_train_timesteps:
+        most = scheduler.config.num_train_timesteps
+        fail(_OP, "num_inference_steps", f"at most {most}, as many as the model was trained on", num_inference_steps)
     scheduler.set_timesteps(num_inference_steps, device=device)
     result = solver_of(scheduler)
     if result.steps != num_inference_steps:
@@ -273,12 +287,18 @@ def blend_weights(blend: Blend, layout_steps: int, steps: int) -> Tensor:
         ValueError: a weight that is NaN or outside [0, 1], layout_steps outside 0 to steps, a wrong number of weights.
     """
     if isinstance(blend, str):
+        check_choice(_OP, "layout_blend", blend, BLENDS)
         return blend_schedule(blend, steps, layout_steps)
-    weights = [float(w) for w in ([blend(i) for i in range(steps)] if callable(blend) else blend)]
+    if not callable(blend) and not isinstance(blend, Iterable):
+        fail(_OP, "layout_blend", f"one of {', '.join(BLENDS)}, a function or {steps} weights", repr(blend))
+    weights = [blend(i) for i in range(steps)] if callable(blend) else list(blend)
+    for i, w in enumerate(weights):
+        check_number(_OP, f"layout_blend[{i}]", w.item() if isinstance(w, Tensor) and w.numel() == 1 else w)
+    weights = [float(w) for w in weights]
     if len(weights) != steps:
         fail(_OP, "layout_blend", f"{steps} weights, one per step", len(weights))
     for i, w in enumerate(weights):
-        if math.isnan(w) or not 0 <= w <= 1:
+        if not 0 <= w <= 1:
             fail(_OP, f"layout_blend[{i}]", "a weight in [0, 1]", w)
     return torch.tensor(weights)
 

@@ -66,8 +66,12 @@ class Settings:
         for name in ("guidance_scale", "retouch_guidance_scale", "eta", "control_scale"):
             if name != "retouch_guidance_scale" or self.retouch_guidance_scale is not None:
                 check_number(OP, name, getattr(self, name))
+        if not 0 <= self.eta <= 1:
+            fail(OP, "eta", "a number in [0, 1]", self.eta)
         if self.context_limit is not None:
             check_integer(OP, "context_limit", self.context_limit, 0, "a number of bytes, or None")
+            if self.context_storage is None:
+                fail(OP, "context_limit", "None without a context_storage", self.context_limit)
         if self.callback_on_step_end is not None and not callable(self.callback_on_step_end):
             fail(OP, "callback_on_step_end", "a function, or None", type(self.callback_on_step_end).__name__)
         if isinstance(self.mask_threshold, str):

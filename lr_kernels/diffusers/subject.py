@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -75,7 +76,8 @@ def shown_subjects(shows: Sequence[int] | None, references: int, subjects: int) 
     if shows is None and subjects not in (1, references):
         fail("layout_retouch", "reference_subjects", f"the subject of each of {references} references", None)
     found = tuple([0] * references if subjects == 1 else range(references)) if shows is None else tuple(shows)
-    if len(found) != references or set(found) != set(range(subjects)):
+    numbers = all(isinstance(s, Integral) and not isinstance(s, bool) for s in found)
+    if len(found) != references or not numbers or set(found) != set(range(subjects)):
         expected = f"{references} numbers, among them each of 0 to {subjects - 1}"
         fail("layout_retouch", "reference_subjects", expected, list(found))
     return found
