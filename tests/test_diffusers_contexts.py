@@ -109,7 +109,7 @@ def test_where_latents_come_from(pipe, contexts_from, targets_from):
 def test_layouts_of_another_scheduler_or_other_subjects_are_refused(pipe):
     stages = pipe.layout(PROMPTS, "a ball", [["sks"], ["ball"]], latents=NOISE, **SHARED)
     arguments = {**SHARED, "layout": stages, "reference_mask": MASK}
-    with pytest.raises(ValueError, match="subject_tokens: expected 2 subjects, as the layouts had, got 1"):
+    with pytest.raises(ValueError, match=r"subject_tokens: expected \[\[.sks.\], \[.ball.\]\], as the layouts had"):
         pipe.retouch(PROMPTS, IMAGES[:1], "a sks ball", ("sks", "ball"), **arguments)
     euler = fresh("sd", **{**pipe.components, "scheduler": EulerDiscreteScheduler(), "requires_safety_checker": False})
     with pytest.raises(ValueError, match="scheduler: expected the one that the layouts were made with"):

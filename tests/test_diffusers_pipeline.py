@@ -82,7 +82,7 @@ def test_34_blend_weight_outside_its_range(pipe, bad):
         ({"layout_blend": [0, 1]}, ValueError, "layout_blend: expected 4 weights, one per step, got 2"),
         ({"layout_blend": "sudden"}, ValueError, "one of hard, linear, cosine, got 'sudden'"),
         ({"contexts_from": "guess"}, ValueError, "contexts_from: expected one of None, trajectory, renoise, inversion"),
-        ({"retouch_layers": [16]}, ValueError, r"choice: expected one of the scales \[1, 2\]"),
+        ({"retouch_layers": [16]}, ValueError, r"retouch_layers: expected one of the scales \[1, 2\]"),
         ({"backend": "none"}, ValueError, "backend: expected one of auto"),
         ({"reference_mask": np.zeros((16, 16))}, ValueError, "reference_mask: expected a foreground, got none"),
         ({"reference_mask": np.zeros((2, 16, 16))}, ValueError, r"reference_mask: expected shape \(height, width\)"),

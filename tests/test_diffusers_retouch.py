@@ -397,7 +397,7 @@ def test_an_ip_adapter_in_a_unet_is_refused_by_name(pipe):
         ({"guidance_scale": float("nan")}, "guidance_scale: expected a finite number"),
         ({"layout_steps": 1.5}, "layout_steps: expected 0 to 4, got 1.5"),
         ({"height": 0}, "height: expected a multiple of 2"),
-        ({"retouch_layers": []}, "choice: expected scales"),
+        ({"retouch_layers": []}, "retouch_layers: expected scales"),
         ({"generator": [torch.Generator()]}, "generator: expected one, or 2, one per image, got 1"),
         ({"negative_prompt": []}, "negative_prompt: expected a string or several"),
     ],

@@ -1,6 +1,6 @@
 """What a call is asked for: its arguments, checked before anything is computed, as the stages use them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -217,7 +217,9 @@ def _banked_references(
         stale(f"latents of {tuple(size)}", tuple(bank.foreground.shape[1:]))
     if missing := [name for name in layers if name not in bank.layer_names]:
         stale(f"layer {missing[0]}", f"{len(bank.layer_names)} layers without it")
-    given = shown_subjects(bank.shows if shows is None else shows, count, len(subjects))
+    if shows is not None and not isinstance(shows, Iterable):
+        fail(OP, "reference_subjects", "a list of numbers", repr(shows))
+    given = bank.shows if shows is None else tuple(shows)
     if bank.shows not in (None, given):
         fail(OP, "reference_subjects", f"{list(bank.shows)}, as the bank was built", list(given))
     if bank.words not in (None, subjects):
@@ -225,7 +227,7 @@ def _banked_references(
     part = slice(share.start, share.stop)
     steps = dict(enumerate(bank.steps_of(solver.timesteps[part], solver.signals[part]), share.start))
     none = SubjectTokens(torch.empty(0, 0, dtype=torch.int32), torch.empty(len(subjects), 0, 0))
-    return References(None, [], [], given, none, bank, steps)
+    return References(None, [], [], shown_subjects(given, count, len(subjects)), none, bank, steps)
 
 
 def _layout_masks(

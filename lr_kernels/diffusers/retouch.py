@@ -322,7 +322,7 @@ def _given_contexts(
     if not latents.is_floating_point() or not bool(latents.isfinite().all()):
         fail(OP, "context_latents", "finite floating numbers", f"{latents.dtype}, or NaN or Inf")
     if noise is not None and getattr(noise, "shape", None) != latents.shape:
-        got = getattr(noise, "shape", type(noise).__name__)
+        got = tuple(noise.shape) if isinstance(noise, Tensor) else type(noise).__name__
         fail(OP, "latents", f"shape {tuple(latents.shape)}, as context_latents", got)
     latents = latents.to(pipe._execution_device)
     return Contexts(latents, noise_like(latents, generator) if noise is None else noise.to(latents))
@@ -339,7 +339,7 @@ def _check_contexts(request: Request, contexts: Contexts | None) -> None:
             if getattr(settings, name) != default:
                 fail(OP, name, f"{default!r}, since there are no layouts", repr(getattr(settings, name)))
         refuse("there are no layouts", layout_mask=request.layout_masks, contexts_from=settings.contexts_from)
-        if request.share.stop == 1:
+        if len(request.share) and request.share.stop == 1:
             fail(OP, "retouch_end", "at least 2 without layouts, where a first step finds the subjects", 1)
         return
     if settings.contexts_from == "trajectory" and contexts.trajectory is None:

@@ -293,7 +293,8 @@ def blend_weights(blend: Blend, layout_steps: int, steps: int) -> Tensor:
         fail(_OP, "layout_blend", f"one of {', '.join(BLENDS)}, a function or {steps} weights", repr(blend))
     weights = [blend(i) for i in range(steps)] if callable(blend) else list(blend)
     for i, w in enumerate(weights):
-        check_number(_OP, f"layout_blend[{i}]", w.item() if isinstance(w, Tensor) and w.numel() == 1 else w)
+        w = w.item() if isinstance(w, Tensor) and w.numel() == 1 else w
+        check_number(_OP, f"layout_blend[{i}]", w, "a weight in [0, 1]")
     weights = [float(w) for w in weights]
     if len(weights) != steps:
         fail(_OP, "layout_blend", f"{steps} weights, one per step", len(weights))
