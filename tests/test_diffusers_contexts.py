@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from lr_kernels.diffusers import MultiSourceAttnProcessor, RetouchBatch, route
 from lr_kernels.diffusers.foreground import foreground, grown, without_specks
 from lr_kernels.diffusers.processors import AttentionState
-from lr_kernels.diffusers.subject import propagated
+from lr_kernels.diffusers.subject import mean_of_layers, propagated
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -257,6 +257,15 @@ def test_a_foreground_is_the_region_of_the_highest_values():
     expected[0, 5, 2:6] = True
     assert torch.equal(foreground(maps, (8, 8), warm=0.2)[0], expected)
     assert torch.equal(foreground(maps, (8, 8))[0], grown(maps[0] == 1, 1))
+
+
+def test_layers_whose_background_has_the_subjects_token_are_left_out():
+    shown, missed = torch.zeros(1, 1, 6, 6), torch.ones(1, 1, 6, 6)
+    shown[..., 2:4, 2:4], missed[..., 2:4, 2:4] = 1, 0
+    assert torch.equal(mean_of_layers(torch.stack([shown, missed, shown])), shown)
+    assert torch.equal(mean_of_layers(torch.stack([missed, missed])), missed)  # nothing else is known
+    images = torch.stack([torch.cat([shown, missed], 1), torch.cat([missed, missed], 1)])
+    assert torch.equal(mean_of_layers(images), torch.cat([shown, missed], 1))
 
 
 def test_implausible_areas_are_warned_about(pipe):

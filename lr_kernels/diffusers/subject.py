@@ -182,7 +182,8 @@ class SubjectMaps:
     def collect(self, rows: slice, weights: Tensor, *, backend: str = "auto") -> Tensor:
         """The maps of the last pass: fp32 (S, rows, h, w) on `self.grid`, tokens averaged by weights (S, rows, T).
 
-        Each layer's map is stretched to [0, 1] before the mean over layers, and the mean is spread by self-attention.
+        Each layer's map is stretched to [0, 1] before the mean over layers, see `mean_of_layers`. Self-attention
+        spreads the mean.
         """
         found = []
         for name, recorder in self._recorders.items():
@@ -196,8 +197,23 @@ class SubjectMaps:
         if not found:
             fail("SubjectMaps", "processors", "in place during the last pass", "all replaced", error=RuntimeError)
         captured = [p.captured for p in self._spreaders if p.captured is not None]
-        maps = torch.stack(found).mean(0)
+        maps = mean_of_layers(torch.stack(found))
         return propagated(maps, [(q[rows], k[rows]) for q, k in captured], backend=backend)
+
+
+def mean_of_layers(maps: Tensor) -> Tensor:
+    """Maps (L, S, n, h, w) in [0, 1] of L layers -> (S, n, h, w), the mean of those that show the subject.
+
+    In some layers the background attends to the subject's token, as to one that says nothing there. Subjects are rather
+    inside a picture than all along its border, so a map that is higher along the border than inside is left out, unless
+    all are.
+    """
+    border = torch.ones(maps.shape[-2:], dtype=torch.bool, device=maps.device)
+    border[1:-1, 1:-1] = False
+    inside = (maps * ~border).sum((-2, -1)) / (~border).sum().clamp(min=1)
+    shows = inside > (maps * border).sum((-2, -1)) / border.sum()
+    shows |= ~shows.any(0)
+    return (maps * shows[..., None, None]).sum(0) / shows.sum(0)[..., None, None]
 
 
 def propagated(
