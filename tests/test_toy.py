@@ -8,7 +8,10 @@ import torch
 from PIL import Image
 
 from lr_kernels import demo, toy
-from lr_kernels.toy.stages import STAGES
+from lr_kernels.diffusers import StableDiffusionLayoutRetouchPipeline
+from lr_kernels.toy.judge import scores
+from lr_kernels.toy.stages import STAGES, on_backgrounds, run_stages
+from lr_kernels.toy.statistics import paired_difference
 
 
 def test_references_are_reproducible():
@@ -42,11 +45,24 @@ def report(demonstration):
     return demonstration["stages"]
 
 
-def test_sharing_attention_is_what_recovers_the_subject(demonstration):
-    """The control is the retouch stage with sharing off: where sharing does nothing, their images are the same."""
+def test_sharing_attention_alone_brings_the_colours_of_the_reference():
+    """A model that has never seen the subject knows it from the reference's keys and values alone.
+
+    The control is the retouch stage with sharing off: where sharing does nothing, their images are the same.
+    """
+    pipe = StableDiffusionLayoutRetouchPipeline.from_pipe(toy.load_pipeline())
+    pipe.set_progress_bar_config(disable=True)
+    task = on_backgrounds("ball", per_background=1)
+    outputs = run_stages(pipe, task, 1000, ("control",))
+    images = {name: torch.as_tensor(out.images).float() * 2 - 1 for name, out in outputs.items()}
+    colours = {name: scores(x, task.backgrounds, None, "ball")["histogram"] for name, x in images.items()}
+    mean, low, _ = paired_difference(colours["retouch"], colours["control"])
+    assert mean > 0.1 and low > 0
+
+
+def test_the_demo_reports_every_stage_and_the_control(demonstration):
     assert tuple(demonstration["stages"]) == STAGES
-    mean, low, _ = demonstration["identity_differences"]["retouch - control"]
-    assert mean > 0.05 and low > 0
+    assert set(demonstration["identity_differences"]) == {"retouch - control", "retouch - layout"}
     assert demonstration["identity_differences"]["retouch - layout"][1] > 0
 
 
@@ -57,7 +73,7 @@ def test_retouch_recovers_the_subject_that_the_layout_lost(report):
 
 def test_retouch_keeps_the_diversity_that_personalization_lost(report):
     assert report["retouch"]["position_std"] >= 1.8 * report["personalized"]["position_std"]
-    assert report["retouch"]["background"] >= report["personalized"]["background"]
+    assert report["retouch"]["background"] >= 0.8
     assert report["retouch"]["diversity"] > report["personalized"]["diversity"]
 
 
