@@ -11,6 +11,7 @@ from ..attention_checks import MAX_SOURCES
 from ..checks import fail
 from .bank import ReferenceBank
 from .components import PersonalizedPipeline, as_list
+from .contexts import Contexts
 from .foreground import warn_of_implausible
 from .install import check_stock, select_layers
 from .pictures import Image, as_mask, one_by_one, preprocess
@@ -149,6 +150,34 @@ def build_request(
         layout_masks=layout_masks,
         references=references,
     )
+
+
+def check_contexts(request: Request, contexts: Contexts | None) -> None:
+    """What the settings ask of the contexts."""
+    settings = request.settings
+    if contexts is None:
+        if settings.reading == "swap":
+            fail(OP, "reading", "'routing' without layouts", "'swap'", error=NotImplementedError)
+        only_with_layouts = {"targets_from": "renoise", "mask_blending": False, "return_maps": False}
+        for name, default in only_with_layouts.items():
+            if getattr(settings, name) != default:
+                fail(OP, name, f"{default!r}, since there are no layouts", repr(getattr(settings, name)))
+        refuse("there are no layouts", layout_mask=request.layout_masks, contexts_from=settings.contexts_from)
+        if len(request.share) and request.share.stop == 1:
+            fail(OP, "retouch_end", "at least 2 without layouts, where a first step finds the subjects", 1)
+        return
+    if settings.contexts_from == "trajectory" and contexts.trajectory is None:
+        hint = "pass layout=, or contexts_from='renoise' or 'inversion'"
+        fail(OP, "contexts_from", "another way, since context_latents have no trajectory", "'trajectory'", hint)
+    if contexts.trajectory is not None and settings.contexts_from in (None, "trajectory"):
+        steps, walk = len(contexts.trajectory) - 1, request.solver.walk
+        if steps != request.solver.steps:
+            fail(OP, "num_inference_steps", f"{steps}, as the layouts had", request.solver.steps)
+        if contexts.walk not in (None, walk):
+            fail(OP, "scheduler", "the one that the layouts were made with", "another one, or set otherwise")
+    if request.layout_masks is None and contexts.words not in (None, request.subjects):
+        hint = "pass layout() the same subject_tokens, or a layout_mask"
+        fail(OP, "subject_tokens", f"{contexts.words}, as the layouts had", request.subjects, hint)
 
 
 def refuse(reason: str, **arguments: object) -> None:
