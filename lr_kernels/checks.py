@@ -25,9 +25,17 @@ def check_choice(op: str, argument: str, value: object, allowed: Sequence[object
         fail(op, argument, "one of " + ", ".join(map(str, allowed)), repr(value))
 
 
-def check_number(op: str, argument: str, value: object, expected: str = "a finite number") -> None:
-    """ValueError unless the value is a finite real number, of any type that is one."""
-    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+def check_number(
+    op: str,
+    argument: str,
+    value: object,
+    expected: str = "a finite number",
+    low: float = -math.inf,
+    high: float = math.inf,
+) -> None:
+    """ValueError unless the value is a finite real number, of any type that is one, from low to high."""
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not (number and math.isfinite(value) and low <= value <= high):
         fail(op, argument, expected, repr(value))
 
 

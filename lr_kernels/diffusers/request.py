@@ -1,6 +1,6 @@
 """What a call is asked for: its arguments, checked before anything is computed, as the stages use them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from .pictures import Image, as_mask, one_by_one, preprocess
 from .routing import MAX_SUBJECTS
 from .schedule import DEFAULT_SWITCH, Solver, blend_weights, step_in_schedule
 from .settings import OP, Settings
-from .subject import SubjectTokens, as_subjects, shown_subjects
+from .subject import SubjectTokens, as_numbers, as_subjects, shown_subjects
 
 
 @dataclass(frozen=True)
@@ -246,9 +246,7 @@ def _banked_references(
         stale(f"latents of {tuple(size)}", tuple(bank.foreground.shape[1:]))
     if missing := [name for name in layers if name not in bank.layer_names]:
         stale(f"layer {missing[0]}", f"{len(bank.layer_names)} layers without it")
-    if shows is not None and not isinstance(shows, Iterable):
-        fail(OP, "reference_subjects", "a list of numbers", repr(shows))
-    given = bank.shows if shows is None else tuple(shows)
+    given = bank.shows if shows is None else as_numbers(shows)
     if bank.shows not in (None, given):
         fail(OP, "reference_subjects", f"{list(bank.shows)}, as the bank was built", list(given))
     if bank.words not in (None, subjects):

@@ -13,6 +13,7 @@ from ..checks import check_choice, check_number, fail
 from ..coefficients import (
     COLUMNS,
     PREDICTION_TYPES,
+    SCHEDULES,
     blend_schedule,
     sigma_coefficients,
     signal_and_noise,
@@ -24,7 +25,6 @@ _OP = "layout_retouch"
 DEFAULT_SWITCH = 0.3
 """Share of the steps for layout_steps and retouch_start: with 6 of 20, layouts stay and identity comes back."""
 
-BLENDS = ("hard", "linear", "cosine")
 Blend = str | Callable[[int], float] | Sequence[float] | Tensor
 
 _REQUIRED: dict[type, dict[str, tuple]] = {
@@ -287,21 +287,17 @@ def blend_weights(blend: Blend, layout_steps: int, steps: int) -> Tensor:
         ValueError: a weight that is NaN or outside [0, 1], layout_steps outside 0 to steps, a wrong number of weights.
     """
     if isinstance(blend, str):
-        check_choice(_OP, "layout_blend", blend, BLENDS)
+        check_choice(_OP, "layout_blend", blend, SCHEDULES)
         return blend_schedule(blend, steps, layout_steps)
     if not callable(blend) and not isinstance(blend, Iterable):
-        fail(_OP, "layout_blend", f"one of {', '.join(BLENDS)}, a function or {steps} weights", repr(blend))
+        fail(_OP, "layout_blend", f"one of {', '.join(SCHEDULES)}, a function or {steps} weights", repr(blend))
     weights = [blend(i) for i in range(steps)] if callable(blend) else list(blend)
-    for i, w in enumerate(weights):
-        w = w.item() if isinstance(w, Tensor) and w.numel() == 1 else w
-        check_number(_OP, f"layout_blend[{i}]", w, "a weight in [0, 1]")
-    weights = [float(w) for w in weights]
+    weights = [w.item() if isinstance(w, Tensor) and w.numel() == 1 else w for w in weights]
     if len(weights) != steps:
         fail(_OP, "layout_blend", f"{steps} weights, one per step", len(weights))
     for i, w in enumerate(weights):
-        if not 0 <= w <= 1:
-            fail(_OP, f"layout_blend[{i}]", "a weight in [0, 1]", w)
-    return torch.tensor(weights)
+        check_number(_OP, f"layout_blend[{i}]", w, "a weight in [0, 1]", 0, 1)
+    return torch.tensor(weights, dtype=torch.float32)
 
 
 def step_in_schedule(name: str, step: int | None, default: int, lowest: int, highest: int) -> int:

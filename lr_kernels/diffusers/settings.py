@@ -66,8 +66,7 @@ class Settings:
         for name in ("guidance_scale", "retouch_guidance_scale", "eta", "control_scale"):
             if name != "retouch_guidance_scale" or self.retouch_guidance_scale is not None:
                 check_number(OP, name, getattr(self, name))
-        if not 0 <= self.eta <= 1:
-            fail(OP, "eta", "a number in [0, 1]", self.eta)
+        check_number(OP, "eta", self.eta, "a number in [0, 1]", 0, 1)
         if self.context_limit is not None:
             check_integer(OP, "context_limit", self.context_limit, 0, "a number of bytes, or None")
             if self.context_storage is None:
@@ -77,10 +76,7 @@ class Settings:
         if isinstance(self.mask_threshold, str):
             check_choice(OP, "mask_threshold", self.mask_threshold, ("otsu",))
         else:
-            expected = "'otsu' or a number in [0, 1]"
-            check_number(OP, "mask_threshold", self.mask_threshold, expected)
-            if not 0 <= self.mask_threshold <= 1:
-                fail(OP, "mask_threshold", expected, self.mask_threshold)
+            check_number(OP, "mask_threshold", self.mask_threshold, "'otsu' or a number in [0, 1]", 0, 1)
 
     @property
     def retouch_guidance(self) -> float:

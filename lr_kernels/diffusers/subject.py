@@ -65,17 +65,22 @@ def _are_words(x: object) -> bool:
     return isinstance(x, (list, tuple)) and all(isinstance(word, str) for word in x)
 
 
+def as_numbers(shows: Sequence[int]) -> tuple[int, ...]:
+    """The subjects' numbers as given. ValueError where there is one without a list."""
+    if not isinstance(shows, Iterable):
+        fail("layout_retouch", "reference_subjects", "a list of numbers", repr(shows))
+    return tuple(shows)
+
+
 def shown_subjects(shows: Sequence[int] | None, references: int, subjects: int) -> tuple[int, ...]:
     """The subject of each reference. Default: the only one, or one reference for each in their order.
 
     Raises:
         ValueError: a subject that no reference shows, a number that is none.
     """
-    if shows is not None and not isinstance(shows, Iterable):
-        fail("layout_retouch", "reference_subjects", "a list of numbers", repr(shows))
     if shows is None and subjects not in (1, references):
         fail("layout_retouch", "reference_subjects", f"the subject of each of {references} references", None)
-    found = tuple([0] * references if subjects == 1 else range(references)) if shows is None else tuple(shows)
+    found = tuple([0] * references if subjects == 1 else range(references)) if shows is None else as_numbers(shows)
     numbers = all(isinstance(s, Integral) and not isinstance(s, bool) for s in found)
     if len(found) != references or not numbers or set(found) != set(range(subjects)):
         expected = f"{references} numbers, among them each of 0 to {subjects - 1}"
