@@ -2,16 +2,17 @@
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
 
 import torch
 from diffusers.models.attention_processor import Attention
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..attention import multi_source_attention
+from ..backends import KERNEL_DTYPES
 from ..checks import check_choice, check_integer, fail
 from ..plan import AttentionPlan, plan_attention
 from ..source import Source
@@ -304,8 +305,7 @@ class ReferenceBank(KeyValueBank):
         tensors = {name: x.cpu().contiguous() for name, x in self._stored.items()}
         if self._foreground is not None:
             tensors["foreground"] = self._foreground.cpu().contiguous()
-        kept = ("timesteps", "signals", "shows", "words")
-        about = {name: json.dumps(getattr(self, name)) for name in kept} | {"model": model}
+        about = {name: json.dumps(getattr(self, name)) for name in _FIELDS} | {"model": model}
         save_file(tensors, path, about)
 
     @classmethod
@@ -320,27 +320,79 @@ class ReferenceBank(KeyValueBank):
         """A saved bank.
 
         Raises:
-            ValueError: a file that is no bank; `model` is given and is not what the bank was computed with.
+            ValueError: no safetensors file, or one whose fields are not those of a bank, each named; `model` is given
+                and is not what the bank was computed with.
         """
-        with safe_open(path, "pt") as file:
-            about = file.metadata() or {}
-            if "timesteps" not in about:
-                fail("ReferenceBank", "path", "a file that save() wrote", str(path))
-            if model is not None and about["model"] != model:
-                fail("ReferenceBank", "model", repr(model), repr(about["model"]), "the bank belongs to another model")
-            signals = json.loads(about.get("signals", "null"))
-            bank = cls(json.loads(about["timesteps"]), signals=signals, storage=storage)
-            shows, bank.words = (json.loads(about.get(name, "null")) for name in ("shows", "words"))
-            bank.shows = None if shows is None else tuple(shows)
-            for name in file.keys():
-                x = file.get_tensor(name)
-                if name == "foreground":
-                    bank.foreground = x.to(device)
-                    continue
-                bank._stored[name] = x.to(device) if storage == "device" else x
-                bank.layer(name).buffer = torch.empty(x.shape[1:], dtype=x.dtype, device=device)
+        try:
+            with safe_open(path, "pt") as file:
+                about, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+        except SafetensorError as error:
+            fail("ReferenceBank", "path", "a safetensors file", f"{path}: {error}")
+        timesteps, signals, shows, words = (_field(path, about, name) for name in _FIELDS)
+        if signals is not None and len(signals) != len(timesteps):
+            fail("ReferenceBank", "signals", f"{len(timesteps)} in {path}, one per timestep", len(signals))
+        found = about.get("model", "")
+        if model not in (None, found):
+            fail("ReferenceBank", "model", repr(model), repr(found), "the bank belongs to another model")
+        bank = cls(timesteps, signals=signals, storage=storage)
+        bank.shows, bank.words = None if shows is None else tuple(shows), words
+        foreground = tensors.pop("foreground", None)
+        _check_stored(path, tensors, len(timesteps))
+        for name, x in tensors.items():
+            bank._stored[name] = x.to(device) if storage == "device" else x
+            bank.layer(name).buffer = torch.empty(x.shape[1:], dtype=x.dtype, device=device)
+        if foreground is not None:
+            bank.foreground = foreground.to(device)
+            if len(foreground) not in (1, bank.rows_held) or foreground.numel() == 0:
+                expected = f"1 or {bank.rows_held} masks in {path}, one per row"
+                fail("ReferenceBank", "foreground", expected, tuple(foreground.shape))
         bank._filled = set(range(len(bank.timesteps)))
         return bank
+
+
+def _list_of(valid: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, list) and len(value) > 0 and all(valid(x) for x in value)
+
+
+def _between(low: float, high: float) -> Callable[[object], bool]:
+    return lambda x: isinstance(x, int | float) and not isinstance(x, bool) and low <= x <= high
+
+
+_FIELDS: dict[str, tuple[bool, Callable[[object], bool], str]] = {
+    "timesteps": (False, _list_of(_between(0, 1e6)), "a list of timesteps"),
+    "signals": (True, _list_of(_between(0, 1)), "a list of numbers from 0 to 1"),
+    "shows": (True, _list_of(lambda x: type(x) is int and x >= 0), "a list of subjects' numbers"),
+    "words": (True, _list_of(_list_of(lambda x: isinstance(x, str))), "a list of each subject's words"),
+}
+"""What a bank's file says beside its tensors, as JSON: whether it may be null or missing, what it has to be."""
+
+
+def _field(path: str | PathLike, about: Mapping[str, str], name: str) -> list | None:
+    optional, valid, expected = _FIELDS[name]
+    text = about.get(name, "null")
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = text
+    if not (valid(value) or (optional and value is None)):
+        got = "nothing" if name not in about else text if len(text) < 80 else text[:80] + "…"
+        fail("ReferenceBank", name, f"{expected} in {path}", got, "load a file that save() wrote")
+    return value
+
+
+def _check_stored(path: str | PathLike, tensors: Mapping[str, Tensor], steps: int) -> None:
+    """ValueError unless these are the keys and values of every step, of the same rows and dtype in all layers."""
+    if not tensors:
+        fail("ReferenceBank", "layers", f"keys and values of at least one layer in {path}", "none")
+    first = next(iter(tensors.values()))
+    rows = first.shape[2] if first.dim() == 6 else 1
+    for name, x in tensors.items():
+        if x.dim() != 6 or tuple(x.shape[:3]) != (steps, 2, rows) or x.numel() == 0:
+            expected = f"({steps} steps, 2, {rows} rows, tokens, heads, head_dim) in {path}"
+            fail("ReferenceBank", name, expected, tuple(x.shape))
+        if x.dtype not in (*KERNEL_DTYPES, torch.float64) or x.dtype != first.dtype:
+            expected = f"{first.dtype} as the other layers" if x.dtype != first.dtype else "a floating dtype"
+            fail("ReferenceBank", name, f"{expected} in {path}", x.dtype)
 
 
 class BankAttnProcessor(_StockAttnProcessor):
