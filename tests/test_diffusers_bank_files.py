@@ -1,4 +1,4 @@
-"""Files of banks that are damaged, of other programs or hostile: each field that is wrong is a ValueError that names it."""
+"""Files of banks that are damaged, foreign or hostile: each field that is wrong is a ValueError that names it."""
 
 import json
 
@@ -111,7 +111,7 @@ def test_a_file_that_is_cut_off_or_another_is_named(tmp_path, keep):
     load(tmp_path)
     whole = (tmp_path / "bank").read_bytes()
     (tmp_path / "bank").write_bytes(whole[:keep])
-    with pytest.raises(ValueError, match="ReferenceBank: path: expected a safetensors file, got .*bank"):
+    with pytest.raises(ValueError, match=r"ReferenceBank: path: expected a safetensors file, got .*bank"):
         ReferenceBank.load(tmp_path / "bank")
     (tmp_path / "bank").write_bytes(b"\xff" * 64)
     with pytest.raises(ValueError, match="ReferenceBank: path: expected a safetensors file"):
