@@ -175,8 +175,8 @@ def _group_gradients(
     grad_lse: Tensor | None,
     bias_wanted: tuple[bool, ...],
 ) -> tuple[Any, ...]:
-    """(grad_query, S x fp32 grad_key, S x fp32 grad_value, S x fp32 grad_key_bias or None) of one softmax group without a
-    weight."""
+    """(grad_query, S x grad_key, S x grad_value, S x grad_key_bias or None) of one softmax group without a
+    weight; all but the first in fp32."""
     heads = query.shape[2]
     grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
     grad_key, grad_value = (

@@ -81,8 +81,8 @@ def refuse_vmap(op: str, tensors: Mapping[str, object]) -> None:
     """NotImplementedError where torch.vmap maps over one of these arguments: the reference cannot do that either."""
     for argument, x in tensors.items():
         if isinstance(x, torch.Tensor) and mapped(x):
-            hint = "make the mapped dimension part of the batch"
-            fail(op, argument, "a tensor that torch.vmap does not map over", "one that it does", hint, NotImplementedError)
+            expected, hint = "a tensor that torch.vmap does not map over", "make the mapped dimension part of the batch"
+            fail(op, argument, expected, "one that it does", hint, NotImplementedError)
 
 
 def forward_only(*tensors: torch.Tensor | None) -> dict[str, list[str]]:

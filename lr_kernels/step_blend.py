@@ -82,8 +82,8 @@ def step_blend(
     if backends.transforms_active():
         backends.refuse_vmap(_OP, {"step": step})
         if outputs:
-            hint = "use the tensor that is returned"
-            fail(_OP, "out, model_input, history_out", "None inside a torch.func transform", "a tensor", hint, NotImplementedError)
+            names, expected = "out, model_input, history_out", "None inside a torch.func transform"
+            fail(_OP, names, expected, "a tensor", "use the one that is returned", NotImplementedError)
     name = backends.choose(_OP, backend, device, sample.dtype, lacking, "sample")
     if name in ("cpu", "cuda") and background is None and mask is None and keep_rows is None:
         counter = None if type(step) is int else _counter(step, device)

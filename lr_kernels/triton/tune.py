@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from .. import Source, plan_attention, reference
-from ..attention_tables import lay_out
 from ..attention_grad import _group_gradients
+from ..attention_tables import lay_out
 from ..ops import attention_op
 from ..testing import assert_matches
 from . import tiles
