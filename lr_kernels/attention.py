@@ -8,9 +8,10 @@ from torch import Tensor
 
 from . import backends, reference
 from .attention_checks import OP, check, check_reference_memory
-from .attention_grad import attention_with_gradients
+from .attention_grad import Options, attention_with_gradients
+from .attention_tables import lay_out
 from .checks import check_memory, fail
-from .ops import AttentionTables, attention_op
+from .ops import attention_op
 from .plan import AttentionPlan, plan_attention
 from .source import Source
 
@@ -64,6 +65,10 @@ def multi_source_attention(
         if not isinstance(scale, Real):
             fail(OP, "scale", "a number", type(scale).__name__, error=TypeError)
         scale = float(scale)
+    if backends.transforms_active():
+        fields = {f"{name}[{i}]": x for i, s in enumerate(sources) for name, x in zip(Source._fields, s)}
+        backends.refuse_vmap(OP, {"query": query, **fields, "query_groups": query_groups})
+        plan = None  # the reference needs none, and inside a transform its masks may be wrapped: other tensors
     if torch.is_autocast_enabled(query.device.type):
         query, sources = _autocast(query, sources)
     call = None
@@ -79,7 +84,7 @@ def multi_source_attention(
     check_memory(OP, "query", query.numel() * query.element_size(), query.device)
     wanted = torch.is_grad_enabled() and (query.requires_grad or any(_requires_grad(s) for s in sources))
     lacking = _lacking(sources, wanted)
-    if backends.forward_mode(query, *(x for s in sources for x in s if isinstance(x, Tensor))):
+    if backends.forward_mode_active() and backends.forward_mode(query, *(x for s in sources for x in s)):
         for missing in lacking.values():
             missing.append("forward-mode gradients")
     name = backends.choose(OP, backend, query.device, query.dtype, lacking)
@@ -90,9 +95,10 @@ def multi_source_attention(
         )
     if plan is None:
         plan = plan_attention([s.key_mask for s in sources], [s.key_groups for s in sources], query_groups)
-    tables = _tables(query, sources, plan, scale)
     if wanted:
-        return attention_with_gradients(name, query, tables, return_lse)
+        options = Options(name, backend == "auto", scale, return_lse)
+        return attention_with_gradients(options, query, sources, query_groups, plan)
+    tables = lay_out(query, sources, plan, scale)
     if call is not None and name == "triton":
         call.run(query, tables)
         return call.result
@@ -109,58 +115,6 @@ def _autocast(query: Tensor, sources: Sequence[Source]) -> tuple[Tensor, list[So
         return x.to(dtype) if x.dtype in backends.KERNEL_DTYPES else x
 
     return cast(query), [s._replace(key=cast(s.key), value=cast(s.value)) for s in sources]
-
-
-def _tables(query: Tensor, sources: Sequence[Source], plan: AttentionPlan, scale: float | None) -> AttentionTables:
-    """The arguments of the op, the sources ordered by softmax group."""
-    numbers = [s.softmax_group for s in sources]
-    groups = sorted(set(numbers))
-    index, count = plan.key_index, plan.key_count
-    if numbers != sorted(numbers):
-        order = sorted(range(len(sources)), key=numbers.__getitem__)
-        sources = [sources[i] for i in order]
-        index, count = tuple(index[i] for i in order), tuple(count[i] for i in order)
-    weights = [next(s.weight for s in sources if s.softmax_group == g) for g in groups]
-    return AttentionTables(
-        [s.key for s in sources],
-        [s.value for s in sources],
-        [_table(s.rows, torch.int32) for s in sources],
-        index,
-        count,
-        [_table(s.value_index, torch.int32) for s in sources],
-        [_table(s.key_bias, torch.float32) for s in sources],
-        [_per_head(s.logit_scale, query) for s in sources],
-        [_per_head(s.logit_bias, query) for s in sources],
-        plan.query_order,
-        plan.class_start,
-        [groups.index(s.softmax_group) for s in sources],
-        [_per_query(w, query) for w in weights],
-        query.shape[3] ** -0.5 if scale is None else scale,
-    )
-
-
-def _table(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """In the kernels' dtype and contiguous in the last dimension; as it is where it is so already."""
-    if x is None:
-        return None
-    x = x.to(dtype)
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _per_head(x: float | Tensor | None, query: Tensor) -> Tensor | None:
-    """Scalar, (B,) or (B, H) -> fp32 (B, H), without a copy where it is one already."""
-    if x is None:
-        return None
-    x = torch.as_tensor(x, dtype=torch.float32, device=query.device)
-    return (x[:, None] if x.dim() == 1 else x).expand(query.shape[0], query.shape[2])
-
-
-def _per_query(x: float | Tensor | None, query: Tensor) -> Tensor | None:
-    """Scalar, (B,) or (B, N) -> fp32 (B, N), without a copy where it is one already."""
-    if x is None:
-        return None
-    x = torch.as_tensor(x, dtype=torch.float32, device=query.device)
-    return (x[:, None] if x.dim() == 1 else x).expand(query.shape[:2])
 
 
 def _lacking(sources: Sequence[Source], gradients: bool) -> dict[str, list[str]]:

@@ -50,11 +50,39 @@ def unavailable(backend: str, op: str, device_type: str | None = None) -> str | 
     return None
 
 
-def forward_mode(*tensors: torch.Tensor | None) -> bool:
+def forward_mode_active() -> bool:
+    """Whether dual tensors can exist."""
+    return forward_ad._current_level >= 0 and not torch.compiler.is_compiling()
+
+
+def forward_mode(*arguments: object) -> bool:
     """Whether forward-mode differentiation (torch.func.jvp, dual tensors) goes through any of them."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+    if not forward_mode_active():
         return False
-    return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+    return any(isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in arguments)
+
+
+def transforms_active() -> bool:
+    """Whether the call is inside a torch.func transform (grad, vjp, jvp, vmap, …), whose tensors no kernel can read."""
+    return torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
+
+
+def mapped(x: torch.Tensor | None) -> bool:
+    """Whether torch.vmap, or autograd's is_grads_batched, maps over the tensor, at any level of the transforms."""
+    functorch = torch._C._functorch
+    while x is not None and functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return x is not None and functorch.is_legacy_batchedtensor(x)
+
+
+def refuse_vmap(op: str, tensors: Mapping[str, object]) -> None:
+    """NotImplementedError where torch.vmap maps over one of these arguments: the reference cannot do that either."""
+    for argument, x in tensors.items():
+        if isinstance(x, torch.Tensor) and mapped(x):
+            expected, hint = "a tensor that torch.vmap does not map over", "make the mapped dimension part of the batch"
+            fail(op, argument, expected, "one that it does", hint, NotImplementedError)
 
 
 def forward_only(*tensors: torch.Tensor | None) -> dict[str, list[str]]:
@@ -84,6 +112,8 @@ def choose(
     """
     device_type = device.type  # 0.2 us a look
     lacking = lacking or {}
+    if transforms_active():
+        lacking = {name: [*lacking.get(name, ()), "torch.func transforms"] for name in BACKENDS if name != "reference"}
     if backend == "auto":
         if dtype in KERNEL_DTYPES:
             for name in _AUTO.get(device_type, ()):

@@ -47,6 +47,8 @@ def correspondence(
 
     Features of a diffusion UNet as correspondences: L. Tang et al., arXiv 2306.03881.
     """
+    if backends.transforms_active():
+        backends.refuse_vmap(_OP, {"target": target, "reference": reference})
     columns, radius_squared = _check(target, reference, radius, grid)
     target, reference = target.detach(), reference.detach()
     name = backends.choose(_OP, backend, target.device, target.dtype, argument="target")

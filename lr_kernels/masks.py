@@ -41,6 +41,8 @@ def subject_mask(
         ValueError: a shape, size, threshold or smoothing that does not fit. TypeError: a dtype that does not fit.
         RuntimeError: the named backend is not available.
     """
+    if backends.transforms_active():
+        backends.refuse_vmap(_OP, {"maps": maps})
     height, width = _check(maps, size, threshold, quantile, smoothing)
     name = backends.choose(_OP, backend, maps.device, maps.dtype, argument="maps")
     if name == "reference":

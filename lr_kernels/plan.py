@@ -58,6 +58,10 @@ def plan_attention(
     if len(key_groups) != len(key_masks):
         fail("plan_attention", "key_groups", f"{len(key_masks)} entries", len(key_groups))
     check_masks("plan_attention", key_masks, key_groups, query_groups)
+    if backends.transforms_active():
+        tables = {f"key_mask[{i}]": x for i, x in enumerate(key_masks)}
+        tables |= {f"key_groups[{i}]": x for i, x in enumerate(key_groups)}
+        backends.refuse_vmap("plan_attention", {**tables, "query_groups": query_groups})
     query_order = class_start = None
     classes: Sequence[int] = ()
     if query_groups is not None:

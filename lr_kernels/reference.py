@@ -85,7 +85,7 @@ def multi_source_attention(
     lse = torch.full((batch, heads, tokens), -math.inf, dtype=dtype, device=query.device)
     for group in sorted({s.softmax_group for s in sources}):
         members = [s for s in sources if s.softmax_group == group]
-        part, lse = _joint_softmax(query.to(dtype), members, query_groups, scale, dtype)
+        part, lse, _ = _joint_softmax(query.to(dtype), members, query_groups, scale, dtype)
         weight = members[0].weight
         out = out + (part if weight is None else _per_query(weight, query, dtype) * part)
     out = out.to(query.dtype)
@@ -131,12 +131,13 @@ def _value_tokens(source: "Source", rows: Tensor) -> Tensor:
 
 def _joint_softmax(
     query: Tensor, sources: "Sequence[Source]", query_groups: Tensor | None, scale: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """One softmax over all keys of `sources`: out (B, N, H, D) and lse (B, H, N)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One softmax over all keys of `sources`: out (B, N, H, D), lse (B, H, N) and P (B, H, N, keys of all)."""
     # a source of no rows is read by nobody
     parts = [_gather(query, s, query_groups, scale, dtype) for s in sources if s.key.shape[0] and s.key.shape[1]]
     if not parts:
-        return torch.zeros_like(query), query.new_full((*query.transpose(1, 2).shape[:3],), -math.inf)
+        shape = query.transpose(1, 2).shape[:3]
+        return torch.zeros_like(query), query.new_full(shape, -math.inf), query.new_zeros((*shape, 0))
     s, value = torch.cat([x.scores for x in parts], -1), torch.cat([x.value for x in parts], 1)
     lse = s.logsumexp(-1)
     blind = (lse == -math.inf)[..., None]
@@ -147,7 +148,7 @@ def _joint_softmax(
         visible = torch.cat([x.visible for x in parts], -1)
         reached = torch.einsum("bnm,bmhd->bnhd", visible.to(dtype), (~finite).to(dtype)) > 0
         out = out.masked_fill(reached, math.nan)
-    return out, lse
+    return out, lse, p
 
 
 class SourceGradients(NamedTuple):
@@ -180,9 +181,9 @@ def multi_source_attention_backward(
     q, grad_query = query.to(dtype), torch.zeros_like(query, dtype=dtype)
     grads: list[SourceGradients] = []
     first = {s.softmax_group: s for s in reversed(sources)}
-    for source in sources:
+    for i, source in enumerate(sources):
         members = [s for s in sources if s.softmax_group == source.softmax_group]
-        computed, lse = _joint_softmax(q, members, query_groups, scale, dtype)
+        computed, _, joint = _joint_softmax(q, members, query_groups, scale, dtype)
         weight = first[source.softmax_group].weight
         grad = grad_out.to(dtype) * (1.0 if weight is None else _per_query(weight, query, dtype))
         kept = (computed.to(query.dtype) if out is None else out).to(dtype)
@@ -193,7 +194,10 @@ def multi_source_attention_backward(
             rows = source_rows(source, query.shape[0])
             read = rows >= 0
             x = _gather(q, source, query_groups, scale, dtype)
-            p = torch.where(x.scores == -math.inf, 0, (x.scores - lse[..., None]).exp())
+            # not exp(logit - lse): where all logits are huge, the log of the sum is lost beside the largest
+            before = [s for s in sources[:i] if s.softmax_group == source.softmax_group]
+            start = sum(s.key.shape[1] for s in before if s.key.shape[0])
+            p = torch.where(x.scores == -math.inf, 0, joint[..., start : start + source.key.shape[1]])
             ds = p * (torch.einsum("bnhd,bmhd->bhnm", grad, x.value) - delta.transpose(1, 2)[..., None])
             grad_query += torch.einsum("bhnm,bmhd->bnhd", x.alpha * ds, x.key)
             key.index_add_(0, rows[read], torch.einsum("bhnm,bnhd->bmhd", x.alpha * ds, q)[read])

@@ -78,7 +78,12 @@ def step_blend(
             inputs.append(x)
     outputs = [x for x in (out, model_input, history_out) if x is not None]
     device, training = sample.device, torch.is_grad_enabled()
-    lacking = backends.forward_only(*inputs) if training else None
+    lacking = backends.forward_only(*inputs) if training or backends.forward_mode_active() else None
+    if backends.transforms_active():
+        backends.refuse_vmap(_OP, {"step": step})
+        if outputs:
+            names, expected = "out, model_input, history_out", "None inside a torch.func transform"
+            fail(_OP, names, expected, "a tensor", "use the one that is returned", NotImplementedError)
     name = backends.choose(_OP, backend, device, sample.dtype, lacking, "sample")
     if name in ("cpu", "cuda") and background is None and mask is None and keep_rows is None:
         counter = None if type(step) is int else _counter(step, device)

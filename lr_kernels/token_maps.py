@@ -49,6 +49,8 @@ def attention_with_token_maps(
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if backends.transforms_active():
+        backends.refuse_vmap(_OP, {"token_indices": token_indices})
     _check(query, key, value, token_indices)
     name = backends.choose(_OP, backend, query.device, query.dtype, backends.forward_only(query, key, value))
     if name == "reference":

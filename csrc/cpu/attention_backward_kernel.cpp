@@ -28,6 +28,7 @@ constexpr int kTileQueries = 128;
 constexpr int kTileSlices = kTileQueries / kSlice;
 constexpr int kBlockKeys = 120;  // a multiple of all key counts of outer_tile
 constexpr float kLog2E = 1.44269504088896340736f;
+constexpr double kCoarse = 8192;
 // Channel vectors per accumulator tile of the products over queries, and how many keys fit the registers beside them.
 #if defined(__AVX512F__) || defined(__ARM_NEON)
 constexpr int kMaxVectors = 5;
@@ -42,15 +43,26 @@ struct QueryTile {
   int count, slices;
 };
 
+struct KeyBlock {
+  int source;
+  int64_t row;
+  const int32_t* index;  // the visible keys of the row, or null: all
+  int64_t first;         // of them
+  int count;
+
+  int64_t token(int i) const { return index ? int64_t(index[first + i]) : first + i; }
+};
+
 struct Scratch {
   // one tile of queries, transposed: per slice [d, kSlice]
   float *query, *grad_out, *grad_query, *delta, *grad_lse;
-  float *lse, *lse_rest;  // [kTileQueries] log2 units; what rounding took from lse
+  float *lse, *lse_rest;  // [kTileQueries] lse in log2 units and what rounding took from it; in coarse tiles the
+                          // maximum in natural units and the log2 of the sum
   // the same queries as rows: [kTileQueries, width]
   float *query_rows, *grad_out_rows;
   // per slice [kBlockKeys, kSlice]
   float *p, *ds;
-  // keys and values of a block [kBlockKeys, d], and what is added to their logits in log2 units
+  // keys and values of a block [kBlockKeys, d], and what is added to their logits, in the units of lse
   float *keys, *values, *bias;
 
   Scratch(int d, int width) {
@@ -164,7 +176,25 @@ class Backward {
   }
 
   void run_tile(const QueryTile& tile, int64_t h, const Scratch& scratch) const {
-    load_queries(tile, h, scratch);
+    const bool coarse = load_queries(tile, h, scratch);
+    if (coarse) {
+      std::fill_n(scratch.lse, kTileQueries, -FLT_MAX);
+      std::fill_n(scratch.lse_rest, kTileQueries, 0.0f);
+      each_block(tile, [&](const KeyBlock& block) {
+        const float alpha = load_keys(tile, h, block, true, scratch);
+        for (int s = 0; s < tile.slices; ++s) add_to_sums(block.count, scratch, s, alpha);
+      });
+      for (int i = 0; i < kTileQueries; ++i) {
+        if (scratch.lse_rest[i] == 0 || i >= tile.count) scratch.lse[i] = INFINITY;  // sees nothing: P = 0
+        scratch.lse_rest[i] = scratch.lse[i] == INFINITY ? 0.0f : std::log2(scratch.lse_rest[i]);
+      }
+    }
+    each_block(tile, [&](const KeyBlock& block) { run_block(tile, h, block, coarse, scratch); });
+    store_grad_query(tile, h, scratch);
+  }
+
+  template <class Visit>
+  void each_block(const QueryTile& tile, const Visit& visit) const {
     for (int i = 0; i < p.sources; ++i) {
       const AttentionSource& source = p.source[i];
       const int64_t row = source.rows ? source.rows[tile.b] : source.r == 1 ? 0 : tile.b;
@@ -176,39 +206,37 @@ class Backward {
         count = source.key_count[tile.query_class * source.count_stride[0] + row * source.count_stride[1]];
       }
       for (int64_t k = 0; k < count; k += kBlockKeys)
-        run_block(tile, h, i, row, index, k, int(std::min<int64_t>(kBlockKeys, count - k)), scratch);
+        visit(KeyBlock{i, row, index, k, int(std::min<int64_t>(kBlockKeys, count - k))});
     }
-    store_grad_query(tile, h, scratch);
   }
 
-  void load_queries(const QueryTile& tile, int64_t h, const Scratch& x) const {
+  // Whether an lse is coarse.
+  bool load_queries(const QueryTile& tile, int64_t h, const Scratch& x) const {
+    bool coarse = false;
     const int padded = tile.slices * kSlice;
     std::fill_n(x.query_rows, padded * width, 0.0f);
     std::fill_n(x.grad_out_rows, padded * width, 0.0f);
-    std::fill_n(x.grad_query, padded * d, 0.0f);
     const S* query = static_cast<const S*>(p.query) + tile.b * p.query_stride[0] + h * p.query_stride[2];
     const S* out = static_cast<const S*>(p.out) + tile.b * p.out_stride[0] + h * p.out_stride[2];
     const S* grad_out = static_cast<const S*>(g.grad_out) + tile.b * g.grad_out_stride[0] + h * g.grad_out_stride[2];
     for (int position = 0; position < padded; ++position) {
       double lse = INFINITY;  // P = 0
-      float delta = 0, grad_lse = 0;
+      float grad_lse = 0;
       if (position < tile.count) {
         const int64_t i = query_at(tile, position);
-        const S *q = query + i * p.query_stride[1], *o = out + i * p.out_stride[1];
-        const S* go = grad_out + i * g.grad_out_stride[1];
+        const S *q = query + i * p.query_stride[1], *go = grad_out + i * g.grad_out_stride[1];
         for (int c = 0; c < d; ++c) {
           x.query_rows[position * width + c] = to_float(q[c]);
           x.grad_out_rows[position * width + c] = to_float(go[c]);
-          delta += to_float(go[c]) * to_float(o[c]);
         }
         if (g.grad_lse)
           grad_lse = g.grad_lse[tile.b * g.grad_lse_stride[0] + i * g.grad_lse_stride[1] + h * g.grad_lse_stride[2]];
         lse = static_cast<const double*>(p.lse)[tile.b * p.lse_stride[0] + i * p.lse_stride[1] + h * p.lse_stride[2]];
+        coarse |= std::isfinite(lse) && std::abs(lse) > kCoarse;
         lse = lse == -INFINITY ? INFINITY : lse * 1.4426950408889634;  // -inf: sees nothing
       }
       x.lse[position] = static_cast<float>(lse);
       x.lse_rest[position] = std::isfinite(lse) ? static_cast<float>(lse - x.lse[position]) : 0.0f;
-      x.delta[position] = delta;
       x.grad_lse[position] = grad_lse;  // apart from delta: dP and delta nearly cancel where one key has all the weight
     }
     for (int s = 0; s < tile.slices; ++s) {
@@ -217,6 +245,28 @@ class Backward {
       };
       rows_to_columns(rows_of(x.query_rows), kSlice, d, x.query + s * d * kSlice);
       rows_to_columns(rows_of(x.grad_out_rows), kSlice, d, x.grad_out + s * d * kSlice);
+      float* outs = x.grad_query + s * d * kSlice;  // not in use yet
+      auto out_row = [&](int64_t lane) {
+        return out + query_at(tile, std::min(s * kSlice + int(lane), tile.count - 1)) * p.out_stride[1];
+      };
+      rows_to_columns(out_row, kSlice, d, outs);
+      lane_products(x.grad_out + s * d * kSlice, outs, x.delta + s * kSlice);
+      std::fill_n(outs, d * kSlice, 0.0f);
+    }
+    std::fill(x.delta + tile.count, x.delta + padded, 0.0f);
+    return coarse;
+  }
+
+  // Σ_c a[c] · b[c] of each lane, rounded as score_tile rounds dP: where one key has all the weight, the two cancel.
+  void lane_products(const float* a, const float* b, float* products) const {
+    for (int j = 0; j < kSlice; j += kLanes) {
+      Vec sum{};
+      for (int u = 0; u < d; u += kChain) {
+        Vec part{};
+        for (int c = u; c < std::min(d, u + kChain); ++c) part += load(a + c * kSlice + j) * load(b + c * kSlice + j);
+        sum += part;
+      }
+      store(products + j, sum);
     }
   }
 
@@ -230,32 +280,66 @@ class Backward {
     std::fill_n(to, (round_up(count, kKeyTile) - count) * d, 0.0f);
   }
 
-  void run_block(const QueryTile& tile, int64_t h, int number, int64_t row, const int32_t* index, int64_t k, int count,
-                 const Scratch& x) const {
-    const AttentionSource& source = p.source[number];
-    const int32_t* moved = source.value_index;
-    if (moved) moved += row * source.value_index_stride[0] + tile.b * source.value_index_stride[1];
-    auto key_token = [&](int i) { return index ? int64_t(index[k + i]) : k + i; };
-    auto value_token = [&](int i) { return moved ? int64_t(moved[key_token(i)]) : key_token(i); };
-    const S* keys = static_cast<const S*>(source.key) + row * source.key_stride[0] + h * source.key_stride[2];
-    const S* values = static_cast<const S*>(source.value) + row * source.value_stride[0] + h * source.value_stride[2];
-    load_rows(keys, source.key_stride[1], key_token, count, x.keys);
-    load_rows(values, source.value_stride[1], value_token, count, x.values);
-
+  // The keys of a block and what is added to their logits, in natural units where they are coarse; returns the factor
+  // of the scores.
+  float load_keys(const QueryTile& tile, int64_t h, const KeyBlock& block, bool coarse, const Scratch& x) const {
+    const AttentionSource& source = p.source[block.source];
+    const S* keys = static_cast<const S*>(source.key) + block.row * source.key_stride[0] + h * source.key_stride[2];
+    load_rows(keys, source.key_stride[1], [&](int i) { return block.token(i); }, block.count, x.keys);
     auto per_head = [&](const float* table, const int64_t (&stride)[2], float otherwise) {
       return table ? table[tile.b * stride[0] + h * stride[1]] : otherwise;
     };
-    const float alpha = p.scale * per_head(source.logit_scale, source.logit_scale_stride, 1.0f);
-    const float shift = per_head(source.logit_bias, source.logit_bias_stride, 0.0f) * kLog2E;
-    const float* bias = source.key_bias ? source.key_bias + row * source.bias_stride : nullptr;
-    for (int i = 0; i < round_up(count, kKeyTile); ++i) {
-      const float b = i >= count || shift == -INFINITY ? -INFINITY : bias ? bias[key_token(i)] : 0.0f;
-      x.bias[i] = b > -INFINITY ? std::max(b * kLog2E + shift, -FLT_MAX) : b;  // as in the forward pass
+    const float own = per_head(source.logit_bias, source.logit_bias_stride, 0.0f), shift = own * kLog2E;
+    const float* bias = source.key_bias ? source.key_bias + block.row * source.bias_stride : nullptr;
+    for (int i = 0; i < round_up(block.count, kKeyTile); ++i) {
+      const float b = i >= block.count ? -INFINITY : bias ? bias[block.token(i)] : 0.0f;
+      if (coarse) {
+        const double sum = double(b) + own;
+        x.bias[i] = std::isfinite(sum) ? float(std::clamp<double>(sum, -FLT_MAX, FLT_MAX)) : float(sum);
+      } else {
+        x.bias[i] = shift == -INFINITY ? shift : b > -INFINITY ? std::max(b * kLog2E + shift, -FLT_MAX) : b;
+      }
     }
+    return p.scale * per_head(source.logit_scale, source.logit_scale_stride, 1.0f);
+  }
+
+  // score · alpha + bias, rounded as it is in every use. What is finite stays so: only a bias of -inf hides a key.
+  static LR_INLINE Vec coarse_logit(Vec score, float alpha, float bias) {
+    const Vec least = set1(bias == -INFINITY ? bias : -FLT_MAX);
+    return max(least, min(score * alpha + bias, set1(FLT_MAX)));  // in this order a NaN stays
+  }
+
+  // The running maximum and sum of one slice, in lse and lse_rest.
+  void add_to_sums(int count, const Scratch& x, int s, float alpha) const {
+    const float* query = x.query + s * d * kSlice;
+    for (int k = 0; k < count; k += kKeyTile) {
+      Vec t[kKeyTile][2];
+      score_tile<Fp32>(reinterpret_cast<const char*>(x.keys + k * d), d * 4, query, d, t);
+      for (int i = 0; i < std::min(kKeyTile, count - k); ++i)
+        for (int j = 0; j < 2; ++j) {
+          float *top = x.lse + s * kSlice + j * kLanes, *sum = x.lse_rest + s * kSlice + j * kLanes;
+          const Vec logit = coarse_logit(t[i][j], alpha, x.bias[k + i]), old = load(top), now = max(old, logit);
+          store(sum, load(sum) * exp2<6>((old - now) * kLog2E) + exp2<6>((logit - now) * kLog2E));
+          store(top, now);
+        }
+    }
+  }
+
+  void run_block(const QueryTile& tile, int64_t h, const KeyBlock& block, bool coarse, const Scratch& x) const {
+    const AttentionSource& source = p.source[block.source];
+    const int64_t row = block.row;
+    const int number = block.source, count = block.count;
+    const int32_t* moved = source.value_index;
+    if (moved) moved += row * source.value_index_stride[0] + tile.b * source.value_index_stride[1];
+    auto key_token = [&](int i) { return block.token(i); };
+    auto value_token = [&](int i) { return moved ? int64_t(moved[key_token(i)]) : key_token(i); };
+    const float alpha = load_keys(tile, h, block, coarse, x);
+    const S* values = static_cast<const S*>(source.value) + row * source.value_stride[0] + h * source.value_stride[2];
+    load_rows(values, source.value_stride[1], value_token, count, x.values);
     float* grad_bias = g.grad_key_bias[number];
     float bias_sums[kBlockKeys] = {};
 
-    for (int s = 0; s < tile.slices; ++s) weigh(count, x, s, alpha, grad_bias ? bias_sums : nullptr);
+    for (int s = 0; s < tile.slices; ++s) weigh(count, x, s, alpha, coarse, grad_bias ? bias_sums : nullptr);
 
     float *key_rows[kBlockKeys], *value_rows[kBlockKeys];
     float* grad_key = g.grad_key[number] + row * source.m * p.h * d + h * d;
@@ -274,7 +358,7 @@ class Backward {
   }
 
   // P and alpha · dS of one slice, and their part in grad_query.
-  void weigh(int count, const Scratch& x, int s, float alpha, float* bias_sums) const {
+  void weigh(int count, const Scratch& x, int s, float alpha, bool coarse, float* bias_sums) const {
     const float *query = x.query + s * d * kSlice, *grad_out = x.grad_out + s * d * kSlice;
     const Vec l0 = load(x.lse + s * kSlice), l1 = load(x.lse + s * kSlice + kLanes);
     const Vec d0 = load(x.delta + s * kSlice), d1 = load(x.delta + s * kSlice + kLanes);
@@ -285,12 +369,22 @@ class Backward {
     for (int k = 0; k < count; k += kKeyTile) {
       Vec t[kKeyTile][2];
       score_tile<Fp32>(reinterpret_cast<const char*>(x.keys + k * d), d * 4, query, d, t);
+      if (__builtin_expect(coarse, 0)) {
+        for (int i = 0; i < kKeyTile; ++i) {
+          for (int j = 0; j < 2; ++j) {
+            const Vec down = coarse_logit(t[i][j], alpha, x.bias[k + i]) - (j ? l1 : l0);
+            t[i][j] = exp2<6>(min(down * kLog2E - (j ? r1 : r0), Vec{}));
+            store(p_rows + (k + i) * kSlice + j * kLanes, t[i][j]);
+          }
+        }
+      } else {
 #pragma GCC unroll 16
-      for (int i = 0; i < kKeyTile; ++i) {
-        const Vec z0 = x.bias[k + i] - l0, z1 = x.bias[k + i] - l1;
-        // P is at most 1: what the rounding of lse adds to a huge logit must not become an infinity
-        store(p_rows + (k + i) * kSlice, exp2<6>(min(t[i][0] * scale + z0 - r0, Vec{})));
-        store(p_rows + (k + i) * kSlice + kLanes, exp2<6>(min(t[i][1] * scale + z1 - r1, Vec{})));
+        for (int i = 0; i < kKeyTile; ++i) {
+          const Vec z0 = x.bias[k + i] - l0, z1 = x.bias[k + i] - l1;
+          // P is at most 1: what the rounding of lse adds to a huge logit must not become an infinity
+          store(p_rows + (k + i) * kSlice, exp2<6>(min(t[i][0] * scale + z0 - r0, Vec{})));
+          store(p_rows + (k + i) * kSlice + kLanes, exp2<6>(min(t[i][1] * scale + z1 - r1, Vec{})));
+        }
       }
       score_tile<Fp32>(reinterpret_cast<const char*>(x.values + k * d), d * 4, grad_out, d, t);
 #pragma GCC unroll 16

@@ -39,6 +39,8 @@ struct Bf16Tiles {
 
 // ---- products of one tile ----
 
+constexpr int kChain = 32;  // channels summed in one chain
+
 // scores[i] += <key i, query lane> over some units, for kKeyTile keys. queries: units x kSlice.
 template <class C>
 LR_INLINE void add_scores(const char* keys, int64_t key_bytes, const typename C::Unit* queries, int units,
@@ -72,7 +74,6 @@ LR_INLINE void add_scores(const char* keys, int64_t key_bytes, const typename C:
 template <class C>
 LR_INLINE void score_tile(const char* keys, int64_t key_bytes, const typename C::Unit* queries, int units,
                           Vec (&scores)[kKeyTile][2]) {
-  constexpr int kChain = 32;
 #pragma GCC unroll 16
   for (int i = 0; i < kKeyTile; ++i) scores[i][0] = scores[i][1] = Vec{};
   add_scores<C>(keys, key_bytes, queries, std::is_same_v<C, Fp32> ? std::min(units, kChain) : units, scores);

@@ -7,6 +7,7 @@ With P = exp2(logit - lse) computed again, dP = ⟨grad_out, V⟩ and dS = P · 
 The first kernel walks the keys of all sources for a tile of queries, as the forward pass does. The second runs once per
 source: a program owns a tile of keys of one source row and one head, and walks the queries of all batch rows that read
 that row. Logits and lse are in log2 units; lse has two fp32 parts, since a huge logit and a rounded lse do not cancel.
+Where lse is coarse, the rounding of the logits decides, and a tile finds maximum and sum again, as P is computed.
 """
 
 import torch
@@ -17,6 +18,18 @@ from torch import Tensor
 from ..ops import AttentionTables
 from ..plan import visible_lists
 from . import tiles
+from .attention_backward_steps import (
+    COARSE,
+    add_products,
+    add_to_rows,
+    load_lse,
+    load_parts,
+    products,
+    source_logits,
+    store_parts,
+    sums_again,
+    weights,
+)
 from .launch import INTERPRETED, architecture, check_grid, dense_last, on_device, strides
 from .sources import (
     INF,
@@ -24,78 +37,16 @@ from .sources import (
     dot_precision,
     encode,
     key_entries,
-    key_list,
     key_shift,
     key_tokens,
-    load_tile,
-    per_head,
     pick,
     pick_int,
     query_tile,
     query_tokens,
-    source_row,
     strided_tables,
     tables_of,
     to_log2,
 )
-
-
-@triton.jit
-def _load_parts(at, ok, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UPCAST: tl.constexpr):
-    """Columns [0, D0) and [D0, D0 + D1) of the rows `ok` at these pointers; zeros elsewhere."""
-    c0 = tl.arange(0, D0)
-    W0: tl.constexpr = D0 if D1 > 0 else D
-    x0 = load_tile(at + c0[None, :], ok, c0, W0, D0, True, UPCAST)
-    x1 = x0
-    if D1 > 0:
-        c1 = tl.arange(0, D1)
-        x1 = load_tile(at + (D0 + c1)[None, :], ok, c1, D - D0, D1, True, UPCAST)
-    return x0, x1
-
-
-@triton.jit
-def _products(a0, a1, b0, b1, D1: tl.constexpr, PRECISION: tl.constexpr):
-    """a · bᵀ of tensors in two parts."""
-    s = tl.dot(a0, tl.trans(b0), input_precision=PRECISION)
-    if D1 > 0:
-        s = tl.dot(a1, tl.trans(b1), s, input_precision=PRECISION)
-    return s
-
-
-@triton.jit
-def _add_products(acc0, acc1, w, x0, x1, D1: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + w · x of tensors in two parts."""
-    w = w.to(x0.dtype)
-    acc0 = tl.dot(w, x0, acc0, input_precision=PRECISION)
-    if D1 > 0:
-        acc1 = tl.dot(w, x1, acc1, input_precision=PRECISION)
-    return acc0, acc1
-
-
-@triton.jit
-def _store_parts(at, x0, x1, ok, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
-    c0 = tl.arange(0, D0)
-    W0: tl.constexpr = D0 if D1 > 0 else D
-    tl.store(at + c0[None, :], x0.to(at.dtype.element_ty), mask=ok[:, None] & (c0[None, :] < W0))
-    if D1 > 0:
-        c1 = tl.arange(0, D1)
-        tl.store(at + (D0 + c1)[None, :], x1.to(at.dtype.element_ty), mask=ok[:, None] & (c1[None, :] < D - D0))
-
-
-@triton.jit
-def _load_lse(lse, places, ok):
-    """fp64 natural-log lse -> fp32 (log2 units, what rounding took); inf, which makes P 0, where no key was seen."""
-    exact = tl.load(lse + places, mask=ok, other=-INF) * 1.4426950408889634
-    top = exact.to(tl.float32)
-    rest = (exact - top.to(tl.float64)).to(tl.float32)
-    return tl.where(top == -INF, INF, top), tl.where(tl.abs(top) < INF, rest, 0.0)
-
-
-@triton.jit
-def _weights(scores, alpha, shift, top, rest):
-    """P, at most 1: what the rounding of lse adds to a huge logit must not become an infinity."""
-    t = tl.fma(scores, alpha, shift - top) - rest
-    return tl.exp2(tl.minimum(t, 0.0, propagate_nan=tl.PropagateNan.ALL))
 
 
 @triton.jit(
@@ -112,7 +63,7 @@ def attention_backward_query_kernel(
     rows, key_index, key_count, key_bias, logit_scale, logit_bias,  # as in the forward kernel
     query_order, class_start,
     out, lse,  # (B, N, H, D), fp64 (B, N, H) contiguous
-    grad_query, delta,  # results: (B, N, H, D), and <grad_out, out> fp32 (B, N, H), both contiguous
+    grad_query, terms,  # results: (B, N, H, D), and fp32 (B, N, H, 3): lse in two parts, <grad_out, out>; contiguous
     M, R, key_stride, value_stride, index_stride, count_stride, bias_stride, scale_stride, shift_stride,
     N, H, classes, tiles_per_head, scale_log2, scale,
     with_rows, with_index, with_bias, with_scale, with_shift,
@@ -122,7 +73,7 @@ def attention_backward_query_kernel(
     S: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     UNIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """grad_query of BM queries of one class and head, and their delta for the other kernel."""
+    """grad_query of BM queries of one class and head, and their terms for the other kernel."""
     pid = tl.program_id(0)
     tile = pid % tiles_per_head
     h = pid // tiles_per_head % H
@@ -145,17 +96,31 @@ def attention_backward_query_kernel(
     i = query_tokens(query_order, slot, query_ok)
 
     q_at = query + (b64 * query_b + h64 * query_h) * UNIT + (i * query_n)[:, None] * UNIT
-    q0, q1 = _load_parts(q_at, query_ok, D, D0, D1, UPCAST)
+    q0, q1 = load_parts(q_at, query_ok, D, D0, D1, UPCAST)
     g_at = grad_out + (b64 * grad_b + h64 * grad_h) * UNIT + (i * grad_n)[:, None] * UNIT
-    g0, g1 = _load_parts(g_at, query_ok, D, D0, D1, UPCAST)
+    g0, g1 = load_parts(g_at, query_ok, D, D0, D1, UPCAST)
     o_at = out + (b64 * out_b + h64 * out_h) * UNIT + (i * out_n)[:, None] * UNIT
-    o0, o1 = _load_parts(o_at, query_ok, D, D0, D1, UPCAST)
+    o0, o1 = load_parts(o_at, query_ok, D, D0, D1, UPCAST)
     # the diagonal of a product: rounded as dP is, so that the two cancel where one key has all the weight
-    crossed = _products(g0, g1, o0, o1, D1, PRECISION)
+    crossed = products(g0, g1, o0, o1, D1, PRECISION)
     sums = tl.sum(tl.where(om[:, None] == om[None, :], crossed, 0.0), 1)
     places = (b64 * N + i) * H + h
-    tl.store(delta + places, sums, mask=query_ok)
-    top, rest = _load_lse(lse, places, query_ok)
+    top, rest = load_lse(lse, places, query_ok)
+    coarse = tl.max(tl.where(tl.abs(top) < INF, tl.abs(top), 0.0), 0) > COARSE
+    if coarse:
+        top, rest = sums_again(
+            q0, q1, key, rows, key_index, key_count, key_bias, logit_scale, logit_bias,
+            M, R, key_stride, index_stride, count_stride, bias_stride, scale_stride, shift_stride,
+            with_rows, with_index, with_bias, with_scale, with_shift, scale_log2, b, h64, c64,
+            S, D, D0, D1, BM, BN, UNIT, PRECISION, UPCAST,
+        )  # fmt: skip
+    tl.store(terms + places * 3, top, mask=query_ok)
+    tl.store(terms + places * 3 + 1, rest, mask=query_ok)
+    tl.store(terms + places * 3 + 2, sums, mask=query_ok)
+    # coarse logits are rounded before the maximum is taken off, and their sum divides the result
+    before = tl.where(coarse, 0.0, top)
+    after = tl.where(coarse, top, rest)
+    mass = tl.where(coarse, tl.exp2(-rest), 1.0)
     added = tl.zeros([BM], tl.float32)
     if grad_lse is not None:
         added = tl.load(grad_lse + b64 * lse_b + i * lse_n + h64 * lse_h, mask=query_ok, other=0.0)
@@ -166,29 +131,13 @@ def attention_backward_query_kernel(
 
     on = tl.arange(0, BN)
     for s in range(S):
-        row, reads = source_row(rows, with_rows, R, s, b, S)
-        index, index_count, count = key_list(
-            key_index, key_count, index_stride, count_stride, with_index, M, s, c64, row, reads, S
-        )
-        alpha = scale_log2  # rounded as in the forward pass: P must fit its lse
-        factor = scale  # of the natural logit
-        if logit_scale is not None:
-            own = per_head(logit_scale, scale_stride, with_scale, s, b64, h64, 1.0, S)
-            alpha = scale_log2 * own
-            factor = scale * own
-        beta = 0.0
-        if logit_bias is not None:
-            beta = to_log2(per_head(logit_bias, shift_stride, with_shift, s, b64, h64, 0.0, S))
-            alpha = tl.where(tl.abs(beta) > 1e30, 0.0, alpha)  # as in the forward pass
-        bias = count
-        bias_count = 0
-        if key_bias is not None:
-            bias_count = tl.where(((with_bias >> s) & 1) != 0, count, 0)
-            bias = pick(key_bias, s, S) + row * pick_int(bias_stride[0], s, S)
-        k_n = pick_int(key_stride[1], s, S)
+        row, k, k_n, index, index_count, count, alpha, own, beta, bias, bias_count = source_logits(
+            key, rows, key_index, key_count, key_bias, logit_scale, logit_bias,
+            M, R, key_stride, index_stride, count_stride, bias_stride, scale_stride, shift_stride,
+            with_rows, with_index, with_bias, with_scale, with_shift, scale_log2, s, b, h64, c64, S, UNIT,
+        )  # fmt: skip
+        factor = scale * own  # of the natural logit
         v_n = pick_int(value_stride[1], s, S)
-        k = pick(key, s, S)
-        k += (row * pick_int(key_stride[0], s, S) + h64 * pick_int(key_stride[2], s, S)) * UNIT
         v = pick(value, s, S)
         v += (row * pick_int(value_stride[0], s, S) + h64 * pick_int(value_stride[2], s, S)) * UNIT
         entries = key_entries(key_index, index, on, index_count)
@@ -198,15 +147,19 @@ def attention_backward_query_kernel(
             tokens = key_tokens(key_index, entries, at, index_count)
             entries = key_entries(key_index, index, at + BN, index_count)
             shift = key_shift(key_bias, bias, tokens, at, bias_count, beta)
-            k0, k1 = _load_parts(k + (tokens.to(tl.int64) * k_n)[:, None] * UNIT, ok, D, D0, D1, UPCAST)
-            v0, v1 = _load_parts(v + (tokens.to(tl.int64) * v_n)[:, None] * UNIT, ok, D, D0, D1, UPCAST)
-            p = _weights(_products(q0, q1, k0, k1, D1, PRECISION), alpha, shift, top[:, None], rest[:, None])
+            k0, k1 = load_parts(k + (tokens.to(tl.int64) * k_n)[:, None] * UNIT, ok, D, D0, D1, UPCAST)
+            v0, v1 = load_parts(v + (tokens.to(tl.int64) * v_n)[:, None] * UNIT, ok, D, D0, D1, UPCAST)
+            scores = products(q0, q1, k0, k1, D1, PRECISION)
+            p = weights(tl.fma(scores, alpha, shift - before[:, None]) - after[:, None])
             p = tl.where(ok[None, :], p, 0.0)
-            ds = p * (_products(g0, g1, v0, v1, D1, PRECISION) - sums[:, None] + added[:, None])
-            acc0, acc1 = _add_products(acc0, acc1, ds * factor, k0, k1, D1, PRECISION)
+            ds = p * (products(g0, g1, v0, v1, D1, PRECISION) - sums[:, None] + added[:, None])
+            acc0, acc1 = add_products(acc0, acc1, ds * factor, k0, k1, D1, PRECISION)
 
+    acc0 *= mass[:, None]
+    if D1 > 0:
+        acc1 *= mass[:, None]
     i = query_tokens(query_order, slot, query_ok)  # read again: cheaper than registers held through the loop
-    _store_parts(grad_query + (((b64 * N + i) * H + h) * D)[:, None], acc0, acc1, query_ok, D, D0, D1)
+    store_parts(grad_query + (((b64 * N + i) * H + h) * D)[:, None], acc0, acc1, query_ok, D, D0, D1)
 
 
 @triton.jit(
@@ -227,7 +180,7 @@ def attention_backward_source_kernel(
     key_bias,  # fp32 (R or 1, M) or None
     logit_scale, logit_bias,  # fp32 (B, H) or None
     query_order, class_start,
-    lse, delta,  # fp64 and fp32 (B, N, H) contiguous
+    terms,  # fp32 (B, N, H, 3) contiguous, from the other kernel
     grad_key, grad_value,  # fp32 (R, M, H, D) contiguous, added to
     grad_key_bias,  # fp32 (H, R, M) contiguous, added to, or None
     M, R, B, N, H, classes, key_tiles, scale_log2, scale,
@@ -259,9 +212,9 @@ def attention_backward_source_kernel(
         tokens = tl.load(key_index + r64 * index_r + at, mask=ok, other=0)
     tokens = tokens.to(tl.int64)
     k_at = key + (r64 * key_b + h64 * key_h) * UNIT + (tokens * key_n)[:, None] * UNIT
-    k0, k1 = _load_parts(k_at, ok, D, D0, D1, UPCAST)
+    k0, k1 = load_parts(k_at, ok, D, D0, D1, UPCAST)
     v_at = value + (r64 * value_b + h64 * value_h) * UNIT + (tokens * value_n)[:, None] * UNIT
-    v0, v1 = _load_parts(v_at, ok, D, D0, D1, UPCAST)
+    v0, v1 = load_parts(v_at, ok, D, D0, D1, UPCAST)
     bias = tl.zeros([BN], tl.float32)
     if key_bias is not None:
         bias = to_log2(tl.load(key_bias + r64 * bias_r + tokens, mask=ok, other=0.0))
@@ -316,40 +269,32 @@ def attention_backward_source_kernel(
             for j in tl.range(low, high, BM):
                 query_ok = j + om < high
                 i = query_tokens(order, j + om, query_ok)
-                q0, q1 = _load_parts(q + (i * query_n)[:, None] * UNIT, query_ok, D, D0, D1, UPCAST)
-                g0, g1 = _load_parts(g + (i * grad_n)[:, None] * UNIT, query_ok, D, D0, D1, UPCAST)
-                places = (b64 * N + i) * H + h
-                top, rest = _load_lse(lse, places, query_ok)
-                sums = tl.load(delta + places, mask=query_ok, other=0.0)
-                p = _weights(
-                    _products(k0, k1, q0, q1, D1, PRECISION), alpha, shift[:, None], top[None, :], rest[None, :]
-                )
+                q0, q1 = load_parts(q + (i * query_n)[:, None] * UNIT, query_ok, D, D0, D1, UPCAST)
+                g0, g1 = load_parts(g + (i * grad_n)[:, None] * UNIT, query_ok, D, D0, D1, UPCAST)
+                at_terms = terms + ((b64 * N + i) * H + h) * 3
+                top = tl.load(at_terms, mask=query_ok, other=INF)  # P = 0
+                rest = tl.load(at_terms + 1, mask=query_ok, other=0.0)
+                sums = tl.load(at_terms + 2, mask=query_ok, other=0.0)
+                scores = products(k0, k1, q0, q1, D1, PRECISION)
+                p = weights(tl.fma(scores, alpha, shift[:, None]) - top[None, :] - rest[None, :])
                 p = tl.where(seen[:, None], p, 0.0)
-                value0, value1 = _add_products(value0, value1, p, g0, g1, D1, PRECISION)
-                ds = _products(v0, v1, g0, g1, D1, PRECISION) - sums[None, :]
+                value0, value1 = add_products(value0, value1, p, g0, g1, D1, PRECISION)
+                ds = products(v0, v1, g0, g1, D1, PRECISION) - sums[None, :]
                 if grad_lse is not None:
                     lse_at = grad_lse + b64 * lse_b + i * lse_n + h64 * lse_h
                     ds += tl.load(lse_at, mask=query_ok, other=0.0)[None, :]
                 ds = p * ds
-                key0, key1 = _add_products(key0, key1, ds * factor, q0, q1, D1, PRECISION)
+                key0, key1 = add_products(key0, key1, ds * factor, q0, q1, D1, PRECISION)
                 if grad_key_bias is not None:
                     bias_sums += tl.sum(ds, 1)
 
     # No other program has these keys
     place = ((r64 * M + tokens) * H + h) * D
-    _add_to_rows(grad_key + place[:, None], key0, key1, ok, D, D0, D1)
-    _add_to_rows(grad_value + place[:, None], value0, value1, ok, D, D0, D1)
+    add_to_rows(grad_key + place[:, None], key0, key1, ok, D, D0, D1)
+    add_to_rows(grad_value + place[:, None], value0, value1, ok, D, D0, D1)
     if grad_key_bias is not None:
         bias_at = grad_key_bias + (h64 * R + r) * M + tokens
         tl.store(bias_at, tl.load(bias_at, mask=ok, other=0.0) + bias_sums, mask=ok)
-
-
-@triton.jit
-def _add_to_rows(at, x0, x1, ok, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
-    old0, old1 = _load_parts(at, ok, D, D0, D1, False)
-    if D1 > 0:
-        x1 += old1
-    _store_parts(at, x0 + old0, x1, ok, D, D0, D1)
 
 
 def multi_source_attention_backward_triton(
@@ -365,10 +310,10 @@ def multi_source_attention_backward_triton(
         grad_query.zero_()
         return
     arch = architecture(query.device)
-    delta = torch.empty_like(lse, dtype=torch.float32)
+    terms = torch.empty(*lse.shape, 3, dtype=torch.float32, device=lse.device)
     with on_device(query.device):
         arguments, constants, programs = query_launch(
-            grad_out, grad_lse, query, tables, out, lse, grad_query, delta, arch
+            grad_out, grad_lse, query, tables, out, lse, grad_query, terms, arch
         )
         grid = check_grid("multi_source_attention_backward", programs)
         attention_backward_query_kernel[grid](*arguments, **constants)
@@ -379,7 +324,7 @@ def multi_source_attention_backward_triton(
             shared = bias.numel() > 0 and bias.shape[1] != tables.key[s].shape[0]
             by_row = bias.new_zeros(bias.shape[0], tables.key[s].shape[0], bias.shape[2]) if shared else bias
             arguments, constants, programs = source_launch(
-                grad_out, grad_lse, query, tables, s, lse, delta, grad_key[s], grad_value[s],
+                grad_out, grad_lse, query, tables, s, terms, grad_key[s], grad_value[s],
                 by_row if bias.numel() else None, arch,
             )  # fmt: skip
             grid = check_grid("multi_source_attention_backward", programs)
@@ -390,7 +335,7 @@ def multi_source_attention_backward_triton(
 
 def query_launch(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, tables: AttentionTables, out: Tensor, lse: Tensor,
-    grad_query: Tensor, delta: Tensor, arch: int,
+    grad_query: Tensor, terms: Tensor, arch: int,
 ) -> tuple[tuple, dict, int]:  # fmt: skip
     """(positional arguments, constants and options, number of programs) of attention_backward_query_kernel."""
     B, N, H, D = query.shape
@@ -410,7 +355,7 @@ def query_launch(
     query_strides, out_strides, grad_strides, *source_strides = units
     arguments = (
         grad_out, grad_lse, query, tuple(key), tuple(value), rows, index, count, bias, scales, shifts, order, starts,
-        out, lse, grad_query, delta,
+        out, lse, grad_query, terms,
         encode(k.shape[1] for k in key), encode(k.shape[0] for k in key),
         tuple(encode(x) for x in zip(*source_strides[:S])), tuple(encode(x) for x in zip(*source_strides[S:])),
         index_strides, count_strides, bias_strides, scale_strides, shift_strides,
@@ -424,8 +369,8 @@ def query_launch(
 
 
 def source_launch(
-    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, tables: AttentionTables, s: int, lse: Tensor,
-    delta: Tensor, grad_key: Tensor, grad_value: Tensor, grad_key_bias: Tensor | None, arch: int,
+    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, tables: AttentionTables, s: int, terms: Tensor,
+    grad_key: Tensor, grad_value: Tensor, grad_key_bias: Tensor | None, arch: int,
 ) -> tuple[tuple, dict, int]:  # fmt: skip
     """(positional arguments, constants and options, number of programs) of attention_backward_source_kernel."""
     B, N, H, D = query.shape
@@ -447,7 +392,7 @@ def source_launch(
     arguments = (
         grad_out, grad_lse, query, key, value, tables.rows[s], index, count, visible, bias,
         None if scales is None else scales[0], None if shifts is None else shifts[0], order, starts,
-        lse, delta, grad_key, grad_value, grad_key_bias,
+        terms, grad_key, grad_value, grad_key_bias,
         M, R, B, N, H, classes, key_tiles, tables.scale * LOG2E, tables.scale, *key_strides, *value_strides,
         *((0, 0) if index is None else (*strides(index, 0), *strides(count, 0))),
         *((0, 0) if visible is None else strides(visible, 0, 1)), 0 if bias is None else strides(bias, 0)[0],

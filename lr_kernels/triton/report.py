@@ -124,12 +124,12 @@ def backward_rows(arch: int, head_dim: int, dtype: torch.dtype) -> list[Row]:
     lse = like[..., 0].double()
     single, sums = lse.float(), like.float()
     name = f"D{head_dim} {_TYPES[dtype]}"
-    arguments, constants, _ = attention_backward.query_launch(like, single, like, tables, like, lse, like, single, arch)
+    arguments, constants, _ = attention_backward.query_launch(like, single, like, tables, like, lse, like, sums, arch)
     query = measure(
         f"backward query {name}", arch, attention_backward.attention_backward_query_kernel, arguments, constants
     )
     arguments, constants, _ = attention_backward.source_launch(
-        like, single, like, tables, 0, lse, single, sums, sums, single, arch
+        like, single, like, tables, 0, sums, sums, sums, single, arch
     )
     source = measure(
         f"backward source {name}", arch, attention_backward.attention_backward_source_kernel, arguments, constants

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from .. import Source, plan_attention, reference
-from ..attention import _tables
 from ..attention_grad import _group_gradients
+from ..attention_tables import lay_out
 from ..ops import attention_op
 from ..testing import assert_matches
 from . import tiles
@@ -104,7 +104,7 @@ def problem(case: Case, tokens: int, device: str) -> Problem:
     bias = torch.randn(1, tokens, device=device) if case.kind == "biased" else None
     groups = (0, 0, 1) if case.kind == "grouped" else (0, 0, 0)
     sources = [Source(key, value, key_mask=mask, key_bias=bias, softmax_group=g) for g in groups]
-    tables = _tables(query, sources, plan_attention([mask] * 3), None)
+    tables = lay_out(query, sources, plan_attention([mask] * 3), None)
     out = torch.full_like(query, torch.nan)  # the op, not the public function: that replays the tile it recorded
     lse = torch.empty(shape[:3], dtype=torch.float64, device=device) if backward else None
     forward = functools.partial(attention_op("triton"), query, *tables, out, lse)

@@ -1,0 +1,153 @@
+"""What the two kernels of the backward pass of attention do on the way."""
+
+import triton
+import triton.language as tl
+
+from .sources import (
+    INF,
+    LOG2E,
+    MAX,
+    key_entries,
+    key_list,
+    key_shift,
+    key_tokens,
+    load_tile,
+    per_head,
+    pick,
+    pick_int,
+    source_row,
+    to_log2,
+)
+
+COARSE = tl.constexpr(8192 * LOG2E)
+"""Beyond it lse is its maximum alone, and the log of the sum is lost beside it."""
+
+
+@triton.jit
+def load_parts(at, ok, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UPCAST: tl.constexpr):
+    """Columns [0, D0) and [D0, D0 + D1) of the rows `ok` at these pointers; zeros elsewhere."""
+    c0 = tl.arange(0, D0)
+    W0: tl.constexpr = D0 if D1 > 0 else D
+    x0 = load_tile(at + c0[None, :], ok, c0, W0, D0, True, UPCAST)
+    x1 = x0
+    if D1 > 0:
+        c1 = tl.arange(0, D1)
+        x1 = load_tile(at + (D0 + c1)[None, :], ok, c1, D - D0, D1, True, UPCAST)
+    return x0, x1
+
+
+@triton.jit
+def products(a0, a1, b0, b1, D1: tl.constexpr, PRECISION: tl.constexpr):
+    """a · bᵀ of tensors in two parts."""
+    s = tl.dot(a0, tl.trans(b0), input_precision=PRECISION)
+    if D1 > 0:
+        s = tl.dot(a1, tl.trans(b1), s, input_precision=PRECISION)
+    return s
+
+
+@triton.jit
+def add_products(acc0, acc1, w, x0, x1, D1: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + w · x of tensors in two parts."""
+    w = w.to(x0.dtype)
+    acc0 = tl.dot(w, x0, acc0, input_precision=PRECISION)
+    if D1 > 0:
+        acc1 = tl.dot(w, x1, acc1, input_precision=PRECISION)
+    return acc0, acc1
+
+
+@triton.jit
+def store_parts(at, x0, x1, ok, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    c0 = tl.arange(0, D0)
+    W0: tl.constexpr = D0 if D1 > 0 else D
+    tl.store(at + c0[None, :], x0.to(at.dtype.element_ty), mask=ok[:, None] & (c0[None, :] < W0))
+    if D1 > 0:
+        c1 = tl.arange(0, D1)
+        tl.store(at + (D0 + c1)[None, :], x1.to(at.dtype.element_ty), mask=ok[:, None] & (c1[None, :] < D - D0))
+
+
+@triton.jit
+def load_lse(lse, places, ok):
+    """fp64 natural-log lse -> fp32 (log2 units, what rounding took); inf, which makes P 0, where no key was seen."""
+    exact = tl.load(lse + places, mask=ok, other=-INF) * 1.4426950408889634
+    top = exact.to(tl.float32)
+    rest = (exact - top.to(tl.float64)).to(tl.float32)
+    return tl.where(top == -INF, INF, top), tl.where(tl.abs(top) < INF, rest, 0.0)
+
+
+@triton.jit
+def weights(t):
+    """P, at most 1: what the rounding of lse adds to a huge logit must not become an infinity."""
+    return tl.exp2(tl.minimum(t, 0.0, propagate_nan=tl.PropagateNan.ALL))
+
+
+@triton.jit
+def source_logits(
+    key, rows, key_index, key_count, key_bias, logit_scale, logit_bias,
+    M, R, key_stride, index_stride, count_stride, bias_stride, scale_stride, shift_stride,
+    with_rows, with_index, with_bias, with_scale, with_shift, scale_log2, s, b, h64, c64,
+    S: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """Source s as query row b and head h read it: its row, keys, their stride, list of keys, entries of it, number of
+    keys, alpha, own scale, beta, biases and number of those."""
+    b64 = b.to(tl.int64)
+    row, reads = source_row(rows, with_rows, R, s, b, S)
+    index, index_count, count = key_list(
+        key_index, key_count, index_stride, count_stride, with_index, M, s, c64, row, reads, S
+    )
+    alpha = scale_log2  # rounded as in the forward pass: P must fit its lse
+    own = 1.0
+    if logit_scale is not None:
+        own = per_head(logit_scale, scale_stride, with_scale, s, b64, h64, 1.0, S)
+        alpha = scale_log2 * own
+    beta = 0.0
+    if logit_bias is not None:
+        beta = to_log2(per_head(logit_bias, shift_stride, with_shift, s, b64, h64, 0.0, S))
+        alpha = tl.where(tl.abs(beta) > 1e30, 0.0, alpha)  # as in the forward pass
+    bias = count
+    bias_count = 0
+    if key_bias is not None:
+        bias_count = tl.where(((with_bias >> s) & 1) != 0, count, 0)
+        bias = pick(key_bias, s, S) + row * pick_int(bias_stride[0], s, S)
+    k_n = pick_int(key_stride[1], s, S)
+    k = pick(key, s, S)
+    k += (row * pick_int(key_stride[0], s, S) + h64 * pick_int(key_stride[2], s, S)) * UNIT
+    return row, k, k_n, index, index_count, count, alpha, own, beta, bias, bias_count
+
+
+@triton.jit
+def sums_again(
+    q0, q1, key, rows, key_index, key_count, key_bias, logit_scale, logit_bias,
+    M, R, key_stride, index_stride, count_stride, bias_stride, scale_stride, shift_stride,
+    with_rows, with_index, with_bias, with_scale, with_shift, scale_log2, b, h64, c64,
+    S: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    UNIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """(maximum, log2 of the sum) of the logits of BM queries; (inf, 0) of one that sees no key."""
+    on = tl.arange(0, BN)
+    top = tl.full([BM], -MAX, tl.float32)
+    mass = tl.zeros([BM], tl.float32)
+    for s in range(S):
+        _, k, k_n, index, index_count, count, alpha, _, beta, bias, bias_count = source_logits(
+            key, rows, key_index, key_count, key_bias, logit_scale, logit_bias,
+            M, R, key_stride, index_stride, count_stride, bias_stride, scale_stride, shift_stride,
+            with_rows, with_index, with_bias, with_scale, with_shift, scale_log2, s, b, h64, c64, S, UNIT,
+        )  # fmt: skip
+        for j in tl.range(0, count, BN, num_stages=1):
+            at = j + on
+            ok = at < count
+            tokens = key_tokens(key_index, key_entries(key_index, index, at, index_count), at, index_count)
+            shift = key_shift(key_bias, bias, tokens, at, bias_count, beta)
+            k0, k1 = load_parts(k + (tokens.to(tl.int64) * k_n)[:, None] * UNIT, ok, D, D0, D1, UPCAST)
+            t = tl.where(ok[None, :], tl.fma(products(q0, q1, k0, k1, D1, PRECISION), alpha, shift), -INF)
+            new_top = tl.minimum(tl.maximum(top, tl.max(t, 1)), MAX)
+            mass = mass * tl.exp2(top - new_top) + tl.sum(tl.exp2(t - new_top[:, None]), 1)
+            top = new_top
+    return tl.where(mass == 0, INF, top), tl.where(mass == 0, 0.0, tl.log2(mass))
+
+
+@triton.jit
+def add_to_rows(at, x0, x1, ok, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    old0, old1 = load_parts(at, ok, D, D0, D1, False)
+    if D1 > 0:
+        x1 += old1
+    store_parts(at, x0 + old0, x1, ok, D, D0, D1)
