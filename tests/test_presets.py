@@ -245,7 +245,7 @@ def planned(name):
             masks = (target, subject) if plan is None else ()
             return presets.masactrl(q, k, v, SOURCE, *masks, plan=plan)
 
-        counts = [torch.stack([none + TOKENS, TOKENS - count, count])]
+        counts = [torch.stack([none + TOKENS, TOKENS - count, count]), torch.stack([none] * 3)]  # no side is empty
         return run, presets.masactrl_plan(target, subject, SOURCE), counts, 1, {0: subject[0]}
     if name.startswith("consistory"):
         anchors = ANCHORS if halves == 1 else (0, 1)
@@ -268,7 +268,7 @@ def planned(name):
     def run(q, k, v, plan):
         return presets.mca_ctrl(q, k, v, SUBJECT, CONDITION, target, subject, other, plan)
 
-    counts = [torch.stack([none, count]), torch.stack([(~other).sum(1), none])]
+    counts = [torch.stack([none, count]), torch.stack([(~other).sum(1), none]), *[torch.stack([none] * 2)] * 2]
     return run, presets.mca_ctrl_plan(target, subject, other), counts, 1, {0: subject[0], 2: ~other[2]}
 
 
