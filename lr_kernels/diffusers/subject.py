@@ -109,10 +109,8 @@ def find_subjects(
     found = []
     for prompt, only in zip(prompts, shows or [None] * len(prompts), strict=True):
         ids = tokenizer(prompt, truncation=True, max_length=tokenizer.model_max_length).input_ids
-        places = [
-            [] if only not in (None, s) else _places(op, tokenizer, prompt, ids, w) for s, w in enumerate(subjects)
-        ]
-        found.append(places)
+        here = [subject if only in (None, s) else [] for s, subject in enumerate(subjects)]
+        found.append([_places(op, tokenizer, prompt, ids, subject) for subject in here])
     longest = max(sum(len(p) for p in places) for places in found)
     indices = torch.zeros(len(found), longest, dtype=torch.int32)
     weights = torch.zeros(len(subjects), len(found), longest)

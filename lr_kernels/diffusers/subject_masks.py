@@ -102,9 +102,8 @@ class SubjectMasks:
             self._masks.clear()
         rows = pass_inputs(args, kwargs)[0].shape[0]
         if rows != self._rows:
-            fail(
-                "SubjectMasks", "prompts", f"a UNet's batch of {self._rows} rows", rows, "without guidance say halves=1"
-            )
+            hint = "without guidance say halves=1"
+            fail("SubjectMasks", "prompts", f"a UNet's batch of {self._rows} rows", rows, hint)
 
     def _after_pass(self, unet: nn.Module, args: tuple, kwargs: dict, out: object) -> None:
         size = tuple(pass_inputs(args, kwargs)[0].shape[2:])

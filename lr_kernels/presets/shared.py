@@ -60,8 +60,8 @@ def reference_only(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """Reference-only attention, as in diffusers' community pipeline `stable_diffusion_reference`: every row also attends
-    to its reference; unconditional rows blend with attending to themselves alone.
+    """Reference-only attention (diffusers' community pipeline `stable_diffusion_reference`): every row also attends to
+    its reference; unconditional rows blend with attending to themselves alone.
 
         out = A(Q; {own, ref}); in unconditional rows fidelity · A(Q; own) + (1 - fidelity) · A(Q; {own, ref})
 
