@@ -105,8 +105,8 @@ def consistory(
 
     Args:
         anchors: up to 15 images, by their numbers within a half.
-        masks: bool (images, N) or (B, N), the subject of every image, or of every row. The authors drop half of the
-            subject's tokens at random.
+        masks: bool (images, N), (B, N) or (1, N), the subject of every image, of every row, of all. The
+            authors drop half of the subject's tokens at random.
         plan: of `consistory_plan` with the same halves; the masks can be left out.
         halves: the batch is that many halves of the guidance, with the same images each; a row reads its own half only.
         backend: of `multi_source_attention`.
@@ -137,14 +137,14 @@ def consistory_plan(
     rows = masks.shape[0]
     batch = rows if batch is None else batch
     images = check_halves("consistory_plan", halves, batch)
-    if not one_of(rows, images, batch):
+    if not one_of(rows, 1, images, batch):
         fail("consistory_plan", "masks", f"{images} rows, one per image, or {batch}, one per row", rows)
     return _anchor_plan("consistory_plan", anchors, masks, images, batch)
 
 
 def _anchor_plan(op: str, anchors: Sequence[int], masks: Tensor, images: int, batch: int) -> AttentionPlan:
     _check_others(op, "anchors", anchors, images)
-    every = masks if masks.shape[0] == batch else masks.repeat(batch // images, 1)
+    every = masks.repeat(batch // images, 1) if masks.shape[0] == images else masks
     return plan_attention([None, *[every] * len(anchors)])
 
 
