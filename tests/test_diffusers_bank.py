@@ -100,6 +100,36 @@ def test_rows_and_strength(unet):
     torch.testing.assert_close(read(unet, bank), stock)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_several_references_at_once_each_with_its_strength(unet, masked):
+    """Two pictures in one bank, read in one softmax, against both in the batch."""
+    bank, layers = ReferenceBank(TIMESTEPS), select_layers(unet, "self")
+    (targets, text), (pictures, their_text) = inputs(2, 2), inputs(2, 5)
+    with install_processors(layers, bank.processors(layers)), bank.extract(1):
+        predict(unet, pictures, their_text, TIMESTEPS[1])
+    masks = torch.zeros(2, 8, 8, dtype=torch.bool)
+    masks[0, :, :4] = masks[1, 2:] = True
+    bank.rows = torch.tensor([[0, 0], [1, -1]], dtype=torch.int32)
+    bank.strength = torch.tensor([[-0.5, 0.0], [0.7, 0.0]])
+    bank.foreground = masks if masked else None
+    rows = torch.tensor([[2, 2, -1, -1], [3, -1, -1, -1]], dtype=torch.int32)
+    strength = torch.nn.functional.pad(bank.strength, (0, 2))
+
+    def shared(query, key, value):
+        side = int(query.shape[1] ** 0.5)
+        shown = torch.nn.functional.adaptive_avg_pool2d(masks[:, None].float(), side).flatten(1) >= 0.5
+        shown = torch.cat([torch.ones_like(shown), shown]) if masked else None
+        read = [Source(key, value, r, key_mask=shown, logit_bias=s) for r, s in zip(rows, strength)]
+        return multi_source_attention(query, [Source(key, value), *read])
+
+    with install_processors(layers, {name: CustomAttnProcessor(shared) for name in layers}):
+        both = predict(unet, torch.cat([targets, pictures]), torch.cat([text, their_text]), TIMESTEPS[1])[:2]
+    torch.testing.assert_close(read(unet, bank), both)
+    bank.strength = torch.zeros(3, 2)
+    with pytest.raises(ValueError, match=r"strength: expected \(\), \(B,\) or \(2, B\) as rows, got \(3, 2\)"):
+        read(unet, bank)
+
+
 def test_the_file_gives_the_same_bits(unet, tmp_path):
     bank = filled(unet)
     bank.foreground = torch.ones(1, 8, 8, dtype=torch.bool)

@@ -240,9 +240,10 @@ class ReferenceBank(KeyValueBank):
         limit: int | None = None,
     ) -> None:
         self.rows: Tensor | None = None
-        """int32 (B,): the bank's row that each row reads, -1: none. Default: row b, or the only one"""
+        """int32 (B,): the bank's row that each row reads, -1: none. Default: row b, or the only one. (n, B): n of the
+        bank's rows at once, in one softmax"""
         self.strength: Tensor | None = None
-        """added to the logits of the bank's keys, () or (B,)"""
+        """added to the logits of the bank's keys, () or (B,); with rows (n, B) also (n, B)"""
         self.shows: tuple[int, ...] | None = None
         """which subject each reference shows, where the pipeline made the bank"""
         self.words: list[list[str]] | None = None
@@ -252,7 +253,7 @@ class ReferenceBank(KeyValueBank):
     def reset(self) -> None:
         super().reset()
         self._foreground: Tensor | None = None
-        self._plans: dict[int, AttentionPlan] = {}
+        self._plans: dict[tuple[int, int], AttentionPlan] = {}  # by tokens, and rows read at once
 
     @property
     def foreground(self) -> Tensor | None:
@@ -269,18 +270,28 @@ class ReferenceBank(KeyValueBank):
     def read(self, step: int) -> Iterator[None]:
         with super().read(step):
             for current in self._buffers().values():
-                if self._foreground is not None and current.shape[2] not in self._plans:
-                    mask = token_mask(self._foreground, self._grid(current.shape[2]))
-                    self._plans[current.shape[2]] = plan_attention([None, mask])
+                tokens, count = current.shape[2], len(self._tables())
+                if self._foreground is not None and (tokens, count) not in self._plans:
+                    mask = token_mask(self._foreground, self._grid(tokens))
+                    self._plans[tokens, count] = plan_attention([None, *[mask] * count])
             yield
 
-    def source(self, layer: BankLayer, key: Tensor) -> tuple[Source, AttentionPlan | None]:
-        """The bank as a source beside a layer's own keys, and the plan of both."""
-        source = Source(*layer.read(key), self.rows, logit_bias=self.strength)
+    def _tables(self) -> Sequence[Tensor | None]:
+        """What each row reads, once for each row of the bank that is read at once."""
+        return (self.rows,) if self.rows is None or self.rows.dim() == 1 else self.rows.unbind()
+
+    def sources(self, layer: BankLayer, key: Tensor) -> tuple[list[Source], AttentionPlan | None]:
+        """The bank as sources beside a layer's own keys, and the plan of all."""
+        key_value, tables = layer.read(key), self._tables()
+        each = self.strength is not None and self.strength.dim() == 2
+        biases = self.strength.unbind() if each else [self.strength] * len(tables)
+        if len(biases) != len(tables):
+            fail("ReferenceBank", "strength", f"(), (B,) or ({len(tables)}, B) as rows", tuple(self.strength.shape))
+        found = [Source(*key_value, rows, logit_bias=bias) for rows, bias in zip(tables, biases)]
         if self._foreground is None:
-            return source, None
-        plan = self._plans[key.shape[1]]
-        return source._replace(key_mask=plan.key_masks[1]), plan
+            return found, None
+        plan = self._plans[key.shape[1], len(tables)]
+        return [source._replace(key_mask=plan.key_masks[1]) for source in found], plan
 
     def _grid(self, tokens: int) -> tuple[int, int]:
         """(rows, columns) of a layer's tokens: the mask's own at a whole scale, else in its proportions."""
@@ -419,5 +430,5 @@ class BankAttnProcessor(_StockAttnProcessor):
         if mode != "cached":
             return super().attend(query, key, value, attention_mask, is_cross)
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        source, plan = self.bank.source(self.layer, key)
-        return multi_source_attention(query, [Source(key, value), source], plan=plan).transpose(1, 2)
+        sources, plan = self.bank.sources(self.layer, key)
+        return multi_source_attention(query, [Source(key, value), *sources], plan=plan).transpose(1, 2)

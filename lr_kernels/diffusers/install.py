@@ -13,20 +13,33 @@ from .processors import _OwnProcessor
 _STOCK = (AttnProcessor, AttnProcessor2_0, FluxAttnProcessor, JointAttnProcessor2_0)
 
 
+_EXECUTION = ("down_blocks", "mid_block", "up_blocks")
+
+
 def attention_layers(unet: nn.Module, kind: str) -> dict[str, Attention]:
-    """The "self" or "cross" attention layers of a UNet's transformer blocks by name, without other attention."""
+    """The "self" or "cross" attention layers of a UNet's transformer blocks by name, without other attention.
+
+    They come in the order of execution, down, mid, up, in which methods count them. (A UNet registers its parts as
+    down, up, mid.)
+    """
     unet = getattr(unet, "_orig_mod", unet)  # torch.compile wraps the module and renames its children
-    return {
+    found = {
         name: module
         for name, module in unet.named_modules()
         if isinstance(module, Attention)
         and name.rpartition(".")[2] in ("attn1", "attn2")
         and module.is_cross_attention == (kind == "cross")
     }
+    places = {part: place for place, part in enumerate(_EXECUTION)}
+    return dict(sorted(found.items(), key=lambda item: places.get(item[0].split(".")[0], len(places))))
 
 
 def layer_scale(unet: nn.Module, name: str) -> int:
-    """Side of a layer's token in latent pixels: 1, 2, 4 or 8 in the UNets of Stable Diffusion."""
+    """Side of a layer's token in latent pixels: 1, 2, 4 or 8 in the UNets of Stable Diffusion.
+
+    Args:
+        name: of a layer of the UNet, as from `select_layers`.
+    """
     deepest = len(unet.config.block_out_channels) - 1
     block, index = name.split(".")[:2]
     match block:
@@ -38,14 +51,19 @@ def layer_scale(unet: nn.Module, name: str) -> int:
 
 
 def layer_grid(scale: int, height: int, width: int) -> tuple[int, int]:
-    """(rows, columns) of tokens at a scale, for latents of that height and width."""
+    """The grid of a layer's tokens, (rows, columns).
+
+    Args:
+        scale: of the layer, from `layer_scale`. height, width: of the latents, in latent pixels (the picture's divided
+            by the VAE's factor, 8). A UNet rounds a side up each time it halves it.
+    """
     return -(-height // scale), -(-width // scale)
 
 
 def select_layers(
     unet: nn.Module, kind: str, choice: Sequence[int | str] | None = None, name: str = "choice"
 ) -> dict[str, Attention]:
-    """The attention layers of `kind` that match any entry of `choice`.
+    """The attention layers of `kind` that match any entry of `choice`, in the order of execution.
 
     Args:
         choice: scales (see `layer_scale`) and beginnings of layer names such as "up_blocks.1". None: all layers.
@@ -63,7 +81,7 @@ def select_layers(
     choice = tuple(entries)
     if not choice:
         fail("select_layers", name, "scales and beginnings of layer names, at least one", list(choice))
-    chosen = {}
+    chosen: set[str] = set()
     for entry in choice:
         if isinstance(entry, int):
             matches = [layer for layer in layers if layer_scale(unet, layer) == entry]
@@ -73,8 +91,8 @@ def select_layers(
             scales = sorted({layer_scale(unet, layer) for layer in layers})
             expected = f"one of the scales {scales} or the beginning of a layer's name"
             fail("select_layers", name, expected, repr(entry))
-        chosen.update((layer, layers[layer]) for layer in matches)
-    return chosen
+        chosen |= set(matches)
+    return {name: layer for name, layer in layers.items() if name in chosen}
 
 
 class Installation:
@@ -125,9 +143,13 @@ class Installation:
         self.remove()
 
 
-def check_stock(layers: Mapping[str, Attention | FluxAttention]) -> None:
-    """NotImplementedError for a layer that has a processor of another kind."""
+def check_stock(
+    layers: Mapping[str, Attention | FluxAttention], processors: Mapping[str, object] | None = None
+) -> None:
+    """NotImplementedError for a layer that has a processor of another kind, unless the new one carries that on."""
     for name, layer in layers.items():
+        if processors is not None and getattr(processors.get(name), "adapter", None) is layer.processor:
+            continue
         if type(layer.processor) not in _STOCK and not getattr(layer.processor, "is_stock", False):
             fail(
                 "install_processors",
@@ -153,7 +175,7 @@ def install_processors(
         NotImplementedError: a layer has a processor that is not stock (IP-Adapter, attention slicing, fused
             projections): without it the model is another. Whatever is raised, all previous processors are back.
     """
-    check_stock(layers)
+    check_stock(layers, processors)
     installation = Installation(layers, processors)
     try:
         for name, layer in layers.items():

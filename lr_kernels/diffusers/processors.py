@@ -5,9 +5,11 @@ Both are diffusers' AttnProcessor2_0, bit for bit, until their shared state asks
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from inspect import Parameter, signature
 from typing import Protocol
 
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, IPAdapterAttnProcessor2_0
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -108,29 +110,157 @@ class _StockAttnProcessor(_OwnProcessor):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
 
 
+@dataclass
+class Pass:
+    """What is known of a UNet's pass while `sharing` lasts; one object, shared by its processors."""
+
+    active: bool = True
+    """False: the layers are stock"""
+    step: int | None = None
+    """from 0; None: nothing asked for it"""
+    grids: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """(rows, columns) of the tokens of each layer, by name"""
+
+
 class CustomAttnProcessor(_StockAttnProcessor):
-    """Self-attention by a function of your own, with everything around it as in AttnProcessor2_0.
+    """Self- or cross-attention by a function of your own, with everything around it as in AttnProcessor2_0.
+
+    The function gets (query, key, value), with all rows of the UNet's batch, and returns the result, (B, N, H, D) like
+    the query. In self-attention key and value are (B, N, H, D) too, in cross-attention the text's (B, M, H, D). What it
+    calls is usually `multi_source_attention` or one of `lr_kernels.presets`. It gets by keyword what it has a parameter
+    of that name for:
+
+        step: int, the number of the step, from 0        (these three from `sharing` alone)
+        layer: str, the name of the layer
+        grid: (rows, columns) of the layer's tokens
+        key_bias: (B, M) to add to the logits, an attention mask, or None
+        images: [(key, value), …] of every image of a loaded IP-Adapter, (B, tokens, H, D) each
 
     Args:
-        attention: (query, key, value), each (B, N, H, D) with all rows of the UNet's batch -> (B, N, H, D); what it
-            calls is usually `multi_source_attention` or one of `lr_kernels.presets`. None: AttnProcessor2_0's.
+        attention: the function. None: AttnProcessor2_0's.
+        layer, run, adapter: by `sharing`: the layer's name, the current pass, the IP-Adapter's processor that this one
+            stands in for.
 
     Raises:
-        NotImplementedError: an attention mask in a self-attention layer.
+        ValueError: a function that asks for what only `sharing` knows, without it; or for images where there are none.
+        TypeError: a result that is not like the query.
+        NotImplementedError: an attention mask where the function does not ask for key_bias, or one per query; an
+            IP-Adapter's images where it does not ask for them.
     """
 
-    def __init__(self, attention: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None):
+    def __init__(
+        self,
+        attention: Callable[..., Tensor] | None = None,
+        *,
+        layer: str | None = None,
+        run: Pass | None = None,
+        adapter: IPAdapterAttnProcessor2_0 | None = None,
+    ):
         super().__init__()
-        self.attention = attention
+        self.attention, self.layer, self.adapter = attention, layer, adapter
+        self.run = Pass() if run is None else run
+        self.asks = () if attention is None else asked(attention)
+        self.images: list[KeyValue] = []
+        self._check_asked(run)
+
+    def _check_asked(self, run: Pass | None) -> None:
+        op, got = type(self).__name__, f"one that asks for {', '.join(self.asks) or 'nothing'}"
+        if run is None and not {"step", "layer", "grid"}.isdisjoint(self.asks):
+            fail(op, "attention", "a function that asks for key_bias at most", got, "install it by sharing()")
+        if self.adapter is None and "images" in self.asks:
+            hint = "load an IP-Adapter before sharing(), in cross-attention layers"
+            fail(op, "attention", "a function that asks for no images, since there are none", got, hint)
+        if self.adapter is not None and "images" not in self.asks:
+            expected, hint = "a function that asks for images, since there is an IP-Adapter", "or unload_ip_adapter()"
+            fail(op, "attention", expected, got, hint, NotImplementedError)
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | tuple[Tensor, list[Tensor]] | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        ip_adapter_masks: list[Tensor] | None = None,
+    ) -> Tensor:
+        if self.adapter is not None and not self.run.active:
+            given = (attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+            return self.adapter(*given, ip_adapter_masks=ip_adapter_masks)
+        if ip_adapter_masks is not None:
+            hint = "give the masks to the function"
+            fail(type(self).__name__, "ip_adapter_masks", "None", "masks", hint, NotImplementedError)
+        if isinstance(encoder_hidden_states, tuple):  # text, and what an IP-Adapter's encoder says of its images
+            encoder_hidden_states, embeddings = encoder_hidden_states
+            self.images = self._images_of(embeddings, attn.heads)
+        try:
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        finally:
+            self.images = []
+
+    def _images_of(self, embeddings: list[Tensor], heads: int) -> list[KeyValue]:
+        """Keys and values of every image of every adapter, of embeddings (B, images, tokens, channels)."""
+        if self.adapter is None:
+            fail(type(self).__name__, "encoder_hidden_states", "the text alone", "image embeddings too",
+                 "install it by sharing() while the IP-Adapter is loaded", NotImplementedError)  # fmt: skip
+        found = []
+        for to_key, to_value, given in zip(self.adapter.to_k_ip, self.adapter.to_v_ip, embeddings, strict=True):
+            for image in given.unbind(1):
+                found.append(tuple(project(image).unflatten(-1, (heads, -1)) for project in (to_key, to_value)))
+        return found
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, is_cross: bool
     ) -> Tensor:
-        if is_cross or self.attention is None:
+        if self.attention is None or not self.run.active:
             return super().attend(query, key, value, attention_mask, is_cross)
-        if attention_mask is not None:
-            _refuse_mask(type(self).__name__)
-        return self.attention(*(x.transpose(1, 2) for x in (query, key, value))).transpose(1, 2)
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        known = {name: getattr(self, f"_{name}")(query, attention_mask) for name in self.asks}
+        if attention_mask is not None and "key_bias" not in known:
+            hint = "let the function take key_bias, leave the mask out, or make the processor inactive"
+            expected = "None while the processor is active"
+            fail(type(self).__name__, "attention_mask", expected, "a tensor", hint, NotImplementedError)
+        out = self.attention(query, key, value, **known)
+        if not isinstance(out, Tensor) or out.shape != query.shape:
+            got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            fail(type(self).__name__, "attention", f"a result of shape {tuple(query.shape)}", got, error=TypeError)
+        return out.transpose(1, 2)
+
+    def _step(self, query: Tensor, attention_mask: Tensor | None) -> int | None:
+        return self.run.step
+
+    def _layer(self, query: Tensor, attention_mask: Tensor | None) -> str | None:
+        return self.layer
+
+    def _grid(self, query: Tensor, attention_mask: Tensor | None) -> tuple[int, int]:
+        rows, columns = self.run.grids[self.layer]
+        if rows * columns != query.shape[1]:
+            got = f"{query.shape[1]} tokens in {self.layer}"
+            hint = "something merges tokens, or the UNet is of another kind"
+            fail(type(self).__name__, "grid", f"{rows} x {columns} tokens", got, hint, NotImplementedError)
+        return rows, columns
+
+    def _key_bias(self, query: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+        if attention_mask is None:
+            return None
+        if attention_mask.shape[2] != 1:
+            got = tuple(attention_mask.shape)
+            fail(type(self).__name__, "attention_mask", "one per key, (B, 1, M)", got, error=NotImplementedError)
+        return attention_mask[:, 0, 0].float()  # equal in all heads
+
+    def _images(self, query: Tensor, attention_mask: Tensor | None) -> list[KeyValue]:
+        return self.images
+
+
+KEYWORDS = ("step", "layer", "grid", "key_bias", "images")
+"""What a function of a `CustomAttnProcessor` may ask for."""
+
+
+def asked(function: Callable[..., Tensor]) -> tuple[str, ...]:
+    """Those of `KEYWORDS` that a function has a parameter for, which a partial has not bound."""
+    bound = function.keywords if isinstance(function, partial) else {}
+    kinds = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+    takes = {parameter.name for parameter in signature(function).parameters.values() if parameter.kind in kinds}
+    return tuple(name for name in KEYWORDS if name in takes and name not in bound)
 
 
 class Buffer(Protocol):

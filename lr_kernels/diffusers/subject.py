@@ -94,12 +94,14 @@ def find_subjects(
     subjects: Sequence[Sequence[str]],
     device: torch.device | str,
     shows: Sequence[int | None] | None = None,
+    op: str = "layout_retouch",
 ) -> SubjectTokens:
     """Places of the subjects' words in tokenized prompts, every occurrence and every token of a word.
 
     Args:
         subjects: the words of each.
         shows: per prompt the one subject that it has, or None: all of them. Default: None for every prompt.
+        op: the function that messages name.
 
     Raises:
         ValueError: a prompt without one of the words, or with it beyond the tokenizer's maximal length.
@@ -107,8 +109,8 @@ def find_subjects(
     found = []
     for prompt, only in zip(prompts, shows or [None] * len(prompts), strict=True):
         ids = tokenizer(prompt, truncation=True, max_length=tokenizer.model_max_length).input_ids
-        places = [[] if only not in (None, s) else _places(tokenizer, prompt, ids, w) for s, w in enumerate(subjects)]
-        found.append(places)
+        here = [subject if only in (None, s) else [] for s, subject in enumerate(subjects)]
+        found.append([_places(op, tokenizer, prompt, ids, subject) for subject in here])
     longest = max(sum(len(p) for p in places) for places in found)
     indices = torch.zeros(len(found), longest, dtype=torch.int32)
     weights = torch.zeros(len(subjects), len(found), longest)
@@ -121,14 +123,16 @@ def find_subjects(
     return SubjectTokens(indices.to(device), weights.to(device))
 
 
-def _places(tokenizer: PreTrainedTokenizerBase, prompt: str, ids: list[int], words: Sequence[str]) -> list[int]:
+def _places(
+    op: str, tokenizer: PreTrainedTokenizerBase, prompt: str, ids: list[int], words: Sequence[str]
+) -> list[int]:
     """Positions in ids of every token of every occurrence of the words."""
     found = set()
     for word in words:
         pieces = tokenizer(word, add_special_tokens=False).input_ids
         starts = [i for i in range(len(ids) - len(pieces) + 1) if pieces and ids[i : i + len(pieces)] == pieces]
         if not starts:
-            fail("layout_retouch", "subject_tokens", f"words of the prompt {prompt!r}", repr(word),
+            fail(op, "subject_tokens", f"words of the prompt {prompt!r}", repr(word),
                  f"the tokenizer reads the first {len(ids)} tokens")  # fmt: skip
         found |= {start + i for start in starts for i in range(len(pieces))}
     return sorted(found)

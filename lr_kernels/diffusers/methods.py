@@ -1,0 +1,303 @@
+"""Methods of `lr_kernels.presets` for a whole generation with a stock pipeline, with the settings of their authors.
+
+    with methods.masactrl(pipe, images=2):
+        source, target = pipe([prompt, another], latents=same_noise).images
+
+Each is a context manager made of `sharing` and a preset. `images` counts the pictures of one half of the guidance, all
+that the pipeline is asked for together; `halves` is 2 with guidance and 1 without. A UNet's batch of other rows is a
+ValueError that names `rows`. `layers`, `steps`: of `sharing`. `backend`: of `multi_source_attention`.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import cache
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.image_processor import PipelineImageInput
+from torch import Tensor
+
+from .. import presets
+from ..checks import check_integer, check_number, fail
+from ..plan import AttentionPlan
+from .features import noised_rows, reference_adain, shared_group_norms
+from .processors import Pass
+from .routing import token_mask
+from .sharing import Layers, sharing
+from .subject_masks import SubjectMasks
+
+Steps = int | Collection[int] | None
+
+
+@contextmanager
+def masactrl(
+    pipe: DiffusionPipeline,
+    images: int,
+    *,
+    source: int = 0,
+    masks: Tensor | None = None,
+    layers: Layers | None = 10,
+    steps: Steps = 4,
+    halves: int = 2,
+    backend: str = "auto",
+) -> Iterator[Pass]:
+    """MasaCtrl (arXiv 2304.08465): all images read the source's keys and values, from step 4 and layer 10 of 16 on.
+
+    Args:
+        source: the number of the image that is read and left as it is.
+        masks: bool (images, height, width), at any size: the subject of every image, which reads the source's subject
+            and whose surroundings read the source's; the authors' mask-guided form. Default: none.
+        layers: from 10 on, which is for Stable Diffusion 1 and 2; the authors take 44 of 70 for SDXL.
+    """
+    device, rows = _table("masactrl", pipe, [source] * images, halves)
+    if masks is not None:
+        _check_masks("masactrl", masks, images)
+        masks = masks.to(device)
+
+    @cache
+    def plan(grid: tuple[int, int]) -> AttentionPlan:
+        sides = token_mask(masks, grid).repeat(halves, 1)
+        return presets.masactrl_plan(sides, sides, rows)
+
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return presets.masactrl(query, key, value, rows, backend=backend)
+
+    def masked(query: Tensor, key: Tensor, value: Tensor, *, grid: tuple[int, int]) -> Tensor:
+        return presets.masactrl(query, key, value, rows, plan=plan(grid), backend=backend)
+
+    method = attention if masks is None else masked
+    with sharing(pipe, method, layers=layers, steps=steps, rows=len(rows)) as run:
+        yield run
+
+
+@contextmanager
+def style_aligned(
+    pipe: DiffusionPipeline,
+    images: int,
+    *,
+    reference: int = 0,
+    shift: float | Tensor | None = None,
+    scale: float | Tensor | None = None,
+    group_norms: bool = True,
+    layers: Layers | None = None,
+    steps: Steps = None,
+    halves: int = 2,
+    backend: str = "auto",
+) -> Iterator[Pass]:
+    """StyleAligned (arXiv 2312.02133): all images also read the first one, with queries, keys and group norms
+    matched to its, in all layers and steps.
+
+    Args:
+        reference: the number of the image whose style the others get.
+        shift, scale: of `presets.style_aligned`.
+        group_norms: whether they see the reference too, see `shared_group_norms`; in all steps and layers.
+    """
+    _, rows = _table("style_aligned", pipe, [reference] * images, halves)
+
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return presets.style_aligned(query, key, value, rows, shift, scale, backend=backend)
+
+    norms = shared_group_norms(pipe.unet, rows) if group_norms else nullcontext()
+    with sharing(pipe, attention, layers=layers, steps=steps, rows=len(rows)) as run, norms:
+        yield run
+
+
+@contextmanager
+def reference_only(
+    pipe: DiffusionPipeline,
+    picture: PipelineImageInput,
+    images: int,
+    *,
+    fidelity: float = 0.5,
+    adain: bool = True,
+    generator: torch.Generator | None = None,
+    layers: Layers | None = None,
+    steps: Steps = None,
+    halves: int = 2,
+    backend: str = "auto",
+) -> Iterator[Pass]:
+    """Reference-only, as diffusers' community pipeline `stable_diffusion_reference` with both of its parts ("adain" and
+    "attn"): all images read a picture that is noised anew to the level of every step.
+
+    The picture takes the last row of each half, so the pipeline is asked for one image more, whose prompt is the
+    picture's; what comes out for it means nothing.
+
+        with methods.reference_only(pipe, picture, images=1):
+            image = pipe([prompt, prompt]).images[0]
+
+    Args:
+        picture: as diffusers takes them, of the size of the images.
+        images: without the picture.
+        fidelity: the original's `style_fidelity`.
+        adain: whether features are matched to the picture's, see `reference_adain`; in all steps.
+        generator: of the picture's noise.
+    """
+    device, rows = _table("reference_only", pipe, [images] * images + [-1], halves)
+    uncond = torch.arange(len(rows), device=device) < (images + 1 if halves == 2 else 0)
+    pixels = pipe.image_processor.preprocess(picture).to(device, pipe.vae.dtype)
+    with torch.no_grad():
+        latents = pipe.vae.encode(pixels).latent_dist.sample(generator) * pipe.vae.config.scaling_factor
+
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return presets.reference_only(query, key, value, rows, uncond, fidelity, backend=backend)
+
+    held = noised_rows(pipe, latents, ([-1] * images + [0]) * halves, generator)
+    features = reference_adain(pipe.unet, rows, uncond, fidelity) if adain else nullcontext()
+    with sharing(pipe, attention, layers=layers, steps=steps, rows=len(rows)) as run, held, features:
+        yield run
+
+
+@contextmanager
+def ip_adapter(
+    pipe: DiffusionPipeline,
+    scales: Sequence[float | Tensor],
+    masks: Sequence[Tensor | None] | None = None,
+    *,
+    layers: Layers | None = None,
+    steps: Steps = None,
+    backend: str = "auto",
+) -> Iterator[Pass]:
+    """IP-Adapter (arXiv 2308.06721) with masks: the pipeline's loaded adapters, each image in a softmax of its own.
+
+        pipe.load_ip_adapter(…)
+        with methods.ip_adapter(pipe, scales=[0.6, 0.8], masks=[left, right]):
+            images = pipe(prompts, ip_adapter_image=[[one, another]]).images
+
+    Args:
+        scales: one per image, of all adapters in their order: of `presets.ip_adapter`; those of set_ip_adapter_scale()
+            do not count.
+        masks: one per image: bool or float (height, width) or (1 or B, height, width), at any size; None: everywhere.
+            A token takes the mean of its part.
+    """
+    if masks is not None:
+        masks = [mask if mask is None or mask.dim() == 3 else mask[None] for mask in masks]
+
+    @cache
+    def parts(grid: tuple[int, int], device: torch.device) -> list[Tensor | None] | None:
+        if masks is None:
+            return None
+        pool = torch.nn.functional.adaptive_avg_pool2d
+        return [x if x is None else pool(x[:, None].to(device, torch.float32), grid).flatten(1) for x in masks]
+
+    def attention(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        grid: tuple[int, int],
+        images: list[tuple[Tensor, Tensor]],
+        key_bias: Tensor | None,
+    ) -> Tensor:
+        where = parts(grid, query.device)
+        return presets.ip_adapter(query, (key, value), images, scales, where, key_bias=key_bias, backend=backend)
+
+    with sharing(pipe, attention, kind="cross", layers=layers, steps=steps) as run:
+        yield run
+
+
+@contextmanager
+def consistory(
+    pipe: DiffusionPipeline,
+    prompts: Sequence[str],
+    subject_tokens: str | Sequence[str],
+    anchors: Sequence[int] = (0, 1),
+    *,
+    dropout: float = 0.5,
+    seed: int = 0,
+    layers: Layers | None = ("up_blocks",),
+    steps: Steps = 1,
+    halves: int = 2,
+    backend: str = "auto",
+) -> Iterator[SubjectMasks]:
+    """ConsiStory (arXiv 2402.03286), its subject-driven extended attention: all images read the subjects of the
+    anchors, in the decoder from step 1 on. (Not its feature injection, nor its blend of queries.)
+
+    Args:
+        prompts: of the images; the pipeline is to be called with the same.
+        subject_tokens, and the masks: of `SubjectMasks`, which it gives.
+        anchors: numbers of the images that are read.
+        dropout: share of a subject's tokens that are hidden at random, anew in each step. seed: of that.
+    """
+    check_number("consistory", "dropout", dropout, "a number in [0, 1]", 0, 1)
+    images = len(prompts)
+    _, rows = _table("consistory", pipe, [-1] * images, halves)
+    found = SubjectMasks(pipe, prompts, subject_tokens, halves=halves)
+    kept: dict[tuple[int, int], tuple[Tensor, AttentionPlan]] = {}
+
+    def plan(step: int, grid: tuple[int, int]) -> AttentionPlan:
+        masks = found.masks(grid)
+        if grid not in kept or kept[grid][0] is not masks:
+            shown = _drawn(seed, step, masks.shape, 1 - dropout).to(masks.device)
+            kept[grid] = masks, presets.consistory_plan(anchors, masks & shown, halves=halves, batch=len(rows))
+        return kept[grid][1]
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, *, step: int, grid: tuple[int, int]) -> Tensor:
+        shown = plan(step, grid)
+        return presets.consistory(query, key, value, anchors, plan=shown, halves=halves, backend=backend)
+
+    with found, sharing(pipe, attention, layers=layers, steps=steps, rows=len(rows)):
+        yield found
+
+
+@contextmanager
+def story_diffusion(
+    pipe: DiffusionPipeline,
+    images: int,
+    *,
+    share: float = 0.5,
+    seed: int = 0,
+    layers: Layers | None = ("up_blocks",),
+    steps: Steps = 5,
+    halves: int = 2,
+    backend: str = "auto",
+) -> Iterator[Pass]:
+    """StoryDiffusion (arXiv 2405.01434), consistent self-attention: all images read half of the tokens of all others,
+    drawn anew for every step, in the decoder from step 5 on. (The authors' demo also skips layers at random.)
+
+    Args:
+        share: of the tokens that are drawn. seed: of that; a step's draw is the same in every run and layer of a size.
+    """
+    check_number("story_diffusion", "share", share, "a number in [0, 1]", 0, 1)
+    _, rows = _table("story_diffusion", pipe, [-1] * images, halves)
+    drawn: dict[int, AttentionPlan] = {}
+    of_step = -1
+
+    def plan(step: int, tokens: int, device: torch.device) -> AttentionPlan:
+        nonlocal of_step
+        if step != of_step:
+            drawn.clear()
+            of_step = step
+        if tokens not in drawn:
+            draw = _generator(seed, step)
+            drawn[tokens] = presets.story_diffusion_plan(
+                len(rows), tokens, share, halves=halves, generator=draw, device=device
+            )
+        return drawn[tokens]
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, *, step: int) -> Tensor:
+        shown = plan(step, query.shape[1], query.device)
+        return presets.story_diffusion(query, key, value, shown, halves=halves, backend=backend)
+
+    with sharing(pipe, attention, layers=layers, steps=steps, rows=len(rows)) as run:
+        yield run
+
+
+def _table(op: str, pipe: DiffusionPipeline, rows: Sequence[int], halves: int) -> tuple[torch.device, Tensor]:
+    """The device of the UNet's inputs, and the table of rows there."""
+    check_integer(op, "images", len(rows), 1, "at least 1")
+    device = pipe._execution_device
+    return device, presets.guided_rows(rows, halves, device)
+
+
+def _check_masks(op: str, masks: Tensor, images: int) -> None:
+    if masks.dim() != 3 or masks.shape[0] != images or masks.dtype != torch.bool:
+        fail(op, "masks", f"bool ({images}, height, width)", f"{masks.dtype} {tuple(masks.shape)}")
+
+
+def _generator(seed: int, step: int) -> torch.Generator:
+    """Of one step, whatever was drawn before: a run can be interrupted or repeated."""
+    return torch.Generator().manual_seed(1000 * seed + step)
+
+
+def _drawn(seed: int, step: int, shape: torch.Size, share: float) -> Tensor:
+    return torch.rand(shape, generator=_generator(seed, step), dtype=torch.float32) < share
