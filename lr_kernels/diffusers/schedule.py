@@ -1,6 +1,5 @@
 """From a diffusers scheduler to the coefficient tables of step_blend, and the walk along them."""
 
-import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, SchedulerMixin
 from torch import Tensor
 
-from ..checks import check_choice, check_number, fail
+from ..checks import check_choice, check_integer, check_number, fail
 from ..coefficients import (
     COLUMNS,
     PREDICTION_TYPES,
@@ -292,20 +291,14 @@ def blend_weights(blend: Blend, layout_steps: int, steps: int) -> Tensor:
     if not callable(blend) and not isinstance(blend, Iterable):
         fail(_OP, "layout_blend", f"one of {', '.join(SCHEDULES)}, a function or {steps} weights", repr(blend))
     weights = [blend(i) for i in range(steps)] if callable(blend) else list(blend)
-    weights = [w.item() if isinstance(w, Tensor) and w.numel() == 1 else w for w in weights]
+    weights = [w.reshape(()) if isinstance(w, Tensor) and w.numel() == 1 else w for w in weights]
     if len(weights) != steps:
         fail(_OP, "layout_blend", f"{steps} weights, one per step", len(weights))
-    for i, w in enumerate(weights):
-        check_number(_OP, f"layout_blend[{i}]", w, "a weight in [0, 1]", 0, 1)
+    expected = "a weight in [0, 1]"
+    weights = [check_number(_OP, f"layout_blend[{i}]", w, expected, 0, 1) for i, w in enumerate(weights)]
     return torch.tensor(weights, dtype=torch.float32)
 
 
 def step_in_schedule(name: str, step: int | None, default: int, lowest: int, highest: int) -> int:
     """`step`, of any integer type, or the default for None; inside [lowest, highest]."""
-    try:
-        number = default if step is None else operator.index(step)
-    except TypeError:
-        number = None
-    if number is None or isinstance(step, bool) or not lowest <= number <= highest:
-        fail(_OP, name, f"{lowest} to {highest}", step)
-    return number
+    return check_integer(_OP, name, default if step is None else step, lowest, f"{lowest} to {highest}", highest)
