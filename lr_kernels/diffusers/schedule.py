@@ -1,5 +1,6 @@
 """From a diffusers scheduler to the coefficient tables of step_blend, and the walk along them."""
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -103,7 +104,7 @@ class Stepper:
     """
 
     def __init__(self, solver: Solver, table: Tensor, *, backend: str = "auto"):
-        self._table, self._multistep, self._backend = table, solver.multistep, backend
+        self.table, self._multistep, self._backend = table, solver.multistep, backend
         self._history: Tensor | None = None  # clean latents by the step before
         self._spare: Tensor | None = None  # the memory for those of the next step
 
@@ -118,7 +119,7 @@ class Stepper:
         noise: Tensor | None = None,
     ) -> Tensor:
         """Latents (n, C, h, w) before step i -> those after it. The other arguments are those of `step_blend`."""
-        table, clean = self._table, None
+        table, clean = self.table, None
         if self._multistep:
             if self._history is None:
                 table = _first_order(table, i)
@@ -141,13 +142,31 @@ class Stepper:
         return latents
 
 
-def solver(scheduler: object, num_inference_steps: int, device: torch.device | str) -> Solver:
+def solver(
+    scheduler: object,
+    num_inference_steps: int,
+    device: torch.device | str,
+    *,
+    timesteps: Sequence[int] | None = None,
+    sigmas: Sequence[float] | None = None,
+) -> Solver:
     """Set the timesteps of a scheduler and say how it walks along them.
 
+    Args:
+        timesteps, sigmas: in place of a number of steps, as the stock pipelines take them.
+
     Raises:
-        NotImplementedError: see `solver_of`.
+        NotImplementedError: see `solver_of`. ValueError: timesteps or sigmas that the scheduler does not take.
     """
     check_scheduler(scheduler)
+    for name, x in (("timesteps", timesteps), ("sigmas", sigmas)):
+        if x is None:
+            continue
+        if name not in inspect.signature(scheduler.set_timesteps).parameters:
+            hint = "pass num_inference_steps, or use an EulerDiscreteScheduler"
+            fail(_OP, name, f"None, since {type(scheduler).__name__} takes none", type(x).__name__, hint)
+        scheduler.set_timesteps(**{name: x}, device=device)
+        return solver_of(scheduler)
     if num_inference_steps > scheduler.config.num_train_timesteps:
         most = scheduler.config.num_train_timesteps
         fail(_OP, "num_inference_steps", f"at most {most}, as many as the model was trained on", num_inference_steps)
