@@ -65,7 +65,9 @@ class RetouchDenoiser:
         with ExitStack() as stack:
             processors = {
                 name: MultiSourceAttnProcessor(
-                    self._state, *(None if bank is None else bank.layer(name) for bank in banks)
+                    self._state,
+                    *(None if bank is None else bank.layer(name) for bank in banks),
+                    tokens=math.prod(self._grid(name)),
                 )
                 for name in layers
             }
