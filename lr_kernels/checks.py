@@ -32,17 +32,30 @@ def check_number(
     expected: str = "a finite number",
     low: float = -math.inf,
     high: float = math.inf,
-) -> None:
-    """ValueError unless the value is a finite real number, of any type that is one, from low to high."""
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    if not (number and math.isfinite(value) and low <= value <= high):
+) -> float:
+    """The value as a float. ValueError unless it is a finite real number, of any type that is one, from low to high."""
+    number = plain_number(value)
+    if number is None or not math.isfinite(number) or not low <= number <= high:
         fail(op, argument, expected, repr(value))
+    return float(number)
 
 
-def check_integer(op: str, argument: str, value: object, lowest: int, expected: str) -> None:
-    """ValueError unless the value is an integer, of any type that is one, and at least the lowest."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < lowest:
+def check_integer(op: str, argument: str, value: object, lowest: int, expected: str, highest: float = math.inf) -> int:
+    """The value as an int. ValueError unless it is an integer, of any type that is one, from the lowest to the highest."""
+    number = plain_number(value)
+    if not isinstance(number, int) or not lowest <= number <= highest:
         fail(op, argument, expected, repr(value))
+    return number
+
+
+def plain_number(value: object) -> int | float | None:
+    """A real number of Python, NumPy or a tensor without dimensions as an int or a float; None for anything else, also
+    for truth values."""
+    if isinstance(value, torch.Tensor) and value.dim() == 0 and not value.is_complex():
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return None
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def one_of(size: int, *allowed: int) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .checks import check_choice, fail
+from .checks import check_choice, check_integer, check_number, fail
 
 COLUMNS = ("a", "e", "sigma", "h", "p", "q", "c", "d", "s")
 """What follows the weights g_0 … g_{K-1} of the predictions in a row of the table; see `reference.step_blend`."""
@@ -54,9 +54,9 @@ def step_coefficients(
         alphas_cumprod: (T,) the schedule's ᾱ, in (0, 1]; v_prediction also takes 0.
         timesteps: (steps,) integers in [0, T), as the sampler visits them: ᾱ must not fall.
         final_alpha_cumprod: ᾱ' of the last step, in (0, 1].
-        next_timesteps: (steps,) integers below T: where each step goes, below 0 to `final_alpha_cumprod`. Default: to
-            the next timestep. `DDIMScheduler.step` goes to timesteps - T // steps, which is another one where the
-            spacing is not even.
+        next_timesteps: (steps,) integers below T: where each step goes, below 0 to `final_alpha_cumprod`. Default: as
+            `DDIMScheduler.step`. That is to the next timestep in a list of even spacing; in a whole list of "linspace"
+            or "trailing" it is to timesteps - T // steps. Of another list it cannot be known.
         guidance_scale: g, one number or one per step. None: there is no unconditional prediction.
         prediction_type: "epsilon" or "v_prediction".
         eta: η in [0, 1]; above 0 the call of step_blend needs noise.
@@ -72,13 +72,13 @@ def step_coefficients(
         vanilla model and then those of the personal one. Tables of the rows of a batch join along dimension 1.
 
     Raises:
-        ValueError: a value outside its range, NaN included. TypeError: timesteps that are not integers.
+        ValueError: a value outside its range, NaN included; unevenly spaced timesteps of another kind without
+            next_timesteps. TypeError: timesteps that are not integers.
     """
     op = "step_coefficients"
     check_choice(op, "prediction_type", prediction_type, PREDICTION_TYPES)
     check_choice(op, "keep_background", keep_background, BACKGROUNDS)
-    if not 0 <= eta <= 1:
-        fail(op, "eta", "a number in [0, 1]", eta)
+    eta = check_number(op, "eta", eta, "a number in [0, 1]", 0, 1)
     now, after = _noise_levels(op, alphas_cumprod, timesteps, next_timesteps, final_alpha_cumprod, prediction_type)
     # at ᾱ = 1 nothing is left to remove and 0/0 means 0
     variance = torch.where(now < 1, (1 - after) / (1 - now) * (1 - now / after), 0)
@@ -205,14 +205,13 @@ def blend_schedule(kind: str, steps: int, layout_steps: int, *, ramp_steps: int 
         ValueError: an unknown kind, a count out of range, or ramp_steps with "hard".
     """
     op = "blend_schedule"
-    if kind not in SCHEDULES:
-        fail(op, "kind", "one of " + ", ".join(SCHEDULES), repr(kind))
-    if steps < 1:
-        fail(op, "steps", "at least 1", steps)
-    if not 0 <= layout_steps <= steps:
-        fail(op, "layout_steps", f"0 to {steps}", layout_steps)
-    if ramp_steps is not None and not 0 <= ramp_steps <= steps - layout_steps:
-        fail(op, "ramp_steps", f"0 to {steps - layout_steps}, the steps after layout_steps", ramp_steps)
+    check_choice(op, "kind", kind, SCHEDULES)
+    steps = check_integer(op, "steps", steps, 1, "at least 1")
+    layout_steps = check_integer(op, "layout_steps", layout_steps, 0, f"0 to {steps}", steps)
+    if ramp_steps is not None:
+        rest = steps - layout_steps
+        expected = f"0 to {rest}, the steps after layout_steps"
+        ramp_steps = check_integer(op, "ramp_steps", ramp_steps, 0, expected, rest)
     if kind == "hard":
         if ramp_steps:
             fail(op, "ramp_steps", "None for kind 'hard'", ramp_steps)
@@ -337,14 +336,29 @@ def _noise_levels(
     if final < now[-1]:
         fail(op, "final_alpha_cumprod", f"at least {now[-1].item()}, the level of the last timestep", final.item())
     if next_timesteps is None:
-        return now, torch.cat([now[1:], final.reshape(1)])
-    following = _integers(op, "next_timesteps", next_timesteps)
+        following = _next_timesteps(op, times, len(alphas))
+    else:
+        following = _integers(op, "next_timesteps", next_timesteps)
     if following.shape != times.shape or not (following < len(alphas)).all():
         fail(op, "next_timesteps", f"{len(times)} integers below {len(alphas)}", following.tolist())
     after = torch.where(following < 0, final.reshape(1), alphas[following.clamp(min=0)])
     if not ((after >= now) & (after > 0) & (after <= 1)).all():
         fail(op, "next_timesteps", "levels in (0, 1] that are not below those of timesteps", after.tolist())
     return now, after
+
+
+def _next_timesteps(op: str, times: Tensor, trained: int) -> Tensor:
+    """Where the steps of `DDIMScheduler` go from timesteps (steps,) that it may have made; ValueError where that cannot
+    be told."""
+    steps, place = len(times), torch.arange(len(times), dtype=torch.float64)
+    linspace = (trained - 1) * (1 - place / max(steps - 1, 1))
+    trailing = trained * (1 - place / steps) - 1
+    if any(((times - exact).abs() <= 0.5 + _ROUNDING).all() for exact in (linspace, trailing)):
+        return times - trained // steps
+    if len(times.diff().unique()) > 1:
+        hint = "of a DDIMScheduler they are timesteps - num_train_timesteps // num_inference_steps"
+        fail(op, "next_timesteps", "those of timesteps that are not evenly spaced", None, hint)
+    return torch.cat([times[1:], times.new_full((1,), -1)])
 
 
 def _integers(op: str, name: str, x: Tensor | Sequence[int]) -> Tensor:

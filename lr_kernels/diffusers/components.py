@@ -1,8 +1,8 @@
 """Stable Diffusion pipelines with a personalized model beside the vanilla one, and the steps that the stages share."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
@@ -12,23 +12,31 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
+from transformers.modeling_outputs import BaseModelOutput
 
 from ..checks import check_integer, fail
 from .adapters import adapters_off, check_free
+from .component_checks import check_models, context_width
 from .condition import Condition, Control, predict
 from .matching import FeatureRecorder
 from .output import Costs
 from .pictures import Image, preprocess
 from .processors import AttentionState
+from .prompts import Embeds, TextReader, check_numbers, hidden_states
 from .schedule import Solver, check_scheduler, solver
-from .settings import OP, Callback, Generator
+from .settings import OP, Generator, Settings
+from .stock import StockArguments
 from .subject import SubjectMaps, SubjectTokens, find_subjects, stretched
+from .switches import Switches
+
+if TYPE_CHECKING:
+    from .request import Request
 
 MAP_TIMES = (0.1, 0.3, 0.5)
 """Noise levels, as shares of the training timesteps, at which the maps of given images are taken."""
 
 
-class PersonalizedPipeline:
+class PersonalizedPipeline(Switches):
     """What the stages need of a Stable Diffusion pipeline that has, besides its own components,
 
         personalized_unet: the UNet after DreamBooth or another personalization. None: `unet` itself, whose LoRA
@@ -38,12 +46,20 @@ class PersonalizedPipeline:
         controlnet: follows `control_image`.
 
     The scheduler is a `DDIMScheduler` without clipping, an `EulerDiscreteScheduler` or a `DPMSolverMultistepScheduler`
-    of DPM-Solver++ 2M, with epsilon or v_prediction.
+    of DPM-Solver++ 2M, with epsilon or v_prediction. What switches something on in `unet` (`enable_freeu`,
+    `fuse_qkv_projections`) does so in both UNets, and `load_textual_inversion` gives an embedding to both models.
     """
 
-    _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
     stage: str | None = None
-    """what a call is doing, "layout" or "retouch"; for callbacks"""
+    """what a call is doing, "layout", "retouch" or "references"; for callbacks"""
+    stock_module: ClassVar[str]
+    """of the stock pipeline, whose warnings these are"""
+    pools: ClassVar[bool] = False
+    """whether prompts have pooled embeddings"""
+    addition_embed_types: ClassVar[tuple[str | None, ...]]
+    """of the UNets"""
+    other_class: ClassVar[str]
+    """the remedy where the UNet is not of these"""
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: object) -> "PersonalizedPipeline":
@@ -52,31 +68,49 @@ class PersonalizedPipeline:
         The components keep their dtype unless another one is given (diffusers casts them to float32). ValueError where
         they have several and none is given.
         """
-        controlnet = kwargs.get("controlnet", pipeline.components.get("controlnet"))
+        expected, _ = cls._get_signature_keys(cls)
+        # those of other classes than the signature says, as tiny autoencoders, would be left out
+        given = {name: x for name, x in pipeline.components.items() if name in expected}
+        kwargs = given | kwargs
+        controlnet = kwargs.get("controlnet")
         if controlnet is not None and not isinstance(controlnet, ControlNetModel):
             got = type(controlnet).__name__
             fail("from_pipe", "controlnet", "a ControlNetModel or None", got, "pass controlnet=", NotImplementedError)
         if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
-            components = {**pipeline.components, **kwargs}.values()
-            dtypes = {x.dtype for x in components if isinstance(x, torch.nn.Module)}
-            if len(dtypes) > 1:
-                fail("from_pipe", "dtype", "a dtype, since the components have several", sorted(map(str, dtypes)))
-            kwargs["dtype"] = dtypes.pop()
+            models = {name: kwargs[name] for name in sorted(expected) if isinstance(kwargs.get(name), torch.nn.Module)}
+            dtypes = {name: model.dtype for name, model in models.items()}
+            if len(set(dtypes.values())) > 1:
+                got = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
+                hint = "pass dtype=, which casts them all, or bring them to one before"
+                fail("from_pipe", "dtype", "a dtype, since the components have several", got, hint)
+            kwargs["dtype"] = next(iter(dtypes.values()))
         return super().from_pipe(pipeline, **kwargs)
 
     # To be said by each kind of pipeline
 
-    def text_encoders(self, personal: bool) -> list[torch.nn.Module]:
-        """Those of the vanilla or the personalized model."""
+    def readers(self, personal: bool) -> list[TextReader]:
+        """The text encoders of the vanilla or the personalized model, each with its tokenizer."""
         raise NotImplementedError
 
-    def embed(self, prompts: Sequence[str | None], size: tuple[int, int], *, personal: bool) -> Condition:
-        """Prompts, None for no text, -> conditions, for latents of that size."""
+    def embed(self, texts: Sequence[str], *, personal: bool, clip_skip: int | None = None) -> Embeds:
+        """What a model's text encoders make of texts."""
         raise NotImplementedError
+
+    def zeroes(self, negatives: Sequence[str | None]) -> bool:
+        """Whether these negative prompts are zeros instead of embeddings of no text."""
+        return False
+
+    def condition(self, embeds: Embeds, request: "Request", *, negative: bool = False) -> Condition:
+        """What a UNet is told of prompts, and beside them."""
+        return Condition(embeds.tokens, {}, self._guidance_embedding(embeds.tokens), self.adapter_scale)
 
     def vae_precision(self) -> AbstractContextManager:
         """In which the VAE runs."""
         return nullcontext()
+
+    def vae_keywords(self, generator: Generator) -> dict:
+        """What decoding is told beside latents."""
+        return {}
 
     def finish(self, pixels: Tensor, output_type: str) -> tuple[Image, list[bool] | None]:
         """Decoded pixels (n, 3, H, W) in [-1, 1] -> images, and what a safety checker found."""
@@ -96,6 +130,65 @@ class PersonalizedPipeline:
         """The UNet for prompts with the subject."""
         return self.unet if self.personalized_unet is None else self.personalized_unet
 
+    @property
+    def personal_name(self) -> str:
+        """Of that UNet among the components."""
+        return "unet" if self.personalized_unet is None else "personalized_unet"
+
+    @property
+    def prompt_dtype(self) -> torch.dtype:
+        """Of embeddings and latents: that of the text encoders, as in the stock pipelines."""
+        encoder = self.readers(personal=False)[-1].encoder
+        return self.unet.dtype if encoder is None else encoder.dtype
+
+    @property
+    def attention_dtype(self) -> torch.dtype:
+        """Of the keys and values in the personalized UNet."""
+        device = self._execution_device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.personal_unet.dtype
+
+    @property
+    def text_length(self) -> int | None:
+        """Tokens of a prompt that is text; None: there is no tokenizer."""
+        return getattr(self.readers(personal=True)[0].tokenizer, "model_max_length", None)
+
+    @property
+    def adapter_scale(self) -> float | None:
+        """The call's strength of the adapters."""
+        return (self.cross_attention_kwargs or {}).get("scale")
+
+    def context_widths(self, *, personal: bool) -> tuple[int | None, str]:
+        """Channels of the text embeddings that a model's UNet takes, and its name."""
+        unet, name = (self.personal_unet, self.personal_name) if personal else (self.unet, "unet")
+        return context_width(unet), name
+
+    def guides(self, scale: float) -> bool:
+        """Whether there are unconditional predictions at a guidance scale: not where the UNet is told the scale."""
+        return scale > 1 and self.unet.config.time_cond_proj_dim is None
+
+    def _guidance_embedding(self, like: Tensor) -> Tensor | None:
+        """The guidance scale as UNets are told it that have learned to follow it (arXiv 2310.04378), a row for each."""
+        width = self.unet.config.time_cond_proj_dim
+        if width is None:
+            return None
+        scales = torch.full((len(like),), self.guidance_scale - 1, dtype=torch.float32)
+        return self.get_guidance_scale_embedding(scales, embedding_dim=width).to(like)
+
+    def embed_negatives(self, texts: Sequence[str | None], prompts: Embeds, *, personal: bool) -> Embeds:
+        """Negative prompts, None for no text, beside prompts."""
+        if not self.zeroes(texts):
+            return self.embed([text or "" for text in texts], personal=personal)
+        return Embeds(*(None if x is None else x.new_zeros(len(texts), *x.shape[1:]) for x in prompts))
+
+    @contextmanager
+    def in_stage(self, stage: str, guidance_scale: float) -> Iterator[None]:
+        """While it lasts the pipeline says, also by the attributes of the stock pipelines, what it is doing."""
+        before, self.stage, self._guidance_scale = self.stage, stage, guidance_scale
+        try:
+            yield
+        finally:
+            self.stage = before
+
     @contextmanager
     def as_vanilla(self) -> Iterator[None]:
         """While it lasts `unet` and the text encoders are the vanilla model's."""
@@ -104,6 +197,10 @@ class PersonalizedPipeline:
             return
         with adapters_off(OP, [self.unet, *self.text_encoders(personal=False)], self.config.personalized_adapters):
             yield
+
+    def text_encoders(self, personal: bool) -> list[torch.nn.Module]:
+        """Those of the vanilla or the personalized model."""
+        return [reader.encoder for reader in self.readers(personal) if reader.encoder is not None]
 
     @torch.no_grad()
     def encode_images(self, images: Image | list[Image], height: int, width: int, fit: str = "crop") -> Tensor:
@@ -115,18 +212,22 @@ class PersonalizedPipeline:
         """Pixels (n, 3, height, width) in [-1, 1] -> clean latents (n, C, height/f, width/f)."""
         with self.vae_precision():
             pixels = pixels.to(self._execution_device, self.vae.dtype)
-            latents = self.vae.encode(pixels).latent_dist.mode()
+            encoded = self.vae.encode(pixels)  # distributions, but those of tiny autoencoders
+            latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
         mean, scale = self._latent_statistics(latents)
         return (latents - mean) * scale
 
-    def decode(self, latents: Tensor, output_type: str, costs: Costs) -> tuple[Image, list[bool] | None]:
+    def decode(
+        self, latents: Tensor, output_type: str, costs: Costs, generator: Generator = None
+    ) -> tuple[Image, list[bool] | None]:
         """Latents (n, C, h, w) -> images, and what the safety checker found."""
         if output_type == "latent":
             return latents, None
         with costs.of("decode"):
             mean, scale = self._latent_statistics(latents)
             with self.vae_precision():
-                pixels = self.vae.decode((latents / scale + mean).to(self.vae.dtype), return_dict=False)[0]
+                latents = (latents / scale + mean).to(self.vae.dtype)
+                pixels = self.vae.decode(latents, return_dict=False, **self.vae_keywords(generator))[0]
             return self.finish(pixels, output_type)
 
     def _latent_statistics(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
@@ -135,7 +236,7 @@ class PersonalizedPipeline:
         mean, deviation = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
         if mean is None or deviation is None:
             return 0.0, config.scaling_factor
-        mean, deviation = (torch.tensor(x).view(1, -1, 1, 1).to(like) for x in (mean, deviation))
+        mean, deviation = (like.new_tensor(x).view(1, -1, 1, 1) for x in (mean, deviation))
         return mean, config.scaling_factor / deviation
 
     @torch.no_grad()
@@ -172,17 +273,24 @@ class PersonalizedPipeline:
         level = float(self.scheduler.alphas_cumprod[t])
         return (level**0.5 * latents + (1 - level) ** 0.5 * noise).to(latents.dtype), t
 
-    def begin(self, num_inference_steps: int, device: torch.device) -> Solver:
-        """Check the models and the scheduler, and set its timesteps."""
+    def begin(self, settings: Settings, stock: StockArguments) -> Solver:
+        """Check the models and the scheduler, set its timesteps and what the stock pipelines say of a call."""
         check_scheduler(self.scheduler)
+        check_models(self)
         check_free(OP, [self.unet, self.personal_unet])
-        for unet in (self.unet, self.personal_unet):
-            if unet.config.encoder_hid_dim_type is not None:
-                got, hint = unet.config.encoder_hid_dim_type, "call unload_ip_adapter() first"
-                fail(OP, "unet", "one without image embeddings", got, hint, NotImplementedError)
         self._interrupt = False
-        self._num_timesteps = num_inference_steps
-        return solver(self.scheduler, num_inference_steps, device)
+        self._guidance_scale, self._guidance_rescale = settings.guidance_scale, stock.guidance_rescale
+        self._clip_skip, self._cross_attention_kwargs = stock.clip_skip, stock.cross_attention_kwargs
+        self._denoising_end = None
+        result = solver(
+            self.scheduler,
+            settings.num_inference_steps,
+            self._execution_device,
+            timesteps=stock.timesteps,
+            sigmas=stock.sigmas,
+        )
+        self._num_timesteps = result.steps
+        return result
 
     def stage_bar(self, stage: str, total: int) -> tqdm:
         """A progress bar with the stage's name, with what `set_progress_bar_config` says."""
@@ -192,9 +300,12 @@ class PersonalizedPipeline:
         self, prompts: Sequence[str], subjects: Sequence[Sequence[str]], shows: Sequence[int | None]
     ) -> SubjectTokens:
         """Where the subjects' words are in each prompt, as `embed` tokenizes it."""
-        prompts = self.maybe_convert_prompt(list(prompts), self.tokenizer)
-        subjects = [self.maybe_convert_prompt(list(words), self.tokenizer) for words in subjects]
-        return find_subjects(self.tokenizer, prompts, subjects, self._execution_device, shows)
+        tokenizer = self.readers(personal=True)[0].tokenizer
+        if tokenizer is None:
+            fail(OP, "tokenizer", "one, since it finds subject_tokens in prompts", None, "pass the component")
+        prompts = self.maybe_convert_prompt(list(prompts), tokenizer)
+        subjects = [self.maybe_convert_prompt(list(words), tokenizer) for words in subjects]
+        return find_subjects(tokenizer, prompts, subjects, self._execution_device, shows)
 
     def latent_size(self, height: int | None, width: int | None, latents: Tensor | None) -> tuple[int, int]:
         """(height, width) of the latents. Default: those given, or the UNet's sample size."""
@@ -205,12 +316,13 @@ class PersonalizedPipeline:
                 got = f"{latents.dtype} " if isinstance(latents, Tensor) else ""
                 got += str(tuple(latents.shape)) if hasattr(latents, "shape") else type(latents).__name__
                 fail(OP, "latents", "a floating tensor (n, C, height, width)", got)
+            check_numbers("latents", latents)
             if height is None and width is None:
                 default = latents.shape[2:]
         size = []
         for name, pixels, latent_side in zip(("height", "width"), (height, width), default):
             if pixels is not None:
-                check_integer(OP, name, pixels, f, f"a multiple of {f}")
+                pixels = check_integer(OP, name, pixels, f, f"a multiple of {f}")
                 if pixels % f:
                     fail(OP, name, f"a multiple of {f}", pixels)
             size.append(latent_side if pixels is None else pixels // f)
@@ -244,19 +356,6 @@ class PersonalizedPipeline:
         pixels = pixels.expand(count, -1, -1, -1).to(self._execution_device, dtype)
         return Control(self.controlnet, pixels, scale)
 
-    def after_step(self, callback: Callback, step: int, t: Tensor, latents: Tensor) -> Tensor:
-        """Run callback_on_step_end; the latents, or those it returns, in the dtype and on the device of the stage."""
-        returned = None if callback is None else callback(self, step, t, {"latents": latents})
-        if returned is None:
-            return latents
-        if not isinstance(returned, Mapping):
-            fail(OP, "callback_on_step_end", "a function that returns a dict or None", type(returned).__name__)
-        changed = returned.get("latents", latents)
-        if not isinstance(changed, Tensor) or changed.shape != latents.shape:
-            expected = f"latents of shape {tuple(latents.shape)} from it"
-            fail(OP, "callback_on_step_end", expected, getattr(changed, "shape", type(changed).__name__))
-        return changed.to(latents)
-
 
 class PersonalizedStableDiffusionPipeline(PersonalizedPipeline, StableDiffusionPipeline):
     """`StableDiffusionPipeline` with the components of `PersonalizedPipeline` and
@@ -264,6 +363,10 @@ class PersonalizedStableDiffusionPipeline(PersonalizedPipeline, StableDiffusionP
     personalized_text_encoder: the text encoder that belongs to the personalized UNet. Default: `text_encoder`.
     """
 
+    stock_module = StableDiffusionPipeline.__module__
+    addition_embed_types = (None, "text")
+    other_class = "Stable Diffusion XL has a pipeline of its own, StableDiffusionXLLayoutRetouchPipeline"
+    _callback_tensor_inputs: ClassVar[list[str]] = [*StableDiffusionPipeline._callback_tensor_inputs, "image"]
     model_cpu_offload_seq = "text_encoder->personalized_text_encoder->image_encoder->unet->personalized_unet->vae"
     _optional_components: ClassVar[list[str]] = [
         *StableDiffusionPipeline._optional_components,
@@ -307,22 +410,27 @@ class PersonalizedStableDiffusionPipeline(PersonalizedPipeline, StableDiffusionP
         self.set_personalized_adapters(personalized_adapters)
         self._interrupt = False
 
-    def text_encoders(self, personal: bool) -> list[torch.nn.Module]:
-        own = self.personalized_text_encoder
-        return [own if personal and own is not None else self.text_encoder]
+    def readers(self, personal: bool) -> list[TextReader]:
+        own = personal and self.personalized_text_encoder is not None
+        name = "personalized_text_encoder" if own else "text_encoder"
+        return [TextReader(name, self.tokenizer, getattr(self, name))]
 
-    def embed(self, prompts: Sequence[str | None], size: tuple[int, int], *, personal: bool) -> Condition:
-        (encoder,) = self.text_encoders(personal)
-        device = self._execution_device
-        prompts = self.maybe_convert_prompt([prompt or "" for prompt in prompts], self.tokenizer)
-        length = self.tokenizer.model_max_length
-        inputs = self.tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        use_mask = getattr(encoder.config, "use_attention_mask", False)
-        mask = inputs.attention_mask.to(device) if use_mask else None
-        return Condition(encoder(inputs.input_ids.to(device), attention_mask=mask)[0], {})
+    def embed(self, texts: Sequence[str], *, personal: bool, clip_skip: int | None = None) -> Embeds:
+        (reader,) = self.readers(personal)
+
+        def last(out: BaseModelOutput) -> Tensor:
+            if clip_skip is None:
+                return out[0]
+            encoder = getattr(reader.encoder, "text_model", reader.encoder)  # transformers before 5 has another module
+            return encoder.final_layer_norm(out.hidden_states[-(clip_skip + 1)])
+
+        return Embeds(hidden_states(self, reader, texts, last)[0].to(self.prompt_dtype))
+
+    def vae_keywords(self, generator: Generator) -> dict:
+        return {"generator": generator}
 
     def finish(self, pixels: Tensor, output_type: str) -> tuple[Image, list[bool] | None]:
-        pixels, nsfw = self.run_safety_checker(pixels, pixels.device, self.unet.dtype)
+        pixels, nsfw = self.run_safety_checker(pixels, pixels.device, self.prompt_dtype)
         denormalize = None if nsfw is None else [not flag for flag in nsfw]
         return self.image_processor.postprocess(pixels, output_type=output_type, do_denormalize=denormalize), nsfw
 
@@ -330,16 +438,3 @@ class PersonalizedStableDiffusionPipeline(PersonalizedPipeline, StableDiffusionP
 def noise_like(latents: Tensor, generator: Generator) -> Tensor:
     """Gaussian noise (n, C, h, w) from one generator, or from one per row."""
     return randn_tensor(latents.shape, generator, latents.device, latents.dtype)
-
-
-def as_list(x: str | Sequence[str], count: int | None = None, name: str = "prompt") -> list[str]:
-    """One string or several -> a list of `count`."""
-    texts = [x] if isinstance(x, str) else list(x) if isinstance(x, (list, tuple)) else []
-    if not texts or not all(isinstance(text, str) for text in texts):
-        fail(OP, name, "a string or several", repr(x))
-    x = texts
-    if count is None or len(x) == count:
-        return x
-    if len(x) != 1:
-        fail(OP, name, f"1 or {count} strings, as there are prompts", len(x))
-    return x * count

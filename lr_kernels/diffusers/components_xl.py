@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -15,10 +15,15 @@ from transformers import (
     CLIPTokenizer,
     CLIPVisionModelWithProjection,
 )
+from transformers.modeling_outputs import BaseModelOutput
 
 from .components import PersonalizedPipeline
 from .condition import Condition
 from .pictures import Image
+from .prompts import Embeds, TextReader, hidden_states
+
+if TYPE_CHECKING:
+    from .request import Request
 
 
 class PersonalizedStableDiffusionXLPipeline(PersonalizedPipeline, StableDiffusionXLPipeline):
@@ -28,13 +33,17 @@ class PersonalizedStableDiffusionXLPipeline(PersonalizedPipeline, StableDiffusio
         Default: `text_encoder`, `text_encoder_2`.
     """
 
+    stock_module = StableDiffusionXLPipeline.__module__
+    pools = True
+    addition_embed_types = ("text_time",)
+    other_class = "Stable Diffusion 1.x and 2.x have a pipeline of their own, StableDiffusionLayoutRetouchPipeline"
+    _callback_tensor_inputs: ClassVar[list[str]] = [*StableDiffusionXLPipeline._callback_tensor_inputs, "image"]
     model_cpu_offload_seq = (
         "text_encoder->text_encoder_2->personalized_text_encoder->personalized_text_encoder_2->image_encoder->unet"
         "->personalized_unet->vae"
     )
     _optional_components: ClassVar[list[str]] = [
-        "image_encoder",
-        "feature_extractor",
+        *StableDiffusionXLPipeline._optional_components,
         "personalized_unet",
         "personalized_text_encoder",
         "personalized_text_encoder_2",
@@ -82,29 +91,35 @@ class PersonalizedStableDiffusionXLPipeline(PersonalizedPipeline, StableDiffusio
         self.set_personalized_adapters(personalized_adapters)
         self._interrupt = False
 
-    def text_encoders(self, personal: bool) -> list[torch.nn.Module]:
-        vanilla = [self.text_encoder, self.text_encoder_2]
-        own = [self.personalized_text_encoder, self.personalized_text_encoder_2]
-        return [o if personal and o is not None else v for o, v in zip(own, vanilla)]
+    def readers(self, personal: bool) -> list[TextReader]:
+        found = []
+        for suffix in ("", "_2"):
+            name = f"text_encoder{suffix}"
+            if personal and getattr(self, f"personalized_{name}") is not None:
+                name = f"personalized_{name}"
+            found.append(TextReader(name, getattr(self, f"tokenizer{suffix}"), getattr(self, name)))
+        first, second = found
+        if first.encoder is None and first.tokenizer is None and second.encoder is not None:
+            return [second]  # as of a refiner
+        return found
 
-    def embed(self, prompts: Sequence[str | None], size: tuple[int, int], *, personal: bool) -> Condition:
-        device = self._execution_device
-        hidden, pooled = [], None
-        for tokenizer, encoder in zip((self.tokenizer, self.tokenizer_2), self.text_encoders(personal)):
-            texts = self.maybe_convert_prompt([prompt or "" for prompt in prompts], tokenizer)
-            length = tokenizer.model_max_length
-            ids = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-            out = encoder(ids.input_ids.to(device), output_hidden_states=True)
-            hidden.append(out.hidden_states[-2])
-            pooled = out[0]  # of the second encoder in the end
-        embeds = torch.cat(hidden, -1)
-        if self.config.force_zeros_for_empty_prompt:
-            empty = torch.tensor([prompt is None for prompt in prompts], device=device)
-            embeds, pooled = embeds.masked_fill(empty[:, None, None], 0), pooled.masked_fill(empty[:, None], 0)
-        pixels = tuple(x * self.vae_scale_factor for x in size)
-        projection = self.text_encoder_2.config.projection_dim
-        times = self._get_add_time_ids(pixels, (0, 0), pixels, embeds.dtype, projection).to(device)
-        return Condition(embeds, {"text_embeds": pooled, "time_ids": times.expand(len(embeds), -1)})
+    def embed(self, texts: Sequence[str], *, personal: bool, clip_skip: int | None = None) -> Embeds:
+        def last(out: BaseModelOutput) -> Tensor:
+            return out.hidden_states[-2 - (clip_skip or 0)]
+
+        found = [hidden_states(self, reader, texts, last) for reader in self.readers(personal)]
+        pooled = found[-1][1]  # of the second encoder
+        return Embeds(torch.cat([tokens for tokens, _ in found], -1).to(self.prompt_dtype), pooled)
+
+    def zeroes(self, negatives: Sequence[str | None]) -> bool:
+        return self.config.force_zeros_for_empty_prompt and all(text is None for text in negatives)
+
+    def condition(self, embeds: Embeds, request: "Request", *, negative: bool = False) -> Condition:
+        told = super().condition(embeds, request)
+        pixels = tuple(x * self.vae_scale_factor for x in request.size)
+        sizes = request.stock.sizes(pixels, negative=negative)
+        times = self._get_add_time_ids(*sizes, embeds.tokens.dtype, embeds.pooled.shape[-1]).to(embeds.tokens.device)
+        return told._replace(added={"text_embeds": embeds.pooled, "time_ids": times.expand(len(embeds.tokens), -1)})
 
     @contextmanager
     def vae_precision(self) -> Iterator[None]:

@@ -1,6 +1,6 @@
 """What a UNet is told beside latents and timestep, for some rows of a batch; and a ControlNet's part of it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,16 +16,32 @@ class Condition(NamedTuple):
     """(B, L, C), of the prompts"""
     added: dict[str, Tensor]
     """further ones by their names in `added_cond_kwargs`, (B, ...) each: SDXL's text_embeds and time_ids"""
+    guidance: Tensor | None = None
+    """(B, time_cond_proj_dim), the guidance scale of models that are told it"""
+    adapter_scale: float | None = None
+    """strength of the model's adapters; None: as they are set"""
 
     def rows(self, rows: slice | Tensor) -> "Condition":
         """Those of some of the rows."""
-        return Condition(self.embeds[rows], {name: x[rows] for name, x in self.added.items()})
+        return self._map(lambda x: x[rows])
+
+    def replaced(self, rows: Tensor, other: "Condition") -> "Condition":
+        """With the rows of another one at these places."""
+        return self._map(lambda x, y: x.index_copy(0, rows, y.to(x)), other)
+
+    def _map(self, change: Callable[..., Tensor], *others: "Condition") -> "Condition":
+        added = {name: change(x, *(other.added[name] for other in others)) for name, x in self.added.items()}
+        embeds = change(self.embeds, *(other.embeds for other in others))
+        guidance = self.guidance
+        if guidance is not None:
+            guidance = change(guidance, *(other.guidance for other in others))
+        return Condition(embeds, added, guidance, self.adapter_scale)
 
     @staticmethod
     def join(parts: Sequence["Condition"]) -> "Condition":
         """The rows of all parts."""
-        added = {name: torch.cat([part.added[name] for part in parts]) for name in parts[0].added}
-        return Condition(torch.cat([part.embeds for part in parts]), added)
+        first, *others = parts
+        return first._map(lambda *xs: torch.cat(xs), *others)
 
 
 Residuals = dict[str, Tensor | tuple[Tensor, ...]]
@@ -71,12 +87,15 @@ def predict(
     condition: Condition,
     residuals: Residuals | None = None,
 ) -> Tensor:
-    """The UNet's prediction for latents (B, C, h, w)."""
+    """The UNet's prediction for latents (B, C, h, w), in their dtype: under autocast the UNet's own is another."""
+    scale = condition.adapter_scale
     return unet(
         latents,
         t,
         encoder_hidden_states=condition.embeds,
+        timestep_cond=condition.guidance,
+        cross_attention_kwargs=None if scale is None else {"scale": scale},
         added_cond_kwargs=condition.added or None,
         return_dict=False,
         **(residuals or {}),
-    )[0]
+    )[0].to(latents.dtype)

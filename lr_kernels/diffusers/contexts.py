@@ -73,7 +73,7 @@ class ContextRecorder:
         self._mapped = [i for i in last if weights[i] > 0] or list(last)  # of a vanilla layout in passes of their own
         self.bank: KeyValueBank | None = None
         self._state = AttentionState(backend=backend)
-        self._images = tokens.indices.shape[0]
+        self._images, self._rows = tokens.indices.shape[0], rows
         self._state.token_indices = tokens.indices.repeat(rows // self._images, 1)
         self._layers, self._processors = {}, {}
         if storage is not None and len(share):
@@ -101,8 +101,11 @@ class ContextRecorder:
         return (self.bank is not None and step in self.share) or step in self._mapped
 
     @contextmanager
-    def personal(self, step: int) -> Iterator[None]:
-        """Around the personalized model's prediction at a step."""
+    def personal(self, step: int, rows: int) -> Iterator[None]:
+        """Around the personalized model's prediction of so many rows at a step."""
+        if rows != self._rows:  # guidance has ended, and a bank has the same rows in all steps
+            self.bank, self._rows = None, rows
+            self._state.token_indices = self.tokens.indices.repeat(rows // self._images, 1)
         banked = self.bank is not None and step in self.share
         self._state.capturing = step in self._mapped
         try:

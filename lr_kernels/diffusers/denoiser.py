@@ -3,11 +3,13 @@
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from ..checks import fail
 from .condition import Condition, Control, placed, predict
 from .contexts import Contexts
 from .install import Installation, install_processors, layer_grid, layer_scale
@@ -15,6 +17,7 @@ from .output import Costs
 from .processors import AttentionState, MultiSourceAttnProcessor
 from .request import Request
 from .routing import RetouchBatch, Routing, Swap
+from .settings import OP
 from .subject import SubjectMaps, TargetMasks
 
 
@@ -26,7 +29,7 @@ class RetouchDenoiser:
 
     Args:
         batch: the rows of steps that share. condition: of batch.size rows.
-        reading: (masks, grid) -> what layers with that many tokens read.
+        reading: (batch, masks, grid) -> what layers with these tokens read.
         mask: bool (subjects, n, h, w): the targets' foreground, None while unknown: nothing is shared until then.
         tracker: makes the mask of the next step; None: the mask stays.
         contexts: with a bank of them, which are then not in the batch. The references' bank is the request's.
@@ -40,7 +43,7 @@ class RetouchDenoiser:
         condition: Condition,
         request: Request,
         *,
-        reading: Callable[[Tensor, tuple[int, int]], Routing | Swap],
+        reading: Callable[[RetouchBatch, Tensor, tuple[int, int]], Routing | Swap],
         mask: Tensor | None,
         tracker: TargetMasks | None,
         contexts: Contexts | None,
@@ -49,14 +52,12 @@ class RetouchDenoiser:
         self.unet, self.request, self.reading, self.mask, self.tracker = unet, request, reading, mask, tracker
         self.contexts, self.control = contexts, control
         self.references = request.references.bank
-        alone = RetouchBatch(batch.images, context=False, guided=batch.guided, references=0)
         rows = torch.cat(batch.targets(torch.arange(batch.size, device=condition.embeds.device)))
-        self._batches = {True: (batch, condition), False: (alone, condition.rows(rows))}  # by whether it shares
+        self._set_batch(batch, condition, condition.rows(rows))
         self._state = AttentionState(backend=request.settings.backend)
         self._stack = ExitStack()
         self._installed: list[Installation] = []
         self._maps: SubjectMaps | None = None
-        self._routed: Tensor | None = None
 
     def __enter__(self) -> "RetouchDenoiser":
         layers = self.request.layers
@@ -64,7 +65,9 @@ class RetouchDenoiser:
         with ExitStack() as stack:
             processors = {
                 name: MultiSourceAttnProcessor(
-                    self._state, *(None if bank is None else bank.layer(name) for bank in banks)
+                    self._state,
+                    *(None if bank is None else bank.layer(name) for bank in banks),
+                    tokens=math.prod(self._grid(name)),
                 )
                 for name in layers
             }
@@ -79,6 +82,31 @@ class RetouchDenoiser:
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
 
+    def _set_batch(self, batch: RetouchBatch, condition: Condition, of_targets: Condition) -> None:
+        alone = RetouchBatch(batch.images, context=False, guided=batch.guided, references=0)
+        self._batches = {True: (batch, condition), False: (alone, of_targets)}  # by whether it shares
+        self._routed: Tensor | None = None
+        """the mask that `_state.routings` were built for"""
+
+    @property
+    def told(self) -> Condition:
+        """What the targets' rows are told, with guidance the unconditional ones before the others."""
+        return self._batches[False][1]
+
+    def tell(self, of_targets: Condition) -> None:
+        """Tell the targets something else from the next step on. Half of the rows: guidance ends."""
+        if of_targets is self.told:
+            return
+        batch, condition = self._batches[True]
+        if batch.guided and len(of_targets.embeds) == batch.images:
+            condition = condition.rows(slice(batch.half, None))
+            batch = replace(batch, guided=False, first_half=1)
+        rows = torch.cat(batch.targets(torch.arange(batch.size, device=condition.embeds.device)))
+        if len(of_targets.embeds) != len(rows) or of_targets.embeds.shape[1:] != condition.embeds.shape[1:]:
+            expected = f"prompt_embeds of shape {(len(rows), *condition.embeds.shape[1:])} from it"
+            fail(OP, "callback_on_step_end", expected, tuple(of_targets.embeds.shape))
+        self._set_batch(batch, condition.replaced(rows, of_targets), of_targets)
+
     def predict(self, latents: Tensor, others: Sequence[Tensor], step: int, costs: Costs) -> list[Tensor]:
         """(unconditional, conditional) predictions, each (n, C, h, w); the same one twice without guidance.
 
@@ -92,7 +120,7 @@ class RetouchDenoiser:
         batch, condition = self._batches[sharing]
         self._state.sharing = sharing
         if sharing and self.mask is not self._routed:
-            self._state.routings = self._route()
+            self._state.routings = self._route(batch)
             self._routed = self.mask
         rows = [latents, *others] if sharing else [latents]
         inputs = torch.cat(rows * batch.halves) * self.request.solver.input_scales[step]
@@ -129,6 +157,9 @@ class RetouchDenoiser:
         residuals = self.control.residuals(inputs[rows], t, condition.rows(rows))
         return placed(residuals, rows, batch.size)
 
-    def _route(self) -> dict[int, Routing | Swap]:
-        grids = {layer_grid(layer_scale(self.unet, name), *self.request.size) for name in self.request.layers}
-        return {math.prod(grid): self.reading(self.mask, grid) for grid in grids}
+    def _route(self, batch: RetouchBatch) -> dict[int, Routing | Swap]:
+        grids = {self._grid(name) for name in self.request.layers}
+        return {math.prod(grid): self.reading(batch, self.mask, grid) for grid in grids}
+
+    def _grid(self, layer: str) -> tuple[int, int]:
+        return layer_grid(layer_scale(self.unet, layer), *self.request.size)

@@ -8,15 +8,17 @@ from torch import Tensor
 
 from ..checks import check_integer, fail
 from .bank import ReferenceBank
-from .components import PersonalizedStableDiffusionPipeline, as_list
+from .components import PersonalizedStableDiffusionPipeline
 from .components_xl import PersonalizedStableDiffusionXLPipeline
 from .layout import LayoutStage, lay_out
 from .output import LayoutRetouchOutput
 from .pictures import Image, one_by_one
+from .prompts import read_prompts
 from .request import build_request
 from .retouch import RetouchStage, retouch
 from .schedule import Blend
 from .settings import OP, Callback, Generator, Settings
+from .stock import StockArguments
 
 
 class LayoutRetouch(LayoutStage, RetouchStage):
@@ -71,6 +73,8 @@ class LayoutRetouch(LayoutStage, RetouchStage):
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callback = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        **stock: object,
     ) -> LayoutRetouchOutput | tuple:
         """Both stages.
 
@@ -126,40 +130,43 @@ class LayoutRetouch(LayoutStage, RetouchStage):
             generator: one, or a list of one per image; latents: initial noise (n, C, height/f, width/f).
             backend: of all lr_kernels operators, see `multi_source_attention`.
             output_type: "pil", "np", "pt" or "latent".
-            callback_on_step_end: called in both stages as (pipe, step, timestep, {"latents": …}); may return a dict
-                with other latents of the same shape. `pipe.stage` says which stage it is.
+            callback_on_step_end: called in both stages as (pipe, step, timestep, tensors), with a step's number in the
+                schedule; a function or one of `diffusers.callbacks`. `pipe.stage` says which stage it is. What it
+                returns in a dict counts from the next step on, and so do the attributes that the callbacks of
+                diffusers change: `_guidance_scale` (also to end guidance), `_guidance_rescale`, `_interrupt`. Each
+                stage starts with its own guidance scale.
+            callback_on_step_end_tensor_inputs: names of these tensors, as in the stock pipelines and "image", that of
+                the ControlNet. Those of prompts belong to the model of the larger weight in this step; in the retouch
+                stage they are the targets'.
+            stock: what the stock pipelines also take, by the same names: see `StockArguments`.
 
         Returns:
             `LayoutRetouchOutput`, or (images, layout_images) where return_dict is False. If the layout stage was
             interrupted (`pipe._interrupt = True` in a callback), the images are the layouts as they were then.
 
         Raises:
-            ValueError: an argument that does not fit, named; a bank built for something else. NotImplementedError: a
-            scheduler or an attention processor that the method cannot use; "swap" without layouts or with a bank.
+            ValueError: an argument or a component that does not fit, named; a bank built for something else.
+            NotImplementedError: a scheduler, a UNet or an attention processor that the method cannot use; "swap"
+            without layouts or with a bank. TypeError: an unknown argument.
         """
-        check_integer(OP, "num_images_per_prompt", num_images_per_prompt, 1, "a positive integer")
-        prompts = as_list(prompt)
-        prompt = [p for p in prompts for _ in range(num_images_per_prompt)]
-
-        def per_image(texts: str | list[str], name: str) -> list[str]:
-            texts = as_list(texts, name=name)
-            return texts if len(texts) == 1 else [p for p in texts for _ in range(num_images_per_prompt)]
-
+        copies = check_integer(OP, "num_images_per_prompt", num_images_per_prompt, 1, "a positive integer")
+        arguments = StockArguments.given(stock, xl=self.pools)
+        prompts = read_prompts(self, arguments, prompt, layout_prompt, negative_prompt, copies=copies)
         if control_image is not None:
             control_image = one_by_one(control_image)
-            if len(control_image) not in (1, len(prompts)):
-                fail(OP, "control_image", f"1 or {len(prompts)} images, as there are prompts", len(control_image))
+            count = prompts.count // copies
+            if len(control_image) not in (1, count):
+                fail(OP, "control_image", f"1 or {count} images, as there are prompts", len(control_image))
             if len(control_image) > 1:
-                control_image = [image for image in control_image for _ in range(num_images_per_prompt)]
+                control_image = [image for image in control_image for _ in range(copies)]
         request = build_request(
             self,
             Settings.given(locals()),
-            prompt,
+            arguments,
+            prompts,
             self.latent_size(height, width, latents),
-            negative_prompt=None if negative_prompt is None else per_image(negative_prompt, "negative_prompt"),
             latents=latents,
             control_image=control_image,
-            layout_prompt=per_image(layout_prompt, "layout_prompt"),
             subject_tokens=subject_tokens,
             layout_mask=layout_mask,
             reference_image=reference_image,
@@ -170,14 +177,21 @@ class LayoutRetouch(LayoutStage, RetouchStage):
         )
         layout = lay_out(self, request)
         output = layout if self.interrupt else retouch(self, request, layout.contexts)
-        output.layout_images = layout.images
-        if layout.contexts is not None:  # without their keys and values, which may take gigabytes
-            output.contexts = replace(layout.contexts, bank=None)
-        output.layout_nsfw_content_detected = layout.nsfw_content_detected
+        seconds, rows = dict(layout.seconds), dict(layout.rows)
         if output is not layout:
-            for costs, first in ((output.seconds, layout.seconds), (output.rows, layout.rows)):
-                for stage, cost in first.items():
+            for costs, second in ((seconds, output.seconds), (rows, output.rows)):
+                for stage, cost in second.items():
                     costs[stage] = costs.get(stage, 0) + cost
+        # without the contexts' keys and values, which may take gigabytes
+        contexts = None if layout.contexts is None else replace(layout.contexts, bank=None)
+        output = replace(  # what is set afterwards would be no entry of it
+            output,
+            layout_images=layout.images,
+            contexts=contexts,
+            layout_nsfw_content_detected=layout.nsfw_content_detected,
+            seconds=seconds,
+            rows=rows,
+        )
         self.maybe_free_model_hooks()
         return output if return_dict else (output.images, output.layout_images)
 

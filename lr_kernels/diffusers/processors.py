@@ -278,10 +278,11 @@ class MultiSourceAttnProcessor(_StockAttnProcessor):
     Args:
         state: shared by the processors of a UNet. Default: a new one, inactive.
         references: of this layer in a bank, where the references are not in the batch. contexts: likewise.
+        tokens: of the layer by itself, to tell them from merged ones. None: not known.
 
     Raises:
         ValueError: no routing for the layer's number of tokens; a stale bank.
-        NotImplementedError: an attention mask while sharing.
+        NotImplementedError: an attention mask, or merged tokens, while sharing.
     """
 
     def __init__(
@@ -289,9 +290,10 @@ class MultiSourceAttnProcessor(_StockAttnProcessor):
         state: AttentionState | None = None,
         references: Buffer | None = None,
         contexts: Buffer | None = None,
+        tokens: int | None = None,
     ):
         super().__init__(state)
-        self.references, self.contexts = references, contexts
+        self.references, self.contexts, self.tokens = references, contexts, tokens
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, is_cross: bool
@@ -301,6 +303,9 @@ class MultiSourceAttnProcessor(_StockAttnProcessor):
         if attention_mask is not None:
             _refuse_mask(type(self).__name__)
         tokens = query.shape[2]
+        if self.tokens is not None and tokens != self.tokens:  # the number may be that of another layer's routing
+            hint = "remove what merges tokens from the UNet, as tomesd.remove_patch() does"
+            fail(type(self).__name__, "query", f"{self.tokens} tokens", tokens, hint, NotImplementedError)
         if tokens not in self.state.routings:
             fail(type(self).__name__, "state.routings", f"a routing for {tokens} tokens", sorted(self.state.routings))
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))

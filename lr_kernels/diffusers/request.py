@@ -10,14 +10,19 @@ from torch import Tensor
 from ..attention_checks import MAX_SOURCES
 from ..checks import fail
 from .bank import ReferenceBank
-from .components import PersonalizedPipeline, as_list
+from .component_checks import check_controlnet, check_vae
+from .components import PersonalizedPipeline, noise_like
 from .contexts import Contexts
 from .foreground import warn_of_implausible
 from .install import check_stock, select_layers
+from .output import LayoutRetouchOutput
 from .pictures import Image, as_mask, one_by_one, preprocess
+from .prompts import Prompts, as_list, check_prompts
 from .routing import MAX_SUBJECTS
 from .schedule import DEFAULT_SWITCH, Solver, blend_weights, step_in_schedule
-from .settings import OP, Settings
+from .settings import OP, Generator, Settings
+from .step_end import tensor_inputs
+from .stock import StockArguments
 from .subject import SubjectTokens, as_numbers, as_subjects, shown_subjects
 
 
@@ -49,15 +54,18 @@ class Request:
     """A call as its stages use it; made by `build_request`."""
 
     settings: Settings
+    stock: StockArguments
     solver: Solver
     size: tuple[int, int]
     """(height, width) of the latents"""
-    prompts: list[str]
-    negatives: list[str | None]
+    prompts: Prompts
+    retouch_guided: bool
+    """whether the retouch stage has unconditional predictions"""
+    tensor_inputs: tuple[str, ...]
+    """names of the tensors that callback_on_step_end gets"""
     latents: Tensor | None
     """given noise (n, C, *size)"""
     control_image: Image | list[Image] | None
-    layout_prompts: list[str]
     weights: Tensor
     """(steps,) of the personalized model in the layout stage"""
     share: range
@@ -77,13 +85,12 @@ class Request:
 def build_request(
     pipe: PersonalizedPipeline,
     settings: Settings,
-    prompts: list[str],
+    stock: StockArguments,
+    prompts: Prompts,
     size: tuple[int, int],
     *,
-    negative_prompt: str | list[str] | None = None,
     latents: Tensor | None = None,
     control_image: Image | list[Image] | None = None,
-    layout_prompt: str | list[str] | None = None,
     subject_tokens: str | Sequence[str] | Sequence[Sequence[str]] = (),
     layout_mask: Image | list | Tensor | None = None,
     reference_image: Image | list[Image] | None = None,
@@ -91,19 +98,22 @@ def build_request(
     reference_mask: Image | list[Image | None] | None = None,
     reference_subjects: Sequence[int] | None = None,
     reference_bank: ReferenceBank | None = None,
+    with_layout: bool = True,
     with_references: bool = True,
 ) -> Request:
     """The arguments as the stages use them; raises what does not fit, before anything is computed."""
-    device, count = pipe._execution_device, len(prompts)
+    device, count = pipe._execution_device, prompts.count
     settings.check_generators(count)
-    solver = pipe.begin(settings.num_inference_steps, device)
+    solver = pipe.begin(settings, stock)
+    names = settings.callback_on_step_end_tensor_inputs
+    names = tensor_inputs(pipe, settings.callback_on_step_end, names, control_image is not None)
+    guided = pipe.guides(settings.retouch_guidance)
     solver.table(guidance_scale=1, eta=settings.eta)  # refuses an eta that the scheduler does not take
     steps = solver.steps
     switch = step_in_schedule("layout_steps", settings.layout_steps, round(DEFAULT_SWITCH * steps), 0, steps)
     start = step_in_schedule("retouch_start", settings.retouch_start, round(DEFAULT_SWITCH * steps), 0, steps - 1)
     end = step_in_schedule("retouch_end", settings.retouch_end, steps, start, steps)
     layers = select_layers(pipe.personal_unet, "self", settings.retouch_layers, "retouch_layers")
-    negatives = [None] * count if negative_prompt is None else as_list(negative_prompt, count, "negative_prompt")
     subjects, tokens, references, layout_masks = [], None, None, None
     unnamed = isinstance(subject_tokens, (list, tuple)) and not len(subject_tokens)
     if with_references or not unnamed:
@@ -111,8 +121,8 @@ def build_request(
         subjects = as_subjects(subject_tokens)
         if len(subjects) > MAX_SUBJECTS:
             fail(OP, "subject_tokens", f"at most {MAX_SUBJECTS} subjects", len(subjects))
-        if prompts:
-            tokens = pipe.subject_tokens(prompts, subjects, [None] * count)
+        if count:
+            tokens = pipe.subject_tokens(prompts.texts, subjects, [None] * count)
         if layout_mask is not None:
             layout_masks = _layout_masks(layout_mask, len(subjects), count, size, device)
     if with_references and reference_bank is None:
@@ -129,19 +139,26 @@ def build_request(
         references = _banked_references(
             pipe, settings, size, subjects, layers, solver, range(start, end), reference_bank, reference_subjects
         )
+    texts = [] if references is None else references.prompts
+    check_prompts(pipe, prompts, texts, lays_out=with_layout, guided=guided or pipe.guides(settings.guidance_scale))
+    if settings.output_type != "latent" or (references is not None and references.pixels is not None):
+        check_vae(pipe)
+    if control_image is not None and pipe.controlnet is not None:
+        check_controlnet(pipe)
     if references is not None:
-        most = (MAX_SOURCES - 2) // (2 if settings.reading == "swap" and settings.retouch_guidance > 1 else 1)
+        most = (MAX_SOURCES - 2) // (2 if settings.reading == "swap" and guided else 1)
         if len(references.shows) > most:
             fail(OP, "reference_image", f"at most {most} references", len(references.shows))
     return Request(
         settings=settings,
+        stock=stock,
         solver=solver,
         size=size,
         prompts=prompts,
-        negatives=negatives,
+        retouch_guided=guided,
+        tensor_inputs=names,
         latents=latents,
         control_image=control_image,
-        layout_prompts=[] if layout_prompt is None else as_list(layout_prompt, count, "layout_prompt"),
         weights=blend_weights(settings.layout_blend, switch, steps),
         share=range(start, end),
         layers=layers,
@@ -150,6 +167,40 @@ def build_request(
         layout_masks=layout_masks,
         references=references,
     )
+
+
+def given_contexts(
+    pipe: PersonalizedPipeline,
+    prompts: int,
+    layout: LayoutRetouchOutput | None,
+    latents: Tensor | None,
+    noise: Tensor | None,
+    generator: Generator,
+) -> Contexts | None:
+    """From one of the two arguments that bring contexts."""
+    if layout is not None and not isinstance(layout, LayoutRetouchOutput):
+        fail(OP, "layout", "what layout() has returned", type(layout).__name__, error=TypeError)
+    if layout is not None:
+        refuse("layout is given", context_latents=latents, latents=noise)
+        contexts = layout.contexts
+        if contexts is None:
+            fail(OP, "layout", "the output of layout() with subject_tokens", "one without contexts")
+        if len(contexts.latents) != prompts:
+            fail(OP, "prompt", f"{len(contexts.latents)} prompts, as there are layouts", prompts)
+        return contexts
+    if latents is None:
+        return None
+    expected = (prompts, pipe.unet.config.in_channels)
+    if not isinstance(latents, Tensor) or latents.dim() != 4 or latents.shape[:-2] != expected or 0 in latents.shape:
+        got = getattr(latents, "shape", type(latents).__name__)
+        fail(OP, "context_latents", f"shape ({expected[0]}, {expected[1]}, height, width), one row per prompt", got)
+    if not latents.is_floating_point() or not bool(latents.isfinite().all()):
+        fail(OP, "context_latents", "finite floating numbers", f"{latents.dtype}, or NaN or Inf")
+    if noise is not None and getattr(noise, "shape", None) != latents.shape:
+        got = tuple(noise.shape) if isinstance(noise, Tensor) else type(noise).__name__
+        fail(OP, "latents", f"shape {tuple(latents.shape)}, as context_latents", got)
+    latents = latents.to(pipe._execution_device)
+    return Contexts(latents, noise_like(latents, generator) if noise is None else noise.to(latents))
 
 
 def check_contexts(request: Request, contexts: Contexts | None) -> None:
@@ -236,12 +287,12 @@ def _banked_references(
 
     if bank.foreground is None:
         fail(OP, "reference_bank", "one with a foreground, as the pipeline's reference_bank makes it", "none")
-    count, guided = len(bank.foreground), settings.retouch_guidance > 1
+    count, guided = len(bank.foreground), pipe.guides(settings.retouch_guidance)
     wanted = count * (2 if guided else 1)
     if bank.rows_held != wanted:
         stale(f"{wanted} rows, {'with' if guided else 'without'} guidance", bank.rows_held)
-    if bank.dtype != pipe.personal_unet.dtype:
-        stale(pipe.personal_unet.dtype, bank.dtype)
+    if bank.dtype != pipe.attention_dtype:
+        stale(pipe.attention_dtype, bank.dtype)
     if tuple(bank.foreground.shape[1:]) != tuple(size):
         stale(f"latents of {tuple(size)}", tuple(bank.foreground.shape[1:]))
     if missing := [name for name in layers if name not in bank.layer_names]:

@@ -9,20 +9,23 @@ from torch import Tensor
 
 from ..checks import fail
 from .bank import ReferenceBank
-from .components import MAP_TIMES, PersonalizedPipeline, as_list, noise_like
+from .components import MAP_TIMES, PersonalizedPipeline, noise_like
 from .condition import Condition, predict
 from .contexts import Contexts
 from .denoiser import RetouchDenoiser
 from .foreground import WARM, foreground, warn_of_implausible
+from .guidance import GuidedStepper
 from .install import install_processors
 from .inversion import invert, renoise
 from .matching import matcher
 from .output import Costs, LayoutRetouchOutput
 from .pictures import Image
-from .request import Request, build_request, check_contexts, refuse
+from .prompts import Embeds, Prompts, read_prompts
+from .request import Request, build_request, check_contexts, given_contexts, refuse
 from .routing import RetouchBatch, Routing, Swap, route, swap
-from .schedule import Stepper
 from .settings import OP, Callback, Generator, Settings
+from .step_end import Told, after_step
+from .stock import StockArguments
 from .subject import TargetMasks
 
 REFERENCE_SEED = 0
@@ -53,6 +56,7 @@ class RetouchStage:
         storage: str = "device",
         limit: int | None = None,
         backend: str = "auto",
+        **stock: object,
     ) -> ReferenceBank:
         """What the references contribute to the retouch stage: keys and values of every layer and step that shares.
 
@@ -63,13 +67,15 @@ class RetouchStage:
         request = build_request(
             self,
             Settings.given(locals()),
-            [],
+            StockArguments.given(stock, xl=self.pools),
+            Prompts([], [], []),
             self.latent_size(height, width, None),
             subject_tokens=subject_tokens,
             reference_image=reference_image,
             reference_prompt=reference_prompt,
             reference_mask=reference_mask,
             reference_subjects=reference_subjects,
+            with_layout=False,
         )
         bank = fill_bank(self, request, storage, limit)
         self.maybe_free_model_hooks()
@@ -112,6 +118,8 @@ class RetouchStage:
         backend: str = "auto",
         output_type: str = "pil",
         callback_on_step_end: Callback = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        **stock: object,
     ) -> LayoutRetouchOutput:
         """Stage 2: targets take their layout from the contexts and their appearance from the references.
 
@@ -125,16 +133,17 @@ class RetouchStage:
             height, width: only without contexts. latents: noise; with context_latents that which they are re-noised
                 with.
         """
-        prompt = as_list(prompt)
-        contexts = _given_contexts(self, prompt, layout, context_latents, latents, generator)
+        arguments = StockArguments.given(stock, xl=self.pools)
+        prompts = read_prompts(self, arguments, prompt, negative_prompt=negative_prompt, lays_out=False)
+        contexts = given_contexts(self, prompts.count, layout, context_latents, latents, generator)
         if contexts is not None:
             refuse("the contexts have it", height=height, width=width)
         request = build_request(
             self,
             Settings.given(locals()),
-            prompt,
+            arguments,
+            prompts,
             self.latent_size(height, width, latents if contexts is None else contexts.latents),
-            negative_prompt=negative_prompt,
             latents=latents,
             control_image=control_image,
             subject_tokens=subject_tokens,
@@ -144,6 +153,7 @@ class RetouchStage:
             reference_mask=reference_mask,
             reference_subjects=reference_subjects,
             reference_bank=reference_bank,
+            with_layout=False,
         )
         output = retouch(self, request, contexts)
         self.maybe_free_model_hooks()
@@ -190,16 +200,20 @@ class Masks:
 
 def retouch(pipe: PersonalizedPipeline, request: Request, contexts: Contexts | None) -> LayoutRetouchOutput:
     """Run the stage."""
-    settings, solver = request.settings, request.solver
     check_contexts(request, contexts)
-    pipe.stage = "retouch"
+    with pipe.in_stage("retouch", request.settings.retouch_guidance):
+        return _retouched(pipe, request, contexts)
+
+
+def _retouched(pipe: PersonalizedPipeline, request: Request, contexts: Contexts | None) -> LayoutRetouchOutput:
+    settings, solver = request.settings, request.solver
     costs = Costs(pipe._execution_device)
     with costs.of("encode"):
         rows = _rows(pipe, request, contexts)
         control = pipe.control(
             request.control_image,
             settings.control_scale,
-            len(request.prompts),
+            request.prompts.count,
             request.size,
             rows.condition.embeds.dtype,
         )
@@ -211,10 +225,10 @@ def retouch(pipe: PersonalizedPipeline, request: Request, contexts: Contexts | N
         of_contexts = _trajectory_of_contexts(pipe, request, contexts, rows, start)
         of_references = renoise(rows.references, rows.reference_noise, solver, start=start)
 
-    def read(mask: Tensor, grid: tuple[int, int]) -> Routing | Swap:
+    def read(batch: RetouchBatch, mask: Tensor, grid: tuple[int, int]) -> Routing | Swap:
         if settings.reading == "swap":
-            return swap(rows.batch, mask, masks.references, grid, request.references.shows, matches(grid))
-        return route(rows.batch, mask, masks.references, grid, request.references.shows)
+            return swap(batch, mask, masks.references, grid, request.references.shows, matches(grid))
+        return route(batch, mask, masks.references, grid, request.references.shows)
 
     denoiser = RetouchDenoiser(
         pipe.personal_unet,
@@ -228,9 +242,7 @@ def retouch(pipe: PersonalizedPipeline, request: Request, contexts: Contexts | N
         control=control,
     )
     latents = _targets(pipe, request, contexts, rows, of_contexts)
-    guidance = settings.retouch_guidance
-    table = solver.table(guidance_scale=guidance if guidance > 1 else 1, eta=settings.eta)
-    stepper = Stepper(solver, table, backend=settings.backend)
+    stepper = GuidedStepper(pipe, request)
     keeps = settings.mask_blending and contexts is not None
     with costs.of("retouch"), pipe.stage_bar("retouch", solver.steps - start) as bar, denoiser:
         for k, (i, t) in enumerate(zip(range(start, solver.steps), solver.timesteps[start:])):
@@ -241,14 +253,17 @@ def retouch(pipe: PersonalizedPipeline, request: Request, contexts: Contexts | N
             latents = stepper.step(
                 i,
                 latents,
-                predictions,
+                [predictions],
                 mask=(denoiser.mask | masks.contexts).any(0) if keeps else None,
                 background=of_contexts[k + 1] if keeps else None,
                 noise=noise_like(latents, settings.generator) if settings.eta > 0 else None,
             )
-            latents = pipe.after_step(settings.callback_on_step_end, i, t, latents)
+            told = Told(latents, denoiser.told, denoiser.control)
+            told = after_step(pipe, settings.callback_on_step_end, request.tensor_inputs, i, t, told)
+            latents, denoiser.control = told.latents, told.control
+            denoiser.tell(told.condition)
             bar.update()
-    images, nsfw = pipe.decode(latents, settings.output_type, costs)
+    images, nsfw = pipe.decode(latents, settings.output_type, costs, settings.generator)
     pixels = request.references.pixels
     return LayoutRetouchOutput(
         images=images,
@@ -271,10 +286,15 @@ def retouch(pipe: PersonalizedPipeline, request: Request, contexts: Contexts | N
 
 def fill_bank(pipe: PersonalizedPipeline, request: Request, storage: str, limit: int | None) -> ReferenceBank:
     """Run the references alone through every step that shares."""
-    share, references, settings = request.share, request.references, request.settings
+    share, settings = request.share, request.settings
     if not len(share):
         fail(OP, "retouch_end", f"above retouch_start, {share.start}", share.stop)
-    pipe.stage = "references"
+    with pipe.in_stage("references", settings.retouch_guidance):
+        return _filled_bank(pipe, request, storage, limit)
+
+
+def _filled_bank(pipe: PersonalizedPipeline, request: Request, storage: str, limit: int | None) -> ReferenceBank:
+    share, references = request.share, request.references
     costs = Costs(pipe._execution_device)
     rows = _rows(pipe, request, None)
     steps = slice(share.start, share.stop)
@@ -283,7 +303,7 @@ def fill_bank(pipe: PersonalizedPipeline, request: Request, storage: str, limit:
     bank.foreground = _masks(pipe, request, None, rows, costs).references
     bank.shows, bank.words = references.shows, request.subjects
     trajectory = renoise(rows.references, rows.reference_noise, request.solver, start=share.start)
-    halves = 2 if settings.retouch_guidance > 1 else 1
+    halves = 2 if request.retouch_guided else 1
     installed = install_processors(request.layers, bank.processors(request.layers))
     with installed, pipe.stage_bar("references", len(share)) as bar:
         for k, i in enumerate(share):
@@ -294,55 +314,31 @@ def fill_bank(pipe: PersonalizedPipeline, request: Request, storage: str, limit:
     return bank
 
 
-def _given_contexts(
-    pipe: PersonalizedPipeline,
-    prompts: list[str],
-    layout: LayoutRetouchOutput | None,
-    latents: Tensor | None,
-    noise: Tensor | None,
-    generator: Generator,
-) -> Contexts | None:
-    """From one of the two arguments that bring contexts."""
-    if layout is not None and not isinstance(layout, LayoutRetouchOutput):
-        fail(OP, "layout", "what layout() has returned", type(layout).__name__, error=TypeError)
-    if layout is not None:
-        refuse("layout is given", context_latents=latents, latents=noise)
-        contexts = layout.contexts
-        if contexts is None:
-            fail(OP, "layout", "the output of layout() with subject_tokens", "one without contexts")
-        if len(contexts.latents) != len(prompts):
-            fail(OP, "prompt", f"{len(contexts.latents)} prompts, as there are layouts", len(prompts))
-        return contexts
-    if latents is None:
-        return None
-    expected = (len(prompts), pipe.unet.config.in_channels)
-    if not isinstance(latents, Tensor) or latents.dim() != 4 or latents.shape[:-2] != expected or 0 in latents.shape:
-        got = getattr(latents, "shape", type(latents).__name__)
-        fail(OP, "context_latents", f"shape ({expected[0]}, {expected[1]}, height, width), one row per prompt", got)
-    if not latents.is_floating_point() or not bool(latents.isfinite().all()):
-        fail(OP, "context_latents", "finite floating numbers", f"{latents.dtype}, or NaN or Inf")
-    if noise is not None and getattr(noise, "shape", None) != latents.shape:
-        got = tuple(noise.shape) if isinstance(noise, Tensor) else type(noise).__name__
-        fail(OP, "latents", f"shape {tuple(latents.shape)}, as context_latents", got)
-    latents = latents.to(pipe._execution_device)
-    return Contexts(latents, noise_like(latents, generator) if noise is None else noise.to(latents))
-
-
 def _rows(pipe: PersonalizedPipeline, request: Request, contexts: Contexts | None) -> Rows:
     """The batch, its conditions, and clean latents and noise of contexts and references."""
-    settings, references, prompts = request.settings, request.references, request.prompts
-    banked = contexts is not None and _serves(contexts, request, pipe.personal_unet.dtype)
+    references, guided = request.references, request.retouch_guided
+    banked = contexts is not None and _serves(contexts, request, pipe.attention_dtype)
     batch = RetouchBatch(
-        len(prompts),
+        request.prompts.count,
         contexts is not None,
-        settings.retouch_guidance > 1,
+        guided,
         len(references.shows),
         banked=references.bank is not None,
         context_banked=banked,
     )
     copies = 2 if batch.context_rows else 1
-    negatives = request.negatives * copies + [None] * len(references.prompts) if batch.guided else []
-    condition = pipe.embed(negatives + prompts * copies + references.prompts, request.size, personal=True)
+    negatives, prompts = [], []  # of targets, contexts and references
+    if batch.images:
+        negative, own = request.prompts.embedded(pipe, personal=True, guided=guided)
+        negatives, prompts = [negative] * copies, [own] * copies
+    if references.prompts:
+        prompts.append(pipe.embed(references.prompts, personal=True, clip_skip=pipe.clip_skip))
+        if guided:
+            none = [None] * len(references.prompts)
+            negatives.append(pipe.embed_negatives(none, prompts[-1], personal=True))
+    condition = pipe.condition(Embeds.join(prompts), request)
+    if guided:
+        condition = Condition.join([pipe.condition(Embeds.join(negatives), request, negative=True), condition])
     dtype, device = condition.embeds.dtype, pipe._execution_device
     clean = torch.empty(0, pipe.unet.config.in_channels, *request.size, dtype=dtype, device=device)
     if references.pixels is not None:
@@ -358,7 +354,7 @@ def _serves(contexts: Contexts, request: Request, dtype: torch.dtype) -> bool:
     if bank is None or settings.reading == "swap" or settings.contexts_from not in (None, "trajectory"):
         return False
     first, kept = contexts.bank_start, len(bank.timesteps)
-    rows = len(contexts.latents) * (2 if settings.retouch_guidance > 1 else 1)
+    rows = len(contexts.latents) * (2 if request.retouch_guided else 1)
     steps = request.share.start >= first and request.share.stop <= first + kept
     steps = steps and bank.dtype == dtype
     return steps and set(request.layers) <= set(bank.layer_names) and bank.rows_held == rows
@@ -366,7 +362,7 @@ def _serves(contexts: Contexts, request: Request, dtype: torch.dtype) -> bool:
 
 def _masks(pipe: PersonalizedPipeline, request: Request, contexts: Contexts | None, rows: Rows, costs: Costs) -> Masks:
     """Foregrounds of contexts and references: those given, else by the model's attention."""
-    settings, references, count = request.settings, request.references, len(request.prompts)
+    settings, references, count = request.settings, request.references, request.prompts.count
     to_mask = _to_mask(request, WARM)
     of_contexts = None if contexts is None else request.layout_masks
     maps = None if contexts is None else contexts.maps
@@ -462,7 +458,7 @@ def _targets(
     """Where the targets start."""
     settings, dtype = request.settings, rows.condition.embeds.dtype
     if contexts is None:
-        count = len(request.prompts)
+        count = request.prompts.count
         return pipe.initial_latents(count, request.size, dtype, settings.generator, request.latents)
     if settings.targets_from == "contexts":
         return of_contexts[0]

@@ -35,6 +35,8 @@ class RetouchBatch:
     """the references are in a bank"""
     context_banked: bool = False
     """the contexts are in a bank: rows (unconditional, conditional) of every image, as stage 1 computes them"""
+    first_half: int = 0
+    """the half of the banks that this batch's first one reads: 1 where guidance has ended since they were filled"""
 
     @property
     def context_rows(self) -> int:
@@ -74,12 +76,15 @@ class RetouchBatch:
     def banked_context_rows(self, device: torch.device) -> Tensor:
         """int32 (size,): the row that each target reads in the contexts' bank; -1: none."""
         others = [-1] * (self.half - self.images)
-        halves = [[half * self.images + i for i in range(self.images)] + others for half in range(self.halves)]
+        first = self.first_half * self.images
+        halves = [[first + half * self.images + i for i in range(self.images)] + others for half in range(self.halves)]
         return self._table(halves, device)
 
     def reference_rows(self, reference: int, device: torch.device) -> Tensor:
         """int32 (size,): the row that each row reads as that reference, in the batch or in the bank; -1: none."""
-        per_half, first = (self.references, 0) if self.banked else (self.half, self.half - self.references)
+        per_half, first = self.half, self.half - self.references
+        if self.banked:
+            per_half, first = self.references, self.first_half * self.references
         halves = [
             [half * per_half + first + reference] * self.images + [-1] * (self.half - self.images)
             for half in range(self.halves)

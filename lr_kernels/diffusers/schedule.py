@@ -1,6 +1,6 @@
 """From a diffusers scheduler to the coefficient tables of step_blend, and the walk along them."""
 
-import operator
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,7 +9,7 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, SchedulerMixin
 from torch import Tensor
 
-from ..checks import check_choice, check_number, fail
+from ..checks import check_choice, check_integer, check_number, fail
 from ..coefficients import (
     COLUMNS,
     PREDICTION_TYPES,
@@ -104,7 +104,7 @@ class Stepper:
     """
 
     def __init__(self, solver: Solver, table: Tensor, *, backend: str = "auto"):
-        self._table, self._multistep, self._backend = table, solver.multistep, backend
+        self.table, self._multistep, self._backend = table, solver.multistep, backend
         self._history: Tensor | None = None  # clean latents by the step before
         self._spare: Tensor | None = None  # the memory for those of the next step
 
@@ -119,7 +119,7 @@ class Stepper:
         noise: Tensor | None = None,
     ) -> Tensor:
         """Latents (n, C, h, w) before step i -> those after it. The other arguments are those of `step_blend`."""
-        table, clean = self._table, None
+        table, clean = self.table, None
         if self._multistep:
             if self._history is None:
                 table = _first_order(table, i)
@@ -142,13 +142,31 @@ class Stepper:
         return latents
 
 
-def solver(scheduler: object, num_inference_steps: int, device: torch.device | str) -> Solver:
+def solver(
+    scheduler: object,
+    num_inference_steps: int,
+    device: torch.device | str,
+    *,
+    timesteps: Sequence[int] | None = None,
+    sigmas: Sequence[float] | None = None,
+) -> Solver:
     """Set the timesteps of a scheduler and say how it walks along them.
 
+    Args:
+        timesteps, sigmas: in place of a number of steps, as the stock pipelines take them.
+
     Raises:
-        NotImplementedError: see `solver_of`.
+        NotImplementedError: see `solver_of`. ValueError: timesteps or sigmas that the scheduler does not take.
     """
     check_scheduler(scheduler)
+    for name, x in (("timesteps", timesteps), ("sigmas", sigmas)):
+        if x is None:
+            continue
+        if name not in inspect.signature(scheduler.set_timesteps).parameters:
+            hint = "pass num_inference_steps, or use an EulerDiscreteScheduler"
+            fail(_OP, name, f"None, since {type(scheduler).__name__} takes none", type(x).__name__, hint)
+        scheduler.set_timesteps(**{name: x}, device=device)
+        return solver_of(scheduler)
     if num_inference_steps > scheduler.config.num_train_timesteps:
         most = scheduler.config.num_train_timesteps
         fail(_OP, "num_inference_steps", f"at most {most}, as many as the model was trained on", num_inference_steps)
@@ -292,20 +310,14 @@ def blend_weights(blend: Blend, layout_steps: int, steps: int) -> Tensor:
     if not callable(blend) and not isinstance(blend, Iterable):
         fail(_OP, "layout_blend", f"one of {', '.join(SCHEDULES)}, a function or {steps} weights", repr(blend))
     weights = [blend(i) for i in range(steps)] if callable(blend) else list(blend)
-    weights = [w.item() if isinstance(w, Tensor) and w.numel() == 1 else w for w in weights]
+    weights = [w.reshape(()) if isinstance(w, Tensor) and w.numel() == 1 else w for w in weights]
     if len(weights) != steps:
         fail(_OP, "layout_blend", f"{steps} weights, one per step", len(weights))
-    for i, w in enumerate(weights):
-        check_number(_OP, f"layout_blend[{i}]", w, "a weight in [0, 1]", 0, 1)
+    expected = "a weight in [0, 1]"
+    weights = [check_number(_OP, f"layout_blend[{i}]", w, expected, 0, 1) for i, w in enumerate(weights)]
     return torch.tensor(weights, dtype=torch.float32)
 
 
 def step_in_schedule(name: str, step: int | None, default: int, lowest: int, highest: int) -> int:
     """`step`, of any integer type, or the default for None; inside [lowest, highest]."""
-    try:
-        number = default if step is None else operator.index(step)
-    except TypeError:
-        number = None
-    if number is None or isinstance(step, bool) or not lowest <= number <= highest:
-        fail(_OP, name, f"{lowest} to {highest}", step)
-    return number
+    return check_integer(_OP, name, default if step is None else step, lowest, f"{lowest} to {highest}", highest)

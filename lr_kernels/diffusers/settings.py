@@ -7,7 +7,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from ..checks import check_choice, check_integer, check_number, fail
+from ..checks import check_choice, check_integer, check_number, fail, plain_number
 from .bank import STORAGES
 from .pictures import FITS
 from .schedule import Blend
@@ -49,6 +49,7 @@ class Settings:
     backend: str = "auto"
     output_type: str = "pil"
     callback_on_step_end: Callback = None
+    callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",)
 
     @classmethod
     def given(cls, arguments: Mapping[str, object]) -> "Settings":
@@ -62,21 +63,32 @@ class Settings:
         check_choice(OP, "context_storage", self.context_storage, (None, *STORAGES))
         check_choice(OP, "reference_fit", self.reference_fit, FITS)
         check_choice(OP, "output_type", self.output_type, OUTPUT_TYPES)
-        check_integer(OP, "num_inference_steps", self.num_inference_steps, 1, "a positive integer")
+        steps = check_integer(OP, "num_inference_steps", self.num_inference_steps, 1, "a positive integer")
+        self._set("num_inference_steps", steps)
         for name in ("guidance_scale", "retouch_guidance_scale", "eta", "control_scale"):
             if name != "retouch_guidance_scale" or self.retouch_guidance_scale is not None:
-                check_number(OP, name, getattr(self, name))
+                self._set(name, check_number(OP, name, getattr(self, name)))
         check_number(OP, "eta", self.eta, "a number in [0, 1]", 0, 1)
         if self.context_limit is not None:
-            check_integer(OP, "context_limit", self.context_limit, 0, "a number of bytes, or None")
+            limit = check_integer(OP, "context_limit", self.context_limit, 0, "a number of bytes, or None")
+            self._set("context_limit", limit)
             if self.context_storage is None:
-                fail(OP, "context_limit", "None without a context_storage", self.context_limit)
+                fail(OP, "context_limit", "None without a context_storage", limit)
         if self.callback_on_step_end is not None and not callable(self.callback_on_step_end):
             fail(OP, "callback_on_step_end", "a function, or None", type(self.callback_on_step_end).__name__)
         if isinstance(self.mask_threshold, str):
             check_choice(OP, "mask_threshold", self.mask_threshold, ("otsu",))
         else:
-            check_number(OP, "mask_threshold", self.mask_threshold, "'otsu' or a number in [0, 1]", 0, 1)
+            expected = "'otsu' or a number in [0, 1]"
+            self._set("mask_threshold", check_number(OP, "mask_threshold", self.mask_threshold, expected, 0, 1))
+        layers = self.retouch_layers
+        if plain_number(layers) is not None:
+            layers = [layers]
+        if isinstance(layers, (list, tuple)):  # scales of any integer type
+            self._set("retouch_layers", [x if plain_number(x) is None else plain_number(x) for x in layers])
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
 
     @property
     def retouch_guidance(self) -> float:

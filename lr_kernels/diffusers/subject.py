@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from ..attention import multi_source_attention
-from ..checks import fail
+from ..checks import fail, plain_number
 from ..source import Source
 from .install import Installation, attention_layers, install_processors, layer_grid, layer_scale
 from .processors import AttentionState, TokenMapAttnProcessor, _StockAttnProcessor
@@ -67,9 +66,9 @@ def _are_words(x: object) -> bool:
 
 def as_numbers(shows: Sequence[int]) -> tuple[int, ...]:
     """The subjects' numbers as given. ValueError where there is one without a list."""
-    if not isinstance(shows, Iterable):
+    if not isinstance(shows, Iterable) or getattr(shows, "ndim", 1) == 0:
         fail("layout_retouch", "reference_subjects", "a list of numbers", repr(shows))
-    return tuple(shows)
+    return tuple(x if plain_number(x) is None else plain_number(x) for x in shows)
 
 
 def shown_subjects(shows: Sequence[int] | None, references: int, subjects: int) -> tuple[int, ...]:
@@ -81,7 +80,7 @@ def shown_subjects(shows: Sequence[int] | None, references: int, subjects: int) 
     if shows is None and subjects not in (1, references):
         fail("layout_retouch", "reference_subjects", f"the subject of each of {references} references", None)
     found = tuple([0] * references if subjects == 1 else range(references)) if shows is None else as_numbers(shows)
-    numbers = all(isinstance(s, Integral) and not isinstance(s, bool) for s in found)
+    numbers = all(type(s) is int for s in found)
     if len(found) != references or not numbers or set(found) != set(range(subjects)):
         expected = f"{references} numbers, among them each of 0 to {subjects - 1}"
         fail("layout_retouch", "reference_subjects", expected, list(found))
@@ -113,7 +112,7 @@ def find_subjects(
         found.append([_places(op, tokenizer, prompt, ids, subject) for subject in here])
     longest = max(sum(len(p) for p in places) for places in found)
     indices = torch.zeros(len(found), longest, dtype=torch.int32)
-    weights = torch.zeros(len(subjects), len(found), longest)
+    weights = torch.zeros(len(subjects), len(found), longest, dtype=torch.float32)
     for b, places in enumerate(found):
         start = 0
         for s, some in enumerate(places):
@@ -198,16 +197,27 @@ class SubjectMaps:
         for name, recorder in self._recorders.items():
             if recorder.maps is None:
                 continue
-            maps = torch.einsum("bnt,sbt->sbn", recorder.maps[rows], weights)
-            maps = maps.unflatten(2, layer_grid(self._scales[name], *self._size))
+            grid = layer_grid(self._scales[name], *self._size)
+            _check_tokens(recorder.maps.shape[1], grid)
+            # a sum and not a product of matrices, which autocast would round
+            maps = (recorder.maps[None, rows] * weights[:, :, None]).sum(3).unflatten(2, grid)
             if maps.shape[2:] != self.grid:
                 maps = F.interpolate(maps, self.grid, mode="bilinear", antialias=True)
             found.append(stretched(maps))
         if not found:
             fail("SubjectMaps", "processors", "in place during the last pass", "all replaced", error=RuntimeError)
         captured = [p.captured for p in self._spreaders if p.captured is not None]
+        for query, _ in captured:
+            _check_tokens(query.shape[1], self.grid)
         maps = mean_of_layers(torch.stack(found))
         return propagated(maps, [(q[rows], k[rows]) for q, k in captured], backend=backend)
+
+
+def _check_tokens(tokens: int, grid: tuple[int, int]) -> None:
+    """NotImplementedError where a layer has another number of tokens than the latents' size gives it."""
+    if tokens != math.prod(grid):
+        hint = "remove what merges tokens from the UNet, as tomesd.remove_patch() does"
+        fail("SubjectMaps", "unet", f"{math.prod(grid)} tokens in a layer, {grid}", tokens, hint, NotImplementedError)
 
 
 def mean_of_layers(maps: Tensor) -> Tensor:
