@@ -4,6 +4,7 @@ Each runs much as its paper has it, in diffusers' own StableDiffusionPipeline. W
 another is in further rows of the batch: a real image noised to every step, or condition images denoised beside them.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import Source, correspondence, multi_source_attention, presets, subject_mask, toy
-from .diffusers import AttentionState, CustomAttnProcessor, TokenMapAttnProcessor, install_processors, select_layers
+from . import correspondence, presets, subject_mask, toy
+from .diffusers import AttentionState, TokenMapAttnProcessor, install_processors, select_layers, sharing
 from .toy.personalize import encode_references
 
 STEPS, GUIDANCE, SEED = 20, 3.0, 5
@@ -27,7 +28,7 @@ DECODER = ("up_blocks",)
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the gallery; its attention gets the queries, keys and values of one half of the guidance."""
+    """A row of the gallery; its attention gets the queries, keys and values of all rows of the UNet's batch."""
 
     label: str
     attention: Callable[[Tensor, Tensor, Tensor, "Batch"], Tensor] | None = None
@@ -41,7 +42,8 @@ class Method:
 
 
 class Batch:
-    """The rows that are denoised together: the pictures, a condition image for each (if any), the reference (if any).
+    """The rows that are denoised together: the pictures, a condition image for each (if any), the reference (if any);
+    all of them twice, as the unconditional and the conditional half of the guidance.
 
     Args:
         noise: (n, C, h, w), where the n pictures of the n prompts start.
@@ -54,10 +56,11 @@ class Batch:
         copies = 2 if method.conditions else 1
         self.images = len(prompts)
         self.prompts = [*prompts] * copies + [toy.CLASS_PROMPT] * method.reference
+        self.half = len(self.prompts)
         self.latents = torch.cat([noise] * copies)
-        self.step, self.unconditional = 0, False
-        self.masks: dict[int, Tensor] = {}
-        """the subject of every row, bool (rows, N), by the number of tokens N"""
+        self.step, self.grid = 0, (0, 0)
+        self.masks: dict[tuple[int, int], Tensor] = {}
+        """the subject of every row of a half, bool (rows, N), by the grid of the N tokens"""
         self.maps: Tensor | None = None
         if method.reference:
             images, masks = toy.references()
@@ -66,12 +69,10 @@ class Batch:
             self.latents = torch.cat([self.latents, self.noised_reference()])
 
         place = pipe.tokenizer.tokenize(toy.CLASS_PROMPT).index("ball</w>") + 1  # the first token begins the text
-        tokens = torch.full((2 * len(self.prompts), 1), place, dtype=torch.int32)
+        tokens = torch.full((2 * self.half, 1), place, dtype=torch.int32)
         state = AttentionState(capturing=True, token_indices=tokens)
-        shared, cross = select_layers(pipe.unet, "self", method.layers), select_layers(pipe.unet, "cross", [1])
-        self.layers = shared | cross
-        self.recorders = {name: TokenMapAttnProcessor(state) for name in cross}
-        self.processors = {name: CustomAttnProcessor(self.attention) for name in shared} | self.recorders
+        self.cross = select_layers(pipe.unet, "cross", [1])
+        self.recorders = {name: TokenMapAttnProcessor(state) for name in self.cross}
 
     @torch.no_grad()
     def draw(self) -> Tensor:
@@ -79,24 +80,21 @@ class Batch:
         common = {"num_inference_steps": self.steps, "guidance_scale": GUIDANCE, "output_type": "pt"}
         if self.method.attention is None:
             return self.pipe(self.prompts, latents=self.latents, **common).images
-        with install_processors(self.layers, self.processors):
+        start = math.ceil(self.method.start * self.steps)
+        method = sharing(self.pipe, self.attention, layers=self.method.layers, steps=start, rows=2 * self.half)
+        with install_processors(self.cross, self.recorders), method:
             found = self.pipe(self.prompts, latents=self.latents, callback_on_step_end=self.after_step, **common)
         return found.images[: self.images]
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Each half of the guidance by itself: no row reads one of the other half."""
-        if self.step < self.method.start * self.steps:
-            return alone(q, k, v)
-        halves = []
-        for self.unconditional, *half in zip((True, False), *(x.chunk(2) for x in (q, k, v))):
-            halves.append(self.method.attention(*half, self))
-        return torch.cat(halves)
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, *, step: int, grid: tuple[int, int]) -> Tensor:
+        self.step, self.grid = step, grid
+        return self.method.attention(q, k, v, self)
 
     def after_step(self, pipe: StableDiffusionPipeline, step: int, timestep: Tensor, given: dict) -> dict:
         """The next step's masks, and its noise level in the reference."""
         self.step = step + 1
         size = self.noise.shape[2:]
-        maps = [recorder.maps[len(self.prompts) :, :, 0].unflatten(1, size) for recorder in self.recorders.values()]
+        maps = [recorder.maps[self.half :, :, 0].unflatten(1, size) for recorder in self.recorders.values()]
         fresh = torch.stack(maps, 1)
         self.maps = fresh if self.maps is None else torch.lerp(fresh, self.maps, MAP_MEMORY)
         for scale in (1, 2):
@@ -104,7 +102,7 @@ class Batch:
             masks = subject_mask(self.maps, size=grid).flatten(1)
             if self.method.reference:
                 masks[-1:] = F.adaptive_avg_pool2d(self.reference_mask, grid).flatten(1) > 0.5
-            self.masks[masks.shape[1]] = masks
+            self.masks[grid] = masks
         if self.method.reference:
             given["latents"][-1:] = self.noised_reference()
         return given
@@ -114,72 +112,77 @@ class Batch:
         timestep = self.pipe.scheduler.timesteps[self.step : self.step + 1]
         return self.pipe.scheduler.add_noise(self.clean, self.noise[:1], timestep) if len(timestep) else self.clean
 
+    def subjects(self) -> Tensor:
+        """The subject of every row of the batch in this layer, bool (B, N)."""
+        return self.masks[self.grid].repeat(2, 1)
 
-def alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Every row attends to itself."""
-    return multi_source_attention(q, [Source(k, v)])
+    def others(self, row: int) -> Tensor:
+        """The table by which all pictures read one row of their half, and what is beside them reads itself."""
+        beside = range(self.images, self.half)
+        return presets.guided_rows([row] * self.images + [*beside])
 
+    def last(self, x: Tensor) -> Tensor:
+        """The reference's row of each half, for all rows of it: (B, …)."""
+        return x[self.half - 1 :: self.half].repeat_interleave(self.half, 0)
 
-def the_first(q: Tensor) -> Tensor:
-    """The first row for every row."""
-    return torch.zeros(len(q), dtype=torch.int32)
+    def conditional(self) -> Tensor:
+        """bool (B,)"""
+        return torch.arange(2 * self.half) >= self.half
 
 
 def masactrl(q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
     """All read the first picture."""
-    return presets.masactrl(q, k, v, the_first(q))
+    return presets.masactrl(q, k, v, batch.others(0))
 
 
 def masactrl_masked(q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
     """Subject from subject, background from background; the first picture itself sees all of itself."""
-    masks = batch.masks[q.shape[1]]
-    return presets.masactrl(q, k, v, the_first(q), masks, masks)
+    return presets.masactrl(q, k, v, batch.others(0), batch.subjects(), batch.subjects())
 
 
 def style_aligned(q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
     """All follow the first picture."""
-    return presets.style_aligned(q, k, v, the_first(q))
+    return presets.style_aligned(q, k, v, batch.others(0))
 
 
 def consistory(q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
     """The first two pictures are the anchors."""
-    return presets.consistory(q, k, v, (0, 1), batch.masks[q.shape[1]])
+    return presets.consistory(q, k, v, (0, 1), batch.subjects(), halves=2)
 
 
 def story_diffusion(q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
     """Half of the tokens of every picture, drawn anew for every step."""
     draw = torch.Generator().manual_seed(batch.step)
-    plan = presets.story_diffusion_plan(len(q), q.shape[1], generator=draw)
-    return presets.story_diffusion(q, k, v, plan)
+    plan = presets.story_diffusion_plan(len(q), q.shape[1], halves=2, generator=draw)
+    return presets.story_diffusion(q, k, v, plan, halves=2)
 
 
 def ip_adapter(q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
     """The toy model has no image encoder: a picture's own keys stand for the text, the image tokens are those of the
     reference's subject. As in the paper, the unconditional half sees none of them."""
-    masks = batch.masks[q.shape[1]]
-    image = tuple(x[-1:, masks[-1]] for x in (k, v))
-    acts = masks & (torch.arange(len(q)) < batch.images)[:, None] & (not batch.unconditional)
-    return presets.ip_adapter(q, (k, v), [image], [0.5], [acts])
+    subjects = batch.subjects()
+    image = tuple(batch.last(x)[:, subjects[-1]] for x in (k, v))
+    acts = batch.conditional() & (torch.arange(2 * batch.half) % batch.half < batch.images)
+    return presets.ip_adapter(q, (k, v), [image], [0.5], [subjects & acts[:, None]])
 
 
 def reference_only(q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
     """All also read the reference, the unconditional half less."""
-    rows = torch.full((len(q),), batch.images, dtype=torch.int32)
-    rows[batch.images] = -1
-    return presets.reference_only(q, k, v, rows, torch.full((len(q),), batch.unconditional))
+    rows = presets.guided_rows([batch.images] * batch.images + [-1])
+    return presets.reference_only(q, k, v, rows, ~batch.conditional())
 
 
 def dream_matcher(q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
     """Tokens match where their keys do; in the subject, where the way back ends nearby, values are the reference's."""
-    side = round(q.shape[1] ** 0.5)
-    match, consistent = correspondence(k.flatten(2), k[-1:].flatten(2), radius=2.0, grid=(side, side))
-    return presets.dream_matcher(q, k, v, v[-1:], match, (batch.masks[q.shape[1]] & consistent).float())
+    match, consistent = correspondence(k.flatten(2), batch.last(k).flatten(2), radius=2.0, grid=batch.grid)
+    return presets.dream_matcher(q, k, v, batch.last(v), match, (batch.subjects() & consistent).float())
 
 
 def mca_ctrl(q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
     """The subject is the reference's, the rest that of a condition image; these rows attend to themselves."""
-    n, masks, rows = batch.images, batch.masks[q.shape[1]], torch.arange(len(q), dtype=torch.int32)
-    subject, condition = (torch.where(rows < n, x, -1).int() for x in (2 * n, rows + n))
+    n, masks = batch.images, batch.subjects()
+    beside = [-1] * (n + 1)
+    subject, condition = (presets.guided_rows([*x, *beside]) for x in ([2 * n] * n, range(n, 2 * n)))
     return presets.mca_ctrl(q, k, v, subject, condition, masks, masks)
 
 
