@@ -27,6 +27,9 @@ def attention_layers(unet: nn.Module, kind: str) -> dict[str, Attention]:
 
 def layer_scale(unet: nn.Module, name: str) -> int:
     """Side of a layer's token in latent pixels: 1, 2, 4 or 8 in the UNets of Stable Diffusion."""
+    if "block_out_channels" not in unet.config:
+        hint = "name layers by the beginnings of their names"
+        fail("select_layers", "choice", "scales of a UNet only", type(unet).__name__, hint)
     deepest = len(unet.config.block_out_channels) - 1
     block, index = name.split(".")[:2]
     match block:
@@ -134,8 +137,10 @@ def check_stock(layers: Mapping[str, Attention | FluxAttention]) -> None:
                 name,
                 "a stock attention processor",
                 type(layer.processor).__name__,
-                "undo what put it there (unfuse_qkv_projections(), disable_attention_slicing(), unload_ip_adapter()), "
-                "or leave the layer out",
+                "this model dispatches its attention: use_attention_backend(model)"
+                if hasattr(layer.processor, "_attention_backend")
+                else "undo what put it there (unfuse_qkv_projections(), disable_attention_slicing(), "
+                "unload_ip_adapter()), or leave the layer out",
                 NotImplementedError,
             )
 
@@ -150,9 +155,15 @@ def install_processors(
             it.
 
     Raises:
+        ValueError: no layers.
         NotImplementedError: a layer has a processor that is not stock (IP-Adapter, attention slicing, fused
             projections): without it the model is another. Whatever is raised, all previous processors are back.
     """
+    if not layers:
+        hint = (
+            "SD3 and Flux have joint_attention_layers(model); UNets, PixArt and others attention_layers(model, 'self')"
+        )
+        fail("install_processors", "layers", "at least one layer", "none", hint)
     check_stock(layers)
     installation = Installation(layers, processors)
     try:
