@@ -38,7 +38,7 @@ def register_attention_backend() -> None:
 
 
 class _AnyName(frozenset):
-    """diffusers drops what a backend's signature does not name; with this it hands over all, and `attention` refuses."""
+    """diffusers drops what a backend's signature does not name; with this it hands over all, for us to refuse."""
 
     def __contains__(self, name: object) -> bool:
         return True
@@ -60,8 +60,8 @@ def attention(
     """What diffusers calls: query (B, N, H, D), key and value (B, M, H, D) -> (B, N, H, D), and the lse (B, N, H).
 
     Raises:
-        NotImplementedError: dropout_p, is_causal, context parallelism, a mask that differs between heads or queries, and
-            every other argument that is on, such as window_size and softcap, which other backends take.
+        NotImplementedError: dropout_p, is_causal, context parallelism, a mask that differs between heads or queries,
+            and every other argument that is on, such as window_size and softcap, which other backends take.
     """
     _refuse(
         "attention_backend", dropout_p=dropout_p, is_causal=is_causal, _parallel_config=_parallel_config,
@@ -107,7 +107,7 @@ def _what_serves(processors: Sequence[object]) -> str:
         )
     if any(isinstance(p, AttnProcessor | AttnProcessor2_0) for p in processors):
         return (
-            "UNets take lr_kernels.diffusers.install_processors, and so does every model with plain attention (PixArt): "
+            "UNets take lr_kernels.diffusers.install_processors, and so do models with plain attention (PixArt): "
             "attention_layers(model, 'self') with CustomAttnProcessor"
         )
     kinds = ", ".join(sorted({type(p).__name__ for p in processors})) or "it has no attention of diffusers"

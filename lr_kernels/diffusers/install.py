@@ -132,15 +132,15 @@ def check_stock(layers: Mapping[str, Attention | FluxAttention]) -> None:
     """NotImplementedError for a layer that has a processor of another kind."""
     for name, layer in layers.items():
         if type(layer.processor) not in _STOCK and not getattr(layer.processor, "is_stock", False):
+            dispatches = hasattr(layer.processor, "_attention_backend")
             fail(
                 "install_processors",
                 name,
                 "a stock attention processor",
                 type(layer.processor).__name__,
-                "this model dispatches its attention: use_attention_backend(model)"
-                if hasattr(layer.processor, "_attention_backend")
-                else "undo what put it there (unfuse_qkv_projections(), disable_attention_slicing(), "
-                "unload_ip_adapter()), or leave the layer out",
+                "undo what put it there (unfuse_qkv_projections(), disable_attention_slicing(), unload_ip_adapter()), "
+                "or leave the layer out"
+                + ("; models that dispatch take use_attention_backend(model)" if dispatches else ""),
                 NotImplementedError,
             )
 
@@ -160,9 +160,7 @@ def install_processors(
             projections): without it the model is another. Whatever is raised, all previous processors are back.
     """
     if not layers:
-        hint = (
-            "SD3 and Flux have joint_attention_layers(model); UNets, PixArt and others attention_layers(model, 'self')"
-        )
+        hint = "SD3 and Flux have joint_attention_layers(model); UNets and PixArt attention_layers(model, 'self')"
         fail("install_processors", "layers", "at least one layer", "none", hint)
     check_stock(layers)
     installation = Installation(layers, processors)
