@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from .attention import multi_source_attention
 from .checks import fail, one_of
+from .extras import require
 from .plan import plan_attention
 from .source import Source
 
@@ -150,6 +151,7 @@ position_ids: the positions are in the queries and keys already; deterministic: 
 def register_with_transformers(name: str = "lr_kernels") -> None:
     """Make `model.set_attn_implementation(name)` and `attn_implementation=name` work. Calling it again changes
     nothing."""
+    require("diffusers", "transformers")
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
