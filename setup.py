@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import setuptools
 from setuptools import Extension, setup
@@ -22,7 +23,7 @@ TOOLS = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH"
 """Where cmake and ninja are: beside this Python too, which pip looks up by its path and not by PATH."""
 
 
-def stop(message: str) -> None:
+def stop(message: str) -> NoReturn:
     """End the build with one line, which pip prints as it is."""
     raise SystemExit(f"lr_kernels: {message}")
 

@@ -82,4 +82,4 @@ def test_layout_is_more_diverse_than_reference_only_attention(report):
 
 
 def test_the_command_line_knows_the_subjects():
-    assert tuple(world.SUBJECTS) == __main__.SUBJECTS
+    assert tuple(toy.world.SUBJECTS) == __main__.SUBJECTS
