@@ -10,8 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import track
+
+from lr_kernels.extras import require
+
+require("bench", "tqdm")
+
+from tqdm import tqdm
 
 from . import attention, backward, harness, retouch, step_blend, sweep, table
 
@@ -76,7 +80,7 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     rows: list[dict[str, str]] = []
-    for build, repeats in track(groups(options), "measuring", transient=True, console=Console(stderr=True)):
+    for build, repeats in tqdm(groups(options), "measuring", leave=False):
         rows += harness.measure(build(), repeats)
     machine = harness.machine()
     harness.finish(rows)

@@ -42,7 +42,7 @@ _SDXL = dict(
 _TOY = dict(
     sample_size=8, cross_attention_dim=32, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8,
     down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    attention_head_dim=2,
+    attention_head_dim=1,  # of heads, as diffusers has it: each is a program more in the interpreter
 )  # fmt: skip
 
 

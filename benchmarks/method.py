@@ -13,6 +13,12 @@ import json
 from pathlib import Path
 
 import torch
+
+from lr_kernels.extras import require
+
+require("bench", "rich")
+require("diffusers")
+
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file

@@ -4,6 +4,10 @@ import argparse
 import csv
 from pathlib import Path
 
+from lr_kernels.extras import require
+
+require("bench", "matplotlib")
+
 import matplotlib
 
 matplotlib.use("Agg")

@@ -11,6 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from lr_kernels.extras import require
+
+require("bench", "rich")
+require("diffusers")
+
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from rich.console import Console
 from rich.table import Table

@@ -5,6 +5,8 @@ import json
 import re
 from pathlib import Path
 
+from .table import BF16_PAYS
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 LAYERS = ("sd64", "sd32", "sd16", "xl64", "xl32")
@@ -31,10 +33,9 @@ def attention_table() -> str:
                 f"| {ours.get('percent_of_peak', '–')} | {mask['ours_is_faster']}× | {gather['ours_is_faster']}× "
                 f"| {ours['peak_mib']} / {cat['peak_mib']} MiB |"
             )
-    m = rows[0]
-    lines += ["", f"{m['device']}, {m['threads']} threads, torch {m['torch']}, commit {m['commit']}: "]
+    lines += ["", f"{about_cpu(rows[0])}: "]
     lines[-1] += "batch 2, three sources, medians of interleaved runs, memory beyond inputs and result; "
-    lines[-1] += "`make bench` writes the file behind this table."
+    lines[-1] += f"`make bench` writes the file behind this table. {BF16_PAYS}"
     return "\n".join(lines)
 
 
@@ -52,6 +53,10 @@ def newest_gpu(part: str) -> list[dict[str, str]]:
 def strongest(rows: list[dict[str, str]], prefix: str) -> dict[str, str]:
     """The fastest contender whose name starts so."""
     return min((r for r in rows if r["contender"].startswith(prefix) and r["ms"]), key=lambda r: float(r["ms"]))
+
+
+def about_cpu(m: dict[str, str]) -> str:
+    return f"{m['device']} ({m['isa']}), {m['threads']} threads, torch {m['torch']}, commit {m['commit']}"
 
 
 def about_gpu(m: dict[str, str]) -> str:
@@ -126,11 +131,8 @@ def retouch_table() -> str:
             f"| {parts[op]} | {dtype} | {float(ours['ms']) / 1e3:.2f} | {times} "
             f"| {ours['peak_mib']} / {cat['peak_mib']} MiB |"
         )
-    m = rows[0]
-    about = (
-        f"{m['device']}, {m['threads']} threads, torch {m['torch']}, commit {m['commit']}: random weights, a subject "
-    )
-    return "\n".join([*lines, "", about + "of 30 % of the image, medians of interleaved runs of one process."])
+    about = f"{about_cpu(rows[0])}: random weights, a subject of 30 % of the image, medians of interleaved runs of "
+    return "\n".join([*lines, "", f"{about}one process. {BF16_PAYS}"])
 
 
 STAGE_COLUMNS = {
@@ -218,8 +220,8 @@ def price_table() -> str:
     lines += ["| run | images through the UNet | seconds | times plain |", "|---|---|---|---|"]
     lines += [f"| {r['run']} | {r['rows']} | {r['seconds']} | {r['times_plain']} |" for r in rows]
     m = rows[0]
-    about = f"{m['side']}², {m['steps']} steps, one image with guidance, fp32, random weights; {m['isa']}, "
-    return "\n".join([*lines, "", about + f"{m['threads']} threads, torch {m['torch']}, commit {m['commit']}."])
+    about = f"{m['side']}², {m['steps']} steps, one image with guidance, fp32, random weights; {about_cpu(m)}."
+    return "\n".join([*lines, "", about])
 
 
 TABLES = {

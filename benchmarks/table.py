@@ -5,6 +5,9 @@ from pathlib import Path
 
 from .harness import OURS
 
+BF16_PAYS = (
+    "bf16 pays where the processor multiplies it (avx512bf16, amx); elsewhere it is widened to fp32 and takes as long."
+)
 HEAD = ("case", "ms", "GFLOP/s", "% of peak", "extra MiB", "error ÷ SDPA's", "time ÷ share", "× as fast as (extra MiB)")
 
 
@@ -29,7 +32,7 @@ def markdown(rows: list[dict[str, str]], machine: dict[str, str]) -> str:
     about = f"{machine['device']} ({machine['isa']}), {rows[0]['threads']} threads, measured peak {peaks}, "
     about += f"torch {machine['torch']}, commit {machine['commit']}. "
     about += "Medians of interleaved runs. Extra MiB: peak memory beyond inputs and result. "
-    about += "Time ÷ share: time ÷ (visible share × time with every key visible)."
+    about += f"Time ÷ share: time ÷ (visible share × time with every key visible). {BF16_PAYS}"
     return "\n".join([*text, "", about])
 
 

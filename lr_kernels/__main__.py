@@ -1,43 +1,86 @@
 """`python -m lr_kernels`: info, demo, presets and knobs."""
 
 import argparse
+import sys
 from pathlib import Path
+from typing import NoReturn
 
-from . import info
+from . import backends, info
+from .extras import require
+
+SUBJECTS = ("ball", "box", "star", "ring", "cross", "die")
+"""Those of `lr_kernels.toy.world`, which needs diffusers."""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m lr_kernels", description="Multi-source attention for diffusion models"
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
+class Parser(argparse.ArgumentParser):
+    """Wrong options give the whole help, not the usage line alone."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_help(sys.stderr)
+        self.exit(2, f"\n{self.prog}: error: {message}\n")
+
+
+def parser() -> Parser:
+    made = Parser(prog="python -m lr_kernels", description="Multi-source attention for diffusion models")
+    commands = made.add_subparsers(dest="command")
     commands.add_parser("info", help="versions, instruction set, backends and why each is available or not")
     demo = commands.add_parser("demo", help="Layout-and-Retouch on the embedded toy model: pictures and metrics")
     demo.add_argument("--output", type=Path, default=Path("outputs/demo"), help="folder for the PNG and JSON")
-    demo.add_argument("--subject", default="ball", help="ball, box, star, ring, cross or die (default ball)")
-    demo.add_argument("--seeds", type=int, default=3, help="seeds per prompt (default 3)")
-    demo.add_argument("--backend", default="auto", help="auto, cpu, triton, cuda or reference (default auto)")
+    demo.add_argument("--subject", default="ball", choices=SUBJECTS, help="default ball")
+    demo.add_argument("--seeds", type=_positive, default=3, help="seeds per prompt (default 3)")
+    demo.add_argument("--backend", default="auto", type=_backend, help="auto, cpu, triton or reference (default auto)")
     presets = commands.add_parser("presets", help="every preset on the embedded toy model: a picture")
     presets.add_argument("--output", type=Path, default=Path("outputs/presets"), help="folder for the PNG")
     knobs = commands.add_parser("knobs", help="what the pipeline's arguments do, on the embedded toy model: a picture")
     knobs.add_argument("--output", type=Path, default=Path("outputs/knobs"), help="folder for the PNG")
-    options = parser.parse_args()
-    if options.command == "info":
+    return made
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 1 on, got {text!r}")
+    return int(text)
+
+
+def _backend(name: str) -> str:
+    """One that runs here: the demo would else train for a minute before it says so."""
+    if name == "auto":
+        return name
+    known = name in backends.BACKENDS
+    reason = backends.unavailable(name, "multi_source_attention") if known else "no such backend"
+    if reason is not None:
+        raise argparse.ArgumentTypeError(f"{name!r} cannot run: {reason}")
+    return name
+
+
+def main() -> None:
+    options = parser().parse_args()
+    if options.command is None:
+        parser().print_help()
+    elif options.command == "info":
         print(info.report())
-        return
+    else:
+        try:
+            run(options)
+        except ModuleNotFoundError as error:
+            sys.exit(str(error))
+
+
+def run(options: argparse.Namespace) -> None:
+    """The commands that need diffusers, which info does not."""
+    require("diffusers")
     if options.command == "presets":
         from .gallery import run as draw
 
         print(draw(options.output))
-        return
-    if options.command == "knobs":
+    elif options.command == "knobs":
         from .knobs import run as turn
 
         print(turn(options.output))
-        return
-    from .demo import run  # needs diffusers, which info does not
+    else:
+        from .demo import run as demonstrate
 
-    run(options.output, subject=options.subject, seeds=options.seeds, backend=options.backend)
+        demonstrate(options.output, subject=options.subject, seeds=options.seeds, backend=options.backend)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from . import toy
@@ -111,13 +109,13 @@ def _picture(image: Tensor, side: int) -> Image.Image:
 
 
 def _print(report: dict, output: Path) -> None:
-    title = f"Layout-and-Retouch of the {report['subject']}, {report['images']} images a stage"
-    table = Table("stage", *COLUMNS.values(), "seconds", title=title)
+    print(f"Layout-and-Retouch of the {report['subject']}, {report['images']} images a stage")
+    rows = [("stage", *COLUMNS.values(), "seconds")]
     for name, metrics in report["stages"].items():
-        values = [f"{metrics[column]:.3f}" for column in COLUMNS]
-        table.add_row(name, *values, f"{metrics['seconds']:.1f}", style="bold" if name == "retouch" else None)
-    console = Console(width=130)
-    console.print(table)
+        rows.append((name, *(f"{metrics[column]:.3f}" for column in COLUMNS), f"{metrics['seconds']:.1f}"))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for first, *rest in rows:
+        print(first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:])), sep="  ")
     for pair, (mean, low, high) in report["identity_differences"].items():
-        console.print(f"identity, {pair}: {mean:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}")
-    console.print(f"personalization took {report['personalize_seconds']:.1f} s; pictures in {output}")
+        print(f"identity, {pair}: {mean:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}")
+    print(f"personalization took {report['personalize_seconds']:.1f} s; pictures in {output}")

@@ -14,6 +14,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from . import correspondence, presets, subject_mask, toy
 from .diffusers import AttentionState, TokenMapAttnProcessor, install_processors, select_layers, sharing
@@ -207,7 +208,8 @@ def run(output: Path, *, seed: int = SEED, steps: int = STEPS) -> Path:
     config, draw = pipe.unet.config, torch.Generator().manual_seed(seed)
     noise = torch.randn(len(PLACES), config.in_channels, config.sample_size, config.sample_size, generator=draw)
     prompts = [f"{toy.CLASS_PROMPT} on {place}" for place in PLACES]
-    rows = {name: Batch(pipe, method, noise, prompts, steps).draw() for name, method in METHODS.items()}
+    methods = tqdm(METHODS.items(), desc="presets")
+    rows = {name: Batch(pipe, method, noise, prompts, steps).draw() for name, method in methods}
     path = output / "presets.png"
     ImageOps.posterize(picture(rows), 7).save(path, optimize=True)  # the eighth bit is noise, a fifth of the file
     return path

@@ -5,11 +5,11 @@ import importlib.metadata
 import json
 import platform
 import time
-from pathlib import Path
 
 import torch
 
 from . import backends, ops
+from .installation import PACKAGE, installed_elsewhere, is_source_folder
 
 PACKAGES = ("lr_kernels", "torch", "triton", "diffusers", "transformers", "numpy", "xformers")
 
@@ -54,24 +54,35 @@ def arithmetic_peak(bf16: bool = False) -> float | None:
 
 
 def _library() -> ctypes.CDLL:
-    return ctypes.CDLL(str(Path(__file__).parent / "_C.so"))
+    return ctypes.CDLL(str(PACKAGE / "_C.so"))
 
 
 def report() -> str:
     """The text of `python -m lr_kernels info`."""
     lines = [f"{name:<14}{version}" for name, version in versions().items()]
-    lines += ["", f"{'machine':<14}{platform.machine()}, {torch.get_num_threads()} threads"]
+    lines += ["", f"{'package':<14}{PACKAGE}{' (source folder)' if is_source_folder() else ''}"]
+    hidden = installed_elsewhere()
+    if hidden is not None:
+        lines += [f"{'':<14}hides the installed {hidden}: to use that one, cd elsewhere"]
+    lines += [f"{'machine':<14}{platform.machine()}, {torch.get_num_threads()} threads"]
     lines += [f"{'cpu kernels':<14}{instruction_set() or 'not available'}"]
-    record = Path(__file__).parent / "_build.json"
+    record = PACKAGE / "_build.json"
     if record.exists():
         build = json.loads(record.read_text())
         lines += [f"{'built with':<14}torch {build['torch']}, serves torch >= {build['torch_minimum']}"]
     if torch.cuda.is_available():
         lines += [f"{'gpu':<14}{torch.cuda.get_device_name()}"]
-    lines += [""]
-    for operator in ops.SCHEMAS:
-        lines.append(operator)
-        for name in backends.BACKENDS:
-            reason = backends.unavailable(name, operator)
-            lines.append(f"    {name:<12}" + ("available" if reason is None else f"no: {reason}"))
+    lines += ["", *(f"{name:<14}{availability(name)}" for name in backends.BACKENDS)]
     return "\n".join(lines)
+
+
+def availability(backend: str) -> str:
+    """ "available", or why not, of the operators that the backend has; those that differ from most are named."""
+    has = [op for op in ops.SCHEMAS if backend != "cuda" or op in ops.OPERATORS_WITH_CUDA]
+    found: dict[str, list[str]] = {}
+    for operator in has:
+        reason = backends.unavailable(backend, operator)
+        found.setdefault("available" if reason is None else f"no: {reason}", []).append(operator)
+    most, *others = sorted(found, key=lambda state: -len(found[state]))
+    only = f"of {' and '.join(has)} alone: " if len(has) < len(ops.SCHEMAS) else ""
+    return "; ".join([only + most, *(f"{', '.join(found[state])}: {state}" for state in others)])

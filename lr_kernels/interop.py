@@ -1,16 +1,18 @@
 """Attention under the signatures that other libraries call: PyTorch's, xformers', transformers' and diffusers'.
 
 One source of keys, masks that hide keys from all queries alike (padding). What the operator cannot express is refused
-by name, never dropped: causal and per-pair masks, dropout.
+by name, never dropped: causal and per-pair masks, dropout, and every argument that is not known here.
 """
 
 from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .attention import multi_source_attention
 from .checks import fail, one_of
+from .extras import require
 from .plan import plan_attention
 from .source import Source
 
@@ -25,30 +27,34 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """`torch.nn.functional.scaled_dot_product_attention`, of 3 or 4 dimensions.
+    """`torch.nn.functional.scaled_dot_product_attention`, of 2 to 4 dimensions.
 
     Args:
-        query: (B, H, N, D) or (B, N, D). key, value: (B, H, M, D) or (B, M, D).
+        query: (B, H, N, D), (B, N, D) or (N, D). key: (B, H, M, D), (B, M, D) or (M, D). value: like key, of a head_dim
+            of its own.
         attn_mask: bool (True: takes part) or float (added), broadcastable to (B, H, N, M), the same for all heads and
             queries: of size 1 or expanded in these dimensions. Copies are compared, which synchronizes with a GPU;
             under torch.compile and while a CUDA graph is captured the device compares them, and stops at a difference.
         enable_gqa: key and value have fewer heads, each for several of the query's: they are repeated, which copies.
 
     Returns:
-        like query. A query that sees no key gets 0.
+        like query, of value's head_dim. A query that sees no key gets 0.
 
     Raises:
+        ValueError: other numbers of dimensions, shapes that do not fit.
         NotImplementedError: is_causal, dropout_p, a mask that differs between heads or queries, copies that require
             gradients.
     """
     op = "scaled_dot_product_attention"
-    if query.dim() == 3:
-        query, key, value = (x.unsqueeze(1) for x in (query, key, value))
-        mask = attn_mask if attn_mask is None or attn_mask.dim() < 3 else attn_mask.unsqueeze(1)
-        return scaled_dot_product_attention(query, key, value, mask, dropout_p, is_causal, scale, enable_gqa).squeeze(1)
-    if query.dim() != 4:
-        fail(op, "query", "3 or 4 dimensions", query.dim())
     _refuse(op, dropout_p=dropout_p, is_causal=is_causal)
+    _check_dimensions(op, query, key, value, "2, 3 or 4 dimensions", (2, 3, 4))
+    if query.dim() < 4:
+        heads = query.dim() - 2  # where the dimension of heads goes
+        query, key, value = (x.unsqueeze(heads) for x in (query, key, value))
+        if attn_mask is not None and attn_mask.dim() > 2:
+            attn_mask = attn_mask.unsqueeze(heads)
+        out = scaled_dot_product_attention(query, key, value, attn_mask, 0.0, False, scale, enable_gqa)
+        return out.squeeze(heads)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     return attend(op, query, key, value, attn_mask, scale, enable_gqa).transpose(1, 2)
 
@@ -64,15 +70,22 @@ def memory_efficient_attention(
     op: object = None,
     output_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`xformers.ops.memory_efficient_attention`, of 3 or 4 dimensions.
+    """`xformers.ops.memory_efficient_attention`, of 3 to 5 dimensions.
 
     Args:
-        query: (B, N, H, D) or (B, N, D). key, value: (B, M, H, D) or (B, M, D).
-        attn_bias: float, added, broadcastable to (B, H, N, M), the same for all heads and queries.
+        query: (B, N, H, D), (B, N, D), or (B, N, G, H, D) in groups of heads. key: (B, M, H, D), (B, M, D) or
+            (B, M, G, H, D), which is copied where it is expanded over the heads. value: like key, of a head_dim of its
+            own.
+        attn_bias: float, added, the same for all heads and queries: broadcastable to (B, H, N, M), of 5 dimensions to
+            (B, G, H, N, M); of 3 dimensions (B or 1, N, M) or (B * H, N, M), where N may be 1.
+
+    Returns:
+        like query, of value's head_dim.
 
     Raises:
+        ValueError: other numbers of dimensions, shapes that do not fit.
         NotImplementedError: p (dropout), an AttentionBias object, a bias that differs between heads or queries, op,
-            grouped heads (5 dimensions), output_dtype other than the query's.
+            output_dtype other than the query's.
     """
     name = "memory_efficient_attention"
     _refuse(name, p=p, op=op)
@@ -80,11 +93,22 @@ def memory_efficient_attention(
         _not_implemented(name, "output_dtype", f"None or {query.dtype}", output_dtype)
     if attn_bias is not None and not isinstance(attn_bias, Tensor):
         _not_implemented(name, "attn_bias", "a tensor or None", type(attn_bias).__name__)
-    if query.dim() == 5:
-        _not_implemented(name, "query", "3 or 4 dimensions", "5 (grouped heads)")
-    if query.dim() == 3:
-        return attend(name, *(x.unsqueeze(2) for x in (query, key, value)), attn_bias, scale).squeeze(2)
-    return attend(name, query, key, value, attn_bias, scale)
+    _check_dimensions(name, query, key, value, "3, 4 or 5 dimensions", (3, 4, 5))
+    batch, groups = query.shape[0], query.shape[2:-1]  # (), (H,) or (G, H)
+    query, key, value = (x.unsqueeze(2) if x.dim() == 3 else x.flatten(2, -2) for x in (query, key, value))
+    heads = query.shape[2]
+    if attn_bias is not None:
+        if attn_bias.dim() == 5:
+            if len(groups) != 2 or not all(map(one_of, attn_bias.shape[1:3], (1, 1), groups)):
+                expected = f"at most 4 dimensions, or (B, {', '.join(map(str, groups))}, N, M) in groups of heads"
+                fail(name, "attn_bias", expected, tuple(attn_bias.shape))
+            attn_bias = attn_bias.expand(-1, *groups, -1, -1).flatten(1, 2)
+        elif attn_bias.dim() == 3 and attn_bias.shape[0] == batch * heads:
+            attn_bias = attn_bias.unflatten(0, (batch, heads))
+        elif attn_bias.dim() == 3:
+            attn_bias = attn_bias.unsqueeze(1)
+    out = attend(name, query, key, value, attn_bias, scale, mask_name="attn_bias")
+    return out.reshape(*out.shape[:2], *groups, out.shape[3])
 
 
 def transformers_attention(
@@ -101,20 +125,33 @@ def transformers_attention(
     """An attention function for `transformers.AttentionInterface`; `register_with_transformers` installs it.
 
     query (B, H, N, D), key and value (B, H or fewer, M, D) -> ((B, N, H, D), None: no weights). One query may see all
-    keys whatever is_causal says, as in decoding.
+    keys whatever is_causal says, as in decoding. Of what else models pass, `_CHANGE_NOTHING` is let through.
+
+    Raises:
+        NotImplementedError: a causal module without a mask, dropout, a mask that differs between heads or queries, and
+            every other argument that is on: attention sinks (s_aux), softcap, sliding_window, position_bias, packed
+            sequences (cu_seq_lens_q), output_attentions.
     """
     name = "transformers_attention"
     causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
+    _refuse(name, **{argument: x for argument, x in kwargs.items() if argument not in _CHANGE_NOTHING})
     _refuse(name, dropout=dropout, is_causal=bool(causal) and query.shape[2] > 1 and attention_mask is None)
-    for argument in ("softcap", "sliding_window", "position_bias"):
-        _refuse(name, **{argument: kwargs.get(argument)})
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    return attend(name, query, key, value, attention_mask, scaling, gqa=True), None
+    return attend(name, query, key, value, attention_mask, scaling, gqa=True, mask_name="attention_mask"), None
+
+
+_CHANGE_NOTHING = frozenset(
+    "cache_position deterministic num_items_in_batch output_hidden_states output_router_logits position_ids "
+    "return_dict use_cache".split()
+)
+"""What transformers' models hand through to the attention function, though it concerns other parts of the model.
+position_ids: the positions are in the queries and keys already; deterministic: this attention always is."""
 
 
 def register_with_transformers(name: str = "lr_kernels") -> None:
     """Make `model.set_attn_implementation(name)` and `attn_implementation=name` work. Calling it again changes
     nothing."""
+    require("diffusers", "transformers")
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -131,56 +168,81 @@ def attend(
     scale: float | None = None,
     gqa: bool = False,
     return_lse: bool = False,
+    mask_name: str = "attn_mask",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`multi_source_attention` of one source: (B, N, H, D), (B, M, H, D) x 2 and a mask as in
-    `scaled_dot_product_attention`; `op` is the name in errors."""
+    `scaled_dot_product_attention`; `op` and `mask_name` are the names in errors. Where value has another head_dim than
+    key, zeros fill the smaller one up, which copies it."""
     heads, key_heads = query.shape[2], key.shape[2]
     if heads != key_heads:
         if not gqa or key_heads == 0 or heads % key_heads:
             fail(op, "key", f"{heads} heads" + (" or a divisor of it" if gqa else ""), key_heads)
+        if value.shape[2] != key_heads:
+            fail(op, "value", f"{key_heads} heads, as key has", value.shape[2])
         key, value = (x.repeat_interleave(heads // key_heads, 2) for x in (key, value))
+    if query.shape[0] == 1 and key.shape[0] > 1:
+        query = query.expand(key.shape[0], -1, -1, -1)
+    columns, value_columns = query.shape[3], value.shape[3]
+    if key.shape[3] != columns:
+        fail(op, "key", f"head_dim {columns}, as query has", key.shape[3])
+    if value_columns < columns:
+        value = F.pad(value, (0, columns - value_columns))
+    elif value_columns > columns:
+        scale = columns**-0.5 if scale is None else scale
+        query, key = (F.pad(x, (0, value_columns - columns)) for x in (query, key))
     query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
     source, plan = Source(key, value), None
     if mask is not None:
-        per_key = _per_key(op, mask, (query.shape[0], heads, query.shape[1], key.shape[1]))
+        per_key = _per_key(op, mask_name, mask, (query.shape[0], heads, query.shape[1], key.shape[1]))
         if per_key.dtype == torch.bool:
             source = source._replace(key_mask=per_key)
             plan = plan_attention([per_key])
         elif per_key.is_floating_point():
             source = source._replace(key_bias=per_key.float())
         else:
-            fail(op, "attn_mask", "bool or a floating dtype", per_key.dtype, error=TypeError)
-    return multi_source_attention(query, [source], scale=scale, plan=plan, return_lse=return_lse)
+            fail(op, mask_name, "bool or a floating dtype", per_key.dtype, error=TypeError)
+    found = multi_source_attention(query, [source], scale=scale, plan=plan, return_lse=return_lse)
+    if value_columns >= columns:
+        return found
+    return (found[0][..., :value_columns], found[1]) if return_lse else found[..., :value_columns]
 
 
-def _per_key(op: str, mask: Tensor, shape: tuple[int, ...]) -> Tensor:
+def _per_key(op: str, name: str, mask: Tensor, shape: tuple[int, ...]) -> Tensor:
     """(B or 1, M) of a mask that is broadcastable to `shape`, (B, H, N, M), and the same for all heads and queries."""
     if not 1 <= mask.dim() <= 4:
-        fail(op, "attn_mask", "1 to 4 dimensions", mask.dim())
+        fail(op, name, "1 to 4 dimensions", mask.dim())
     mask = mask[(None,) * (4 - mask.dim())]
     if not all(one_of(n, 1, wanted) for n, wanted in zip(mask.shape, shape)):
-        fail(op, "attn_mask", f"a shape that broadcasts to {shape}", tuple(mask.shape))
+        fail(op, name, f"a shape that broadcasts to {shape}", tuple(mask.shape))
     if 0 in mask.shape[1:3]:  # no query that could see it
         mask = mask.new_ones(1, 1, 1, 1)
     for dim, what in ((1, "head"), (2, "query")):
         first = mask.narrow(dim, 0, 1)
         if mask.shape[dim] != 1 and mask.stride(dim) != 0:
             if mask.requires_grad and torch.is_grad_enabled():  # each copy has a gradient of its own
-                _not_implemented(op, "attn_mask", f"the same for every {what}", "copies that require gradients")
+                _not_implemented(op, name, f"the same for every {what}", "copies that require gradients")
             same = (mask == first).all()
             if torch.compiler.is_compiling() or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
-                torch._assert_async(same, f"lr_kernels.{op}: attn_mask: expected the same for every {what}")
+                torch._assert_async(same, f"lr_kernels.{op}: {name}: expected the same for every {what}")
             elif not same:
-                _not_implemented(op, "attn_mask", f"the same for every {what}", f"different ones, {tuple(mask.shape)}")
+                _not_implemented(op, name, f"the same for every {what}", f"different ones, {tuple(mask.shape)}")
         mask = first
     return mask[:, 0, 0].expand(mask.shape[0], shape[3])
+
+
+def _check_dimensions(op: str, query: Tensor, key: Tensor, value: Tensor, expected: str, allowed: tuple) -> None:
+    if query.dim() not in allowed:
+        fail(op, "query", expected, query.dim())
+    for name, x in (("key", key), ("value", value)):
+        if x.dim() != query.dim():
+            fail(op, name, f"{query.dim()} dimensions, as query has", x.dim())
 
 
 def _refuse(op: str, /, **arguments: object) -> None:
     """Refuse every argument that is not off: None, False or 0."""
     for name, x in arguments.items():
         if x is not None and x is not False and not (isinstance(x, (int, float)) and x == 0):
-            _not_implemented(op, name, "none", x)
+            _not_implemented(op, name, "none", f"a tensor {tuple(x.shape)}" if isinstance(x, Tensor) else x)
 
 
 def _not_implemented(op: str, argument: str, expected: str, got: object) -> NoReturn:

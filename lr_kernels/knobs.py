@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from rich.progress import track
+from tqdm import tqdm
 
 from . import toy
 from .diffusers.output import LayoutRetouchOutput
@@ -47,7 +47,7 @@ def run(output: Path, *, subject: str = world.SUBJECT, steps: int = STEPS, seed:
     pipe = personalized_pipeline(toy.load_pipeline(), subject)
     rows: list[Row] = []
     masks = None
-    for knob in track(KNOBS, description="knobs"):
+    for knob in tqdm(KNOBS, desc="knobs"):
         arguments = {"layout_mask": masks} if knob.label.startswith("layout_mask") else knob.arguments
         found = pipe(
             task.prompts,

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .installation import why_not_built
+
 # B query rows of N tokens, S sources of R rows and M keys, C query classes (see plan.py), G softmax groups
 _ATTENTION_INPUTS = (
     "Tensor query, Tensor[] key, Tensor[] value, "  # (B, N, H, D), S x (R, M, H, D)
@@ -124,7 +126,7 @@ def _load_extension(folder: Path) -> tuple[str | None, str | None]:
     """Load `_C.so` and `_C_cuda.so` from `folder`. Returns None, or why they are not available, of each."""
     library, cuda, record = folder / "_C.so", folder / "_C_cuda.so", folder / "_build.json"
     if not library.exists():
-        reason = "the package was installed without its C++ extension (no compiler at build time)"
+        reason = why_not_built(folder)
         return reason, reason
     build = json.loads(record.read_text())
     running, minimum = torch.__version__, build["torch_minimum"]

@@ -2,13 +2,14 @@
 
 import csv
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
-from benchmarks import harness, table
+from benchmarks import harness, readme, table
 from benchmarks.harness import OURS, Contender, NotRun, Problem
 
 
@@ -41,6 +42,19 @@ def test_rows_table_and_csv(tmp_path):
     table.write_csv(tmp_path / "rows.csv", rows, machine)
     with (tmp_path / "rows.csv").open() as file:
         assert [r["contender"] for r in csv.DictReader(file)] == [OURS, "peer", "absent"] * 2
+
+
+def test_captions_of_cpu_tables_name_the_instruction_set_and_say_when_bf16_pays():
+    for name in ("attention", "retouch", "price"):
+        assert re.search(r"\((baseline|avx2|avx512|avx512bf16|amx)\), \d+ threads", readme.TABLES[name]()), name
+    for text in (readme.attention_table(), readme.retouch_table(), table.markdown(*one_row())):
+        assert "bf16 pays where the processor multiplies it (avx512bf16, amx)" in text
+
+
+def one_row():
+    rows, machine = harness.measure([problem()], repeats=1), harness.machine()
+    harness.finish(rows)
+    return rows, machine
 
 
 def test_when_ours_does_not_run_the_peers_still_count():

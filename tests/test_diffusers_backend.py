@@ -6,17 +6,35 @@ import pickle
 import pytest
 import torch
 from diffusers import (
+    CogVideoXTransformer3DModel,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
     LTXVideoTransformer3DModel,
+    PixArtTransformer2DModel,
     QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
     UNet2DConditionModel,
     WanTransformer3DModel,
     ZImageTransformer2DModel,
 )
-from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, attention_backend
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    attention_backend,
+    dispatch_attention_fn,
+)
 
-from lr_kernels.diffusers import backend
+from lr_kernels import Source, multi_source_attention
+from lr_kernels.diffusers import (
+    CustomAttnProcessor,
+    CustomSD3AttnProcessor,
+    attention_layers,
+    backend,
+    install_processors,
+    joint_attention,
+    joint_attention_layers,
+    select_layers,
+)
 from lr_kernels.diffusers.backend import register_attention_backend, use_attention_backend
 
 
@@ -187,6 +205,80 @@ def test_a_model_that_does_not_dispatch_is_refused():
         pass
 
 
+def pixart():
+    """The second prompt is shorter: its padding is hidden from the cross-attention's queries."""
+    torch.manual_seed(0)
+    model = PixArtTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
+        cross_attention_dim=16, patch_size=2, caption_channels=16, use_additional_conditions=False, norm_num_groups=1,
+    )  # fmt: skip
+    inputs = {
+        "hidden_states": torch.randn(2, 4, 8, 8), "encoder_hidden_states": torch.randn(2, 7, 16),
+        "encoder_attention_mask": torch.tensor([[1] * 7, [1] * 4 + [0] * 3]), "timestep": torch.tensor([500, 300]),
+        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+    }  # fmt: skip
+    return model.eval(), inputs
+
+
+def sd3():
+    torch.manual_seed(0)
+    model = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,
+        joint_attention_dim=32, caption_projection_dim=32, pooled_projection_dim=64, out_channels=4,
+    )  # fmt: skip
+    inputs = {
+        "hidden_states": torch.randn(2, 4, 8, 8), "encoder_hidden_states": torch.randn(2, 7, 32),
+        "pooled_projections": torch.randn(2, 64), "timestep": torch.tensor([500, 300]),
+    }  # fmt: skip
+    return model.eval(), inputs
+
+
+def cogvideox():
+    return CogVideoXTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8, num_layers=1,
+        text_embed_dim=16, sample_width=8, sample_height=8, sample_frames=5, patch_size=2, max_text_seq_length=7,
+    )  # fmt: skip
+
+
+def test_what_serves_the_others_is_named_and_does():
+    """Each message names functions; they are those called here, and the model's numbers stay."""
+    model, inputs = sd3()
+    with pytest.raises(ValueError, match=r"joint_attention_layers\(model\) with CustomSD3AttnProcessor"):
+        use_attention_backend(model).__enter__()
+    expected, layers = run(model, inputs), joint_attention_layers(model)
+    with install_processors(layers, {name: CustomSD3AttnProcessor(joint_attention) for name in layers}):
+        torch.testing.assert_close(run(model, inputs), expected)
+
+    model, inputs = pixart()
+    with pytest.raises(ValueError, match=r"PixArt.*attention_layers\(model, 'self'\) with CustomAttnProcessor"):
+        use_attention_backend(model).__enter__()
+    expected, layers, seen = run(model, inputs), attention_layers(model, "self"), []
+
+    def plain(query, key, value):
+        seen.append(1)
+        return multi_source_attention(query, [Source(key, value)])
+
+    with install_processors(layers, {name: CustomAttnProcessor(plain) for name in layers}):
+        torch.testing.assert_close(run(model, inputs), expected)
+    assert len(seen) == 2
+
+    with pytest.raises(ValueError, match=r"no processor .* CogVideoXAttnProcessor2_0"):
+        use_attention_backend(cogvideox()).__enter__()
+
+
+def test_installing_where_it_cannot_serve_names_what_does():
+    model, _ = sd3()
+    layers = attention_layers(model, "self")
+    with pytest.raises(ValueError, match="layers: expected at least one layer, got none; SD3 and Flux have joint"):
+        install_processors(layers, {})
+    model, _ = wan()
+    layers = {"blocks.0.attn1": model.blocks[0].attn1}
+    with pytest.raises(NotImplementedError, match="models that dispatch take use_attention_backend"):
+        install_processors(layers, {name: CustomAttnProcessor() for name in layers})
+    with pytest.raises(ValueError, match="expected scales of a UNet only, got PixArtTransformer2DModel"):
+        select_layers(pixart()[0], "self", [2])
+
+
 def test_masks_lse_and_grouped_heads():
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 9, 4, 16), *(torch.randn(2, 11, 2, 16) for _ in range(2))
@@ -209,6 +301,18 @@ def test_16_nothing_is_dropped(keywords, name):
     x = torch.randn(1, 9, 2, 16)
     with pytest.raises(NotImplementedError, match=name):
         backend.attention(x, x, x, **keywords)
+
+
+@pytest.mark.parametrize("checked", [False, True])
+def test_16_what_diffusers_would_drop_arrives_and_is_refused(checked, monkeypatch):
+    """The dispatcher keeps the arguments that a backend's signature names; ours must see the others too."""
+    monkeypatch.setattr(_AttentionBackendRegistry, "_checks_enabled", checked)
+    x, ours = torch.randn(1, 9, 2, 16), AttentionBackendName("lr_kernels")
+    for name, value in (("window_size", (2, 2)), ("softcap", 30.0), ("invented_tomorrow", 1)):
+        with pytest.raises(NotImplementedError, match=f"attention_backend: {name}: expected none"):
+            dispatch_attention_fn(x, x, x, attention_kwargs={name: value}, backend=ours)
+    found = dispatch_attention_fn(x, x, x, attention_kwargs={"window_size": None}, backend=ours)
+    torch.testing.assert_close(found, dispatch_attention_fn(x, x, x, backend=AttentionBackendName.NATIVE))
 
 
 def test_29_compiles_whole(calls):

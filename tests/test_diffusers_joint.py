@@ -118,6 +118,22 @@ def test_16_masks_are_refused_not_dropped(build, processor):
         processor(joint.joint_attention)(attn, x, None, attention_mask=torch.ones(1, 1, 4, 4))
 
 
+@pytest.mark.parametrize(("build", "processor"), CASES, ids=["flux", "sd3"])
+def test_16_an_ip_adapters_arguments_are_refused_not_dropped(build, processor):
+    """As a pipeline hands them: the layer drops what the processor does not name, for these without a warning."""
+    model = build()
+    stock = dict(model.attn_processors)
+    arguments = inputs(build, torch.float32) | {
+        "joint_attention_kwargs": {"ip_hidden_states": [torch.ones(2, 1, 4, 32)]}
+    }
+    try:
+        model.set_attn_processor(processor(joint.joint_attention))
+        with torch.no_grad(), pytest.raises(NotImplementedError, match="ip_hidden_states: expected None"):
+            model(**arguments)
+    finally:
+        model.set_attn_processor(stock)
+
+
 def test_16_fused_projections_are_refused():
     model = flux()
     attn = next(m for m in model.modules() if hasattr(m, "processor"))

@@ -4,9 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from diffusers import StableDiffusionXLPipeline
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
-from tiny_models import components_xl
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["docs/attention-backend.md", "docs/own-method.md", "docs/layout-and-retouch.md", "hf_kernel/README.md"]
@@ -25,8 +23,6 @@ def test_every_block_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT if page.startswith("hf_kernel") else tmp_path)  # that page loads its own folder
     active = _AttentionBackendRegistry._active_backend  # a page sets diffusers' default for all models
     monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", active)
-    if "XL" in page_text(page):  # the folder that the page loads as SDXL
-        StableDiffusionXLPipeline(**components_xl()).save_pretrained("sdxl")
     found = blocks(page)
     assert found
     names: dict = {"__name__": "page"}

@@ -220,3 +220,14 @@ def test_16_what_the_operator_has_not_is_refused_by_name(config, keywords, name)
     x = randn(1, 9, 32)
     with pytest.raises(NotImplementedError, match=f"MultiheadAttention: {name}: expected none"):
         module(x, x, x, **{"need_weights": False, **keywords})
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_07_a_padding_mask_of_another_shape_is_named(batch_first):
+    module = kernelized(nn.MultiheadAttention(32, 4, batch_first=batch_first))
+    x = randn(4, 9, 32) if batch_first else randn(9, 4, 32)
+    hidden = torch.zeros(4, dtype=torch.bool)  # as many as heads: it would pass for a mask per head
+    with pytest.raises(
+        ValueError, match=r"MultiheadAttention: key_padding_mask: expected the shape \(4, 9\), got \(4,\)"
+    ):
+        module(x, x, x, key_padding_mask=hidden, need_weights=False)

@@ -86,6 +86,66 @@ def test_xformers(bias):
     check(flat, F.scaled_dot_product_attention, q[:, :, 0], k[:, :, 0], v[:, :, 0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("value_columns", [16, 72])
+def test_values_of_another_head_dim(value_columns, dtype):
+    q, k, _ = tensors(dtype)
+    v = randn(2, 4, 50, value_columns, dtype=dtype, seed=2)
+    found = interop.scaled_dot_product_attention(q, k, v, MASKS["bool rows"])
+    assert found.shape == (2, 4, 33, value_columns)
+    check(found, F.scaled_dot_product_attention, q, k, v, MASKS["bool rows"])
+
+
+def test_sdpa_of_two_dimensions_and_of_one_query_row_for_all():
+    q, k, v = tensors()
+    mask = torch.rand(1, 50, generator=torch.Generator().manual_seed(1)) < 0.5
+    found = interop.scaled_dot_product_attention(q[0, 0], k[0, 0], v[0, 0], mask)
+    check(found, F.scaled_dot_product_attention, q[0, 0], k[0, 0], v[0, 0], mask)
+    found = interop.scaled_dot_product_attention(q[:1], k, v)
+    check(found, F.scaled_dot_product_attention, q[:1], k, v)
+
+
+BIAS = randn(2, 1, 50, seed=5)
+BIASES = {  # name -> as given, as (B, 1, 1, M)
+    "a row for each batch row": (BIAS, BIAS[:, None]),
+    "one row": (BIAS[:1], BIAS[:1, None]),
+    "batch": (BIAS.repeat(1, 33, 1), BIAS[:, None]),
+    "batch and heads": (BIAS.repeat_interleave(4, 0).expand(8, 33, 50), BIAS[:, None]),
+    "batch and heads, one query": (BIAS.repeat_interleave(4, 0), BIAS[:, None]),
+}
+
+
+@pytest.mark.parametrize("bias", BIASES)
+def test_xformers_bias_of_three_dimensions(bias):
+    q, k, v = tensors()
+    given, plain = BIASES[bias]
+    found = interop.memory_efficient_attention(*(x.transpose(1, 2) for x in (q, k, v)), given)
+    check(found.transpose(1, 2), F.scaled_dot_product_attention, q, k, v, plain)
+
+
+def test_xformers_heads_in_the_batch_and_heads_in_groups():
+    q, k, v = tensors()
+    flat, bias = (x.flatten(0, 1) for x in (q, k, v)), BIAS.repeat_interleave(4, 0)
+    found = interop.memory_efficient_attention(*flat, bias.expand(8, 33, 50))
+    check(found.unflatten(0, (2, 4)), F.scaled_dot_product_attention, q, k, v, BIAS[:, None])
+    k, v = k[:, :2], v[:, :2]  # a key for two heads each
+    grouped = q.unflatten(1, (2, 2)), *(x[:, :, None].expand(-1, -1, 2, -1, -1) for x in (k, v))
+    grouped = [x.movedim(3, 1) for x in grouped]  # (B, N, G, H, D)
+    for given in (BIAS[:, None, None], BIAS[:, None, None].expand(2, 2, 2, 33, 50)):
+        found = interop.memory_efficient_attention(*grouped, given)
+        assert found.shape == (2, 33, 2, 2, 40)
+        check(
+            found.flatten(2, 3).transpose(1, 2), F.scaled_dot_product_attention, q, k, v, BIAS[:, None], enable_gqa=True
+        )
+
+
+def test_16_xformers_bias_that_differs_between_heads_or_queries_is_refused_by_its_name():
+    x = [x.transpose(1, 2) for x in tensors()]
+    for bias in (randn(8, 1, 50), randn(2, 33, 50)):
+        with pytest.raises(NotImplementedError, match="memory_efficient_attention: attn_bias: expected the same for"):
+            interop.memory_efficient_attention(*x, bias)
+
+
 def test_09_a_mask_without_queries():
     q, k, v = tensors()
     mask = torch.ones(2, 1, 0, 50, dtype=torch.bool)
@@ -128,6 +188,19 @@ REFUSED = [
     ("memory_efficient_attention", dict(op=("forward", "backward")), "op: expected none"),
     ("memory_efficient_attention", dict(attn_bias=object()), "attn_bias: expected a tensor"),
     ("memory_efficient_attention", dict(output_dtype=torch.float64), "output_dtype"),
+    ("transformers_attention", dict(s_aux=torch.zeros(4)), r"s_aux: expected none, got a tensor \(4,\)"),
+    ("transformers_attention", dict(softcap=30.0), "softcap"),
+    ("transformers_attention", dict(sliding_window=8), "sliding_window"),
+    ("transformers_attention", dict(position_bias=randn(1, 4, 33, 50)), "position_bias"),
+    ("transformers_attention", dict(cu_seq_lens_q=torch.tensor([0, 33])), "cu_seq_lens_q"),
+    ("transformers_attention", dict(output_attentions=True), "output_attentions"),
+    ("transformers_attention", dict(invented_tomorrow=1), "invented_tomorrow"),
+    ("transformers_attention", dict(is_causal=True), "is_causal"),
+    (
+        "transformers_attention",
+        dict(attention_mask=randn(2, 4, 1, 50)),
+        "attention_mask: expected the same for every head",
+    ),
 ]
 
 
@@ -136,8 +209,18 @@ def test_16_what_the_operator_has_not_is_refused_by_name(function, keywords, mes
     q, k, v = tensors()
     if function == "memory_efficient_attention":
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    first = (torch.nn.Module(),) if function == "transformers_attention" else ()
     with pytest.raises(NotImplementedError, match=message):
-        getattr(interop, function)(q, k, v, **keywords)
+        getattr(interop, function)(*first, q, k, v, **keywords)
+
+
+def test_16_what_transformers_hands_through_for_other_parts_of_the_model_changes_nothing():
+    q, k, v = tensors()
+    extra = dict(position_ids=torch.arange(33)[None], use_cache=True, output_hidden_states=True, deterministic=True)
+    off = dict(softcap=None, sliding_window=None, s_aux=None, output_attentions=False)
+    found, weights = interop.transformers_attention(torch.nn.Module(), q, k, v, **extra, **off)
+    assert weights is None
+    check(found.transpose(1, 2), F.scaled_dot_product_attention, q, k, v)
 
 
 @pytest.mark.parametrize(
@@ -146,8 +229,14 @@ def test_16_what_the_operator_has_not_is_refused_by_name(function, keywords, mes
      ({"attn_mask": torch.zeros(2, 3, 1, 50)}, r"broadcasts to \(2, 4, 33, 50\)"),
      ({"attn_mask": torch.zeros(50, dtype=torch.long)}, "bool or a floating"),
      ({"query": torch.zeros(3)}, "3 or 4 dimensions"),
-     ({"key": randn(2, 3, 50, 40)}, "4 heads")],
-    ids=["mask shape", "mask heads", "mask dtype", "query", "heads"],
+     ({"key": randn(2, 3, 50, 40)}, "4 heads"),
+     ({"query": randn(1, 2, 4, 33, 40)}, "query: expected 2, 3 or 4 dimensions, got 5"),
+     ({"key": randn(2, 50, 40)}, "key: expected 4 dimensions, as query has, got 3"),
+     ({"key": randn(2, 4, 50, 32)}, "key: expected head_dim 40, as query has, got 32"),
+     ({"key": randn(2, 2, 50, 40), "value": randn(2, 1, 50, 40), "enable_gqa": True}, "value: expected 2 heads"),
+     ({"value": randn(2, 4, 49, 40)}, "of 50 keys")],
+    ids=["mask shape", "mask heads", "mask dtype", "query", "heads", "five", "key dimensions", "head_dim",
+         "value heads", "keys"],
 )  # fmt: skip
 def test_07_17_what_does_not_fit_is_named(change, message):
     q, k, v = tensors()
@@ -179,6 +268,22 @@ def test_a_transformers_model_runs_on_it():
             interop.attend = original
     assert len(calls) == 2
     torch.testing.assert_close(found, expected)
+
+
+def test_16_a_transformers_model_with_attention_sinks_is_refused():
+    """One query, which is_causal leaves alone: without the refusal the sinks are lost without a word."""
+    from transformers import GptOssConfig, GptOssModel
+
+    interop.register_with_transformers()
+    config = GptOssConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, vocab_size=50, num_local_experts=2, num_experts_per_tok=1, layer_types=["full_attention"],
+        pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    model = GptOssModel(config).eval()
+    model.set_attn_implementation("lr_kernels")
+    with pytest.raises(NotImplementedError, match="s_aux: expected none"), torch.no_grad():
+        model(torch.tensor([[3]]))
 
 
 def test_a_causal_transformers_model_is_refused():

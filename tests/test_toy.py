@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lr_kernels import demo, toy
+from lr_kernels import __main__, demo, toy
 from lr_kernels.diffusers import StableDiffusionLayoutRetouchPipeline
 from lr_kernels.toy.judge import scores
 from lr_kernels.toy.stages import STAGES, on_backgrounds, run_stages
@@ -79,3 +79,7 @@ def test_retouch_keeps_the_diversity_that_personalization_lost(report):
 
 def test_layout_is_more_diverse_than_reference_only_attention(report):
     assert report["layout"]["position_std"] > report["reference-only"]["position_std"]
+
+
+def test_the_command_line_knows_the_subjects():
+    assert tuple(toy.world.SUBJECTS) == __main__.SUBJECTS

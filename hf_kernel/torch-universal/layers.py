@@ -43,6 +43,7 @@ class MultiheadAttention(nn.Module):
     """`torch.nn.MultiheadAttention`, batched, without weights: -> (out, None).
 
     Raises:
+        ValueError: inputs that are not batched, a key_padding_mask that is not (B, M).
         NotImplementedError: need_weights, attn_mask, is_causal; a module with bias_k, bias_v or add_zero_attn, or
             that is training with dropout.
     """
@@ -68,6 +69,9 @@ class MultiheadAttention(nn.Module):
         if query.dim() != 3:
             fail(op, "query", "3 dimensions", query.dim())
         if key_padding_mask is not None:
+            batch, tokens = (key.shape[0], key.shape[1]) if self.batch_first else (key.shape[1], key.shape[0])
+            if key_padding_mask.shape != (batch, tokens):
+                fail(op, "key_padding_mask", f"the shape {(batch, tokens)}", tuple(key_padding_mask.shape))
             taken = key_padding_mask.logical_not() if key_padding_mask.dtype == torch.bool else key_padding_mask
             key_padding_mask = taken[:, None, None]
         if self.in_proj_weight is None:

@@ -1,5 +1,9 @@
 """Layout-and-Retouch for diffusers: attention processors, parts of the stages, pipeline. Importing changes nothing."""
 
+from ..extras import require
+
+require("diffusers")
+
 from . import methods
 from .backend import register_attention_backend, use_attention_backend
 from .bank import BankAttnProcessor, ReferenceBank

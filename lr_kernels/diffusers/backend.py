@@ -2,14 +2,18 @@
 others."""
 
 import contextlib
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Sequence
 
 from diffusers.models import attention_dispatch
+from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 
 from ..checks import fail
 from ..interop import _refuse, attend
+from .joint import _JOINT_PROCESSORS
 
 NAME = "lr_kernels"
 
@@ -18,7 +22,7 @@ def register_attention_backend() -> None:
     """Make `model.set_attention_backend("lr_kernels")` and `with attention_backend("lr_kernels")` work.
 
     Importing this package does not; calling it again changes nothing. diffusers knows a closed list of backends: a
-    member is added to it. UNet2DConditionModel and SD3 do not dispatch; for them there are processors.
+    member is added to it. UNet2DConditionModel, SD3 and PixArt do not dispatch; for them there are processors.
     """
     if NAME in {member.value for member in AttentionBackendName}:
         return
@@ -30,6 +34,14 @@ def register_attention_backend() -> None:
     type.__setattr__(AttentionBackendName, member._name_, member)
     checks = [attention_dispatch._check_device, attention_dispatch._check_shape]
     _AttentionBackendRegistry.register(member, constraints=checks)(attention)
+    _AttentionBackendRegistry._supported_arg_names[member] = _AnyName(inspect.signature(attention).parameters)
+
+
+class _AnyName(frozenset):
+    """diffusers drops what a backend's signature does not name; with this it hands over all, for us to refuse."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
 
 
 def attention(
@@ -43,13 +55,18 @@ def attention(
     enable_gqa: bool = False,
     return_lse: bool = False,
     _parallel_config: object = None,
+    **attention_kwargs: object,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """What diffusers calls: query (B, N, H, D), key and value (B, M, H, D) -> (B, N, H, D), and the lse (B, N, H).
 
     Raises:
-        NotImplementedError: dropout_p, is_causal, context parallelism, a mask that differs between heads or queries.
+        NotImplementedError: dropout_p, is_causal, context parallelism, a mask that differs between heads or queries,
+            and every other argument that is on, such as window_size and softcap, which other backends take.
     """
-    _refuse("attention_backend", dropout_p=dropout_p, is_causal=is_causal, _parallel_config=_parallel_config)
+    _refuse(
+        "attention_backend", dropout_p=dropout_p, is_causal=is_causal, _parallel_config=_parallel_config,
+        **attention_kwargs,
+    )  # fmt: skip
     return attend("attention_backend", query, key, value, attn_mask, scale, enable_gqa, return_lse)
 
 
@@ -59,19 +76,14 @@ def use_attention_backend(model: nn.Module) -> Iterator[nn.Module]:
     after an exception. `model.set_attention_backend` changes the default of all other models as well.
 
     Raises:
-        ValueError: a model none of whose attention layers dispatches.
+        ValueError: a model none of whose attention layers dispatches; the message says what serves it.
     """
-    from diffusers.models.attention import AttentionModuleMixin
-    from diffusers.models.attention_processor import Attention
-
     register_attention_backend()
-    processors = [
-        module.processor
-        for module in model.modules()
-        if isinstance(module, (Attention, AttentionModuleMixin)) and hasattr(module.processor, "_attention_backend")
-    ]
+    layers = [module for module in model.modules() if isinstance(module, (Attention, AttentionModuleMixin))]
+    processors = [layer.processor for layer in layers if hasattr(layer.processor, "_attention_backend")]
     if not processors:
-        got, hint = f"{type(model).__name__}, which has none", "UNets take lr_kernels.diffusers.install_processors"
+        got = f"{type(model).__name__}, which has none"
+        hint = _what_serves([layer.processor for layer in layers])
         fail("use_attention_backend", "model", "attention layers that dispatch", got, hint)
     before = [vars(p).get("_attention_backend", _MISSING) for p in processors]
     try:
@@ -84,6 +96,22 @@ def use_attention_backend(model: nn.Module) -> Iterator[nn.Module]:
                 vars(p).pop("_attention_backend", None)
             else:
                 p._attention_backend = backend
+
+
+def _what_serves(processors: Sequence[object]) -> str:
+    """What this package has for a model whose processors do not dispatch."""
+    if any(isinstance(p, _JOINT_PROCESSORS) for p in processors):
+        return (
+            "SD3 takes lr_kernels.diffusers.install_processors: joint_attention_layers(model) with "
+            "CustomSD3AttnProcessor(joint_attention)"
+        )
+    if any(isinstance(p, AttnProcessor | AttnProcessor2_0) for p in processors):
+        return (
+            "UNets take lr_kernels.diffusers.install_processors, and so do models with plain attention (PixArt): "
+            "attention_layers(model, 'self') with CustomAttnProcessor"
+        )
+    kinds = ", ".join(sorted({type(p).__name__ for p in processors})) or "it has no attention of diffusers"
+    return f"this package has no processor in place of its own: {kinds}"
 
 
 _MISSING = object()

@@ -88,7 +88,8 @@ class ContextRecorder:
 
     def __enter__(self) -> "ContextRecorder":
         with ExitStack() as stack:
-            stack.enter_context(install_processors(self._layers, self._processors))
+            if self._layers:
+                stack.enter_context(install_processors(self._layers, self._processors))
             stack.enter_context(self._maps)
             self._stack = stack.pop_all()
         return self

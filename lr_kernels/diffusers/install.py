@@ -40,6 +40,9 @@ def layer_scale(unet: nn.Module, name: str) -> int:
     Args:
         name: of a layer of the UNet, as from `select_layers`.
     """
+    if "block_out_channels" not in unet.config:
+        hint = "name layers by the beginnings of their names"
+        fail("select_layers", "choice", "scales of a UNet only", type(unet).__name__, hint)
     deepest = len(unet.config.block_out_channels) - 1
     block, index = name.split(".")[:2]
     match block:
@@ -151,13 +154,15 @@ def check_stock(
         if processors is not None and getattr(processors.get(name), "adapter", None) is layer.processor:
             continue
         if type(layer.processor) not in _STOCK and not getattr(layer.processor, "is_stock", False):
+            dispatches = hasattr(layer.processor, "_attention_backend")
             fail(
                 "install_processors",
                 name,
                 "a stock attention processor",
                 type(layer.processor).__name__,
                 "undo what put it there (unfuse_qkv_projections(), disable_attention_slicing(), unload_ip_adapter()), "
-                "or leave the layer out",
+                "or leave the layer out"
+                + ("; models that dispatch take use_attention_backend(model)" if dispatches else ""),
                 NotImplementedError,
             )
 
@@ -172,9 +177,13 @@ def install_processors(
             it.
 
     Raises:
+        ValueError: no layers.
         NotImplementedError: a layer has a processor that is not stock (IP-Adapter, attention slicing, fused
             projections): without it the model is another. Whatever is raised, all previous processors are back.
     """
+    if not layers:
+        hint = "SD3 and Flux have joint_attention_layers(model); UNets and PixArt attention_layers(model, 'self')"
+        fail("install_processors", "layers", "at least one layer", "none", hint)
     check_stock(layers, processors)
     installation = Installation(layers, processors)
     try:

@@ -89,8 +89,20 @@ def shared_joint_attention(
     return None, torch.cat(parts, 1)
 
 
+def _refuse_adapter(processor: str, **arguments: object) -> None:
+    """diffusers hands an IP-Adapter's arguments to processors that name them, and drops them silently otherwise."""
+    for name, x in arguments.items():
+        if x is not None:
+            hint = "unload_ip_adapter(), or make the processor inactive"
+            fail(processor, name, "None while the processor is active", "an IP-Adapter's", hint, NotImplementedError)
+
+
 class CustomFluxAttnProcessor(_OwnProcessor, FluxAttnProcessor):
-    """Flux's joint attention by `attention`; None: diffusers' own processor, bit for bit."""
+    """Flux's joint attention by `attention`; None: diffusers' own processor, bit for bit.
+
+    Raises:
+        NotImplementedError: while active, an attention mask, an IP-Adapter's arguments, fused projections.
+    """
 
     def __init__(self, attention: JointAttention | None = None):
         super().__init__()
@@ -103,9 +115,12 @@ class CustomFluxAttnProcessor(_OwnProcessor, FluxAttnProcessor):
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        ip_hidden_states: list[Tensor] | None = None,
+        ip_adapter_masks: list[Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         if self.attention is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        _refuse_adapter(type(self).__name__, ip_hidden_states=ip_hidden_states, ip_adapter_masks=ip_adapter_masks)
         if attention_mask is not None:
             _refuse_mask(type(self).__name__)
         if getattr(attn, "fused_projections", False):
@@ -136,7 +151,11 @@ class CustomFluxAttnProcessor(_OwnProcessor, FluxAttnProcessor):
 
 
 class CustomSD3AttnProcessor(_OwnProcessor, JointAttnProcessor2_0):
-    """SD3's joint attention by `attention`; None: diffusers' own processor, bit for bit."""
+    """SD3's joint attention by `attention`; None: diffusers' own processor, bit for bit.
+
+    Raises:
+        NotImplementedError: while active, an attention mask, an IP-Adapter's arguments.
+    """
 
     def __init__(self, attention: JointAttention | None = None):
         super().__init__()
@@ -148,9 +167,11 @@ class CustomSD3AttnProcessor(_OwnProcessor, JointAttnProcessor2_0):
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        ip_hidden_states: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         if self.attention is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
+        _refuse_adapter(type(self).__name__, ip_hidden_states=ip_hidden_states)
         if attention_mask is not None:
             _refuse_mask(type(self).__name__)
 

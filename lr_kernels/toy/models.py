@@ -4,8 +4,14 @@ import string
 from contextlib import AbstractContextManager
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lr_kernels.info import instruction_set
 from lr_kernels.toy.world import SIDE, WORDS
@@ -132,6 +138,37 @@ def build_pipeline(vae, unet, text_encoder, tokenizer):
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def build_xl_pipeline():
+    """A StableDiffusionXLPipeline with random weights: it runs as SDXL does, and draws nothing."""
+    tokenizer = build_tokenizer()
+    text = build_text_encoder(tokenizer)
+    unet = UNet2DConditionModel(
+        sample_size=LATENT_SIDE,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=2 * TEXT_WIDTH,
+        attention_head_dim=(1, 2),
+        norm_num_groups=8,
+        use_linear_projection=True,
+        transformer_layers_per_block=(1, 2),
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=TEXT_WIDTH + 6 * 8,  # pooled text and six sizes
+    )
+    return StableDiffusionXLPipeline(
+        vae=build_vae(),
+        unet=unet,
+        text_encoder=text,
+        text_encoder_2=CLIPTextModelWithProjection(text.config),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        scheduler=build_scheduler(),
+        add_watermarker=False,
+    )
 
 
 def token_ids(tokenizer, prompts):

