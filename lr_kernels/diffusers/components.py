@@ -309,6 +309,8 @@ class PersonalizedPipeline(Switches):
 
     def latent_size(self, height: int | None, width: int | None, latents: Tensor | None) -> tuple[int, int]:
         """(height, width) of the latents. Default: those given, or the UNet's sample size."""
+        if self.unet is None:
+            fail(OP, "unet", "a UNet", None, "pass the component")
         f, side = self.vae_scale_factor, self.unet.config.sample_size
         default = (side, side) if isinstance(side, int) else side
         if latents is not None:
