@@ -83,7 +83,7 @@ class PersonalizedPipeline(Switches):
                 got = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
                 hint = "pass dtype=, which casts them all, or bring them to one before"
                 fail("from_pipe", "dtype", "a dtype, since the components have several", got, hint)
-            kwargs["dtype"] = next(iter(dtypes.values()))
+            kwargs["dtype"] = next(iter(dtypes.values()), None)
         return super().from_pipe(pipeline, **kwargs)
 
     # To be said by each kind of pipeline
