@@ -1,7 +1,6 @@
 """multi_source_attention: attention of one query over several sources of keys and values, never concatenated."""
 
 from collections.abc import Sequence
-from numbers import Real
 
 import torch
 from torch import Tensor
@@ -10,7 +9,7 @@ from . import backends, reference
 from .attention_checks import OP, check, check_reference_memory
 from .attention_grad import Options, attention_with_gradients
 from .attention_tables import lay_out
-from .checks import check_memory, fail
+from .checks import check_memory, fail, plain_number
 from .ops import attention_op
 from .plan import AttentionPlan, plan_attention
 from .source import Source
@@ -62,9 +61,10 @@ def multi_source_attention(
     if not isinstance(query, Tensor):
         fail(OP, "query", "a tensor", type(query).__name__, error=TypeError)
     if scale is not None and not torch.compiler.is_compiling():
-        if not isinstance(scale, Real):
+        number = scale if type(scale) is float else plain_number(scale)
+        if number is None:
             fail(OP, "scale", "a number", type(scale).__name__, error=TypeError)
-        scale = float(scale)
+        scale = float(number)
     if backends.transforms_active():
         fields = {f"{name}[{i}]": x for i, s in enumerate(sources) for name, x in zip(Source._fields, s)}
         backends.refuse_vmap(OP, {"query": query, **fields, "query_groups": query_groups})

@@ -1,7 +1,7 @@
 """The arguments of multi_source_attention: shapes, dtypes and devices, each error naming its argument and source."""
 
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ def check(query: Tensor, sources: Sequence[Source], query_groups: Tensor | None,
     first_of_group: dict[int, int] = {}
     for i, source in enumerate(sources):
         _check_source(i, source, query)
-        if not isinstance(source.softmax_group, int):
+        if not isinstance(source.softmax_group, (int, Integral)):
             fail(OP, f"softmax_group[{i}]", "an int", repr(source.softmax_group), error=TypeError)
         first = first_of_group.setdefault(source.softmax_group, i)
         if first != i and source.weight is not None:

@@ -41,7 +41,7 @@ def check_number(
 
 
 def check_integer(op: str, argument: str, value: object, lowest: int, expected: str, highest: float = math.inf) -> int:
-    """The value as an int. ValueError unless it is an integer, of any type that is one, from the lowest to the highest."""
+    """The value as an int. ValueError unless it is an integer, of any type that is one, within the bounds."""
     number = plain_number(value)
     if not isinstance(number, int) or not lowest <= number <= highest:
         fail(op, argument, expected, repr(value))

@@ -4,6 +4,7 @@ One source of keys, masks that hide keys from all queries alike (padding). What 
 by name, never dropped: causal and per-pair masks, dropout, and every argument that is not known here.
 """
 
+from numbers import Real
 from typing import NoReturn
 
 import torch
@@ -241,7 +242,7 @@ def _check_dimensions(op: str, query: Tensor, key: Tensor, value: Tensor, expect
 def _refuse(op: str, /, **arguments: object) -> None:
     """Refuse every argument that is not off: None, False or 0."""
     for name, x in arguments.items():
-        if x is not None and x is not False and not (isinstance(x, (int, float)) and x == 0):
+        if x is not None and x is not False and not (isinstance(x, Real) and x == 0):
             _not_implemented(op, name, "none", f"a tensor {tuple(x.shape)}" if isinstance(x, Tensor) else x)
 
 

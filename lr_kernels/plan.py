@@ -5,6 +5,7 @@ keys it sees, so the work follows the visible share. Everything is built on the 
 """
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -65,7 +66,8 @@ def plan_attention(
     query_order = class_start = None
     classes: Sequence[int] = ()
     if query_groups is not None:
-        classes = query_groups.unique().tolist() if query_classes is None else sorted(set(query_classes))
+        classes = query_groups.unique().tolist() if query_classes is None else query_classes
+        classes = sorted({int(c) if isinstance(c, Integral) else c for c in classes})
         for c in classes:
             if not isinstance(c, int) or not 0 <= c <= 255:
                 fail("plan_attention", "query_classes", "integers from 0 to 255", c)

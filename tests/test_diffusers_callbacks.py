@@ -179,7 +179,7 @@ def test_other_prompts_in_the_retouch_stage_change_the_image(pipes, kind):
 @KINDS
 def test_an_unknown_tensor_is_the_stock_pipelines_error(pipes, kind):
     for names in (["latents", "noise"], ["image"]):
-        with pytest.raises(ValueError, match="`callback_on_step_end_tensor_inputs` has to be in .*, got .*"):
+        with pytest.raises(ValueError, match="`callback_on_step_end_tensor_inputs` has to be in"):
             run(pipes[kind], callback_on_step_end_tensor_inputs=names)
         with pytest.raises(ValueError, match="`callback_on_step_end_tensor_inputs` has to be in"):
             stock_of(pipes[kind], kind, personalized=False)("a", callback_on_step_end_tensor_inputs=names)
@@ -201,16 +201,19 @@ def test_guidance_that_begins_is_refused(pipe):
 
 
 def test_the_stage_is_none_after_a_call_and_after_an_exception(pipe):
-    def stop(pipe, step, t, tensors):
-        if pipe.stage == stage:
-            raise InterruptedError
+    def stop_in(stage):
+        def stop(pipe, step, t, tensors):
+            if pipe.stage == stage:
+                raise InterruptedError
+
+        return stop
 
     assert pipe.stage is None
     run(pipe)
     assert pipe.stage is None
     for stage in ("layout", "retouch"):
         with pytest.raises(InterruptedError):
-            run(pipe, callback_on_step_end=stop)
+            run(pipe, callback_on_step_end=stop_in(stage))
         assert pipe.stage is None
     banked(pipe)
     assert pipe.stage is None

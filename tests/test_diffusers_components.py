@@ -1,4 +1,4 @@
-"""The components of the pipelines: which work, which are refused by name before any step, and what reaches both models."""
+"""The components of the pipelines: which work, which are refused before any step, and what reaches both models."""
 
 import copy
 import warnings
@@ -79,7 +79,7 @@ def consistency_vae():
         decoder_up_block_types=("ResnetUpsampleBlock2D", "ResnetUpsampleBlock2D"),
         decoder_layers_per_block=1,
         decoder_norm_num_groups=4,
-        decoder_num_train_timesteps=64,
+        decoder_num_train_timesteps=1024,
     )
 
 
@@ -158,37 +158,65 @@ def video_vae():
     return AutoencoderKLTemporalDecoder(block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2)
 
 
-CHANGES = {
-    "another class": (lambda: {"unet": tiny_unet(0, **XL_UNET)}, "unet: expected addition_embed_type None or 'text', got "
-                      "'text_time'; Stable Diffusion XL has a pipeline of its own"),
-    "inpainting": (lambda: {"unet": tiny_unet(0, in_channels=9)}, "unet: expected 4 input channels, as it has outputs, "
-                   "got 9; load a text-to-image UNet"),
-    "instructions": (lambda: {"personalized_unet": tiny_unet(0, in_channels=8)}, "personalized_unet: expected 4 input "),
+XL_INSTEAD = "Stable Diffusion XL has a pipeline of its own, StableDiffusionXLLayoutRetouchPipeline"
+TRAINED_WITH = "pass the text encoders that personalized_unet was trained with"
+CHANGES = {  # what is passed, the component that is named, expected, got; the hint
+    "another class": (
+        lambda: {"unet": tiny_unet(0, **XL_UNET)},
+        "unet: expected addition_embed_type None or addition_embed_type 'text', got 'text_time'; " + XL_INSTEAD,
+    ),
+    "inpainting": (
+        lambda: {"unet": tiny_unet(0, in_channels=9)},
+        "unet: expected 4 input channels, as it has outputs, got 9; load a text-to-image UNet",
+    ),
+    "instructions": (
+        lambda: {"personalized_unet": tiny_unet(0, in_channels=8)},
+        "personalized_unet: expected 4 input channels, as it has outputs, got 8",
+    ),
     "upscaling": (lambda: {"unet": tiny_unet(0, in_channels=7)}, "unet: expected 4 input channels"),
-    "latents": (lambda: {"unet": tiny_unet(0, in_channels=3, out_channels=3)}, "unet: expected latents of 4 channels, as "
-                "vae's, got 3"),
-    "width of texts": (lambda: {"personalized_unet": tiny_unet(1, cross_attention_dim=32)}, "personalized_unet: expected "
-                       "text embeddings of 16 channels, as text_encoder make them, got 32; pass the text encoders that "
-                       "personalized_unet was trained with"),
-    "text encoder": (lambda: {"personalized_text_encoder": narrow_encoder()}, "personalized_unet: expected text embeddings"
-                     " of 8 channels, as personalized_text_encoder make them, got 16"),
-    "guidance": (lambda: {"personalized_unet": tiny_unet(1, time_cond_proj_dim=8)}, "personalized_unet: expected "
-                 "time_cond_proj_dim None, as unet, got 8"),
-    "class labels": (lambda: {"unet": tiny_unet(0, num_class_embeds=3)}, "unet: expected one without class labels"),
-    "class type": (lambda: {"personalized_unet": tiny_unet(1, class_embed_type="timestep")}, "personalized_unet: expected "
-                   "one without class labels, got timestep"),
+    "latents": (
+        lambda: {"unet": tiny_unet(0, in_channels=3, out_channels=3)},
+        "unet: expected latents of 4 channels, as vae's, got 3",
+    ),
+    "width of texts": (
+        lambda: {"personalized_unet": tiny_unet(1, cross_attention_dim=32)},
+        "personalized_unet: expected text embeddings of 16 channels, as text_encoder make them, got 32; "
+        + TRAINED_WITH,
+    ),
+    "text encoder": (
+        lambda: {"personalized_text_encoder": narrow_encoder()},
+        "personalized_unet: expected text embeddings of 8 channels, as personalized_text_encoder make them, got 16",
+    ),
+    "guidance": (
+        lambda: {"personalized_unet": tiny_unet(1, time_cond_proj_dim=8)},
+        "personalized_unet: expected time_cond_proj_dim None, as unet, got 8",
+    ),
+    "class labels": (
+        lambda: {"unet": tiny_unet(0, num_class_embeds=3)},
+        "unet: expected one without class labels, got 3 classes",
+    ),
+    "class type": (
+        lambda: {"personalized_unet": tiny_unet(1, class_embed_type="timestep")},
+        "personalized_unet: expected one without class labels, got timestep",
+    ),
     "no text encoder": (lambda: {"text_encoder": None}, "text_encoder: expected one, since prompt is text, got None"),
     "no tokenizer": (lambda: {"tokenizer": None}, "tokenizer: expected one, since it finds subject_tokens in prompts"),
     "no unet": (lambda: {"unet": None}, "unet: expected a UNet, got None"),
     "no vae": (lambda: {"vae": None}, "vae: expected an autoencoder, got None; pass one, or output_type='latent'"),
     "video": (lambda: {"vae": video_vae()}, "vae: expected an autoencoder that decodes latents alone"),
-    "precision": (lambda: {"personalized_unet": tiny_unet(1).to(torch.bfloat16)}, "personalized_unet: expected "
-                  "torch.float32, as unet, got torch.bfloat16; bring all components to one precision: pipe.to(dtype)"),
-    "precision of texts": (lambda: {"text_encoder": components()["text_encoder"].double()}, "text_encoder: expected "
-                           "torch.float32, as unet, got torch.float64"),
-    "a patch": (lambda: {"unet": patched(tiny_unet(0))}, "personalized_unet: expected transformer blocks of the kind of "
-                "unet's"),
-}  # fmt: skip
+    "precision": (
+        lambda: {"personalized_unet": tiny_unet(1).to(torch.bfloat16)},
+        "personalized_unet: expected torch.float32, as unet, got torch.bfloat16; bring all components to one precision",
+    ),
+    "precision of texts": (
+        lambda: {"text_encoder": components()["text_encoder"].double()},
+        "text_encoder: expected torch.float32, as unet, got torch.float64",
+    ),
+    "a patch": (
+        lambda: {"unet": patched(tiny_unet(0))},
+        "personalized_unet: expected transformer blocks of the kind of unet's",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -402,17 +430,23 @@ def test_a_size_that_no_scale_divides():
     pipe = fresh(unet=tiny_unet(0, **four), personalized_unet=tiny_unet(1, **four))
     size = {"num_inference_steps": 2, "guidance_scale": 1.0, "height": 66, "width": 34}
     bank = banked(pipe, **size)
-    arguments = {**size, "output_type": "latent", "generator": None, "layout_mask": MASK}
+    arguments = {**size, "output_type": "latent", "layout_mask": MASK}
     found = pipe(
-        PROMPTS[:1], "a ball", subject_tokens="ball", reference_bank=bank, **{**arguments, "generator": seeded()}
+        PROMPTS[:1],
+        "a ball",
+        subject_tokens=("sks", "ball"),
+        reference_bank=bank,
+        generator=seeded(),
+        **arguments,
     )
     expected = pipe(
         PROMPTS[:1],
         "a ball",
         IMAGES[:1],
         "a sks ball",
-        "ball",
+        ("sks", "ball"),
         reference_mask=MASK,
-        **{**arguments, "generator": seeded()},
+        generator=seeded(),
+        **arguments,
     )
     assert distance(found.latents, expected.latents) <= TOLERANCE

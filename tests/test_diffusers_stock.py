@@ -182,12 +182,12 @@ def test_embeds_in_both_stages_are_those_of_the_texts(pipes, kind):
         (
             {"layout_prompt_embeds": torch.zeros(2, 24, 16)},
             ValueError,
-            "layout_prompt: expected None beside layout_pro",
+            "layout_prompt: expected None, since layout_pro",
         ),
         (
             {"negative_prompt": "b", "negative_prompt_embeds": torch.zeros(2, 24, 16)},
             ValueError,
-            "negative_prompt: expected None beside negative_prompt_embeds",
+            "negative_prompt: expected None, since negative_prompt_embeds is given",
         ),
         ({"clip_skip": -1}, ValueError, "clip_skip: expected a number of layers"),
         ({"guidance_rescale": "a"}, ValueError, "guidance_rescale: expected a finite number, got 'a'"),

@@ -43,8 +43,6 @@ def check_models(pipe: "PersonalizedPipeline") -> None:
     if pipe.personalized_unet is not None:
         unets["personalized_unet"] = pipe.personalized_unet
     for name, unet in unets.items():
-        if unet is None:
-            fail(OP, name, "a UNet", None)
         _check_unet(pipe, name, unet)
     if len(unets) == 2:
         _check_pair(pipe)

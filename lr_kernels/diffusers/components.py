@@ -83,7 +83,7 @@ class PersonalizedPipeline(Switches):
                 got = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
                 hint = "pass dtype=, which casts them all, or bring them to one before"
                 fail("from_pipe", "dtype", "a dtype, since the components have several", got, hint)
-            kwargs["dtype"] = next(iter(dtypes.values()))
+            kwargs["dtype"] = next(iter(dtypes.values()), None)
         return super().from_pipe(pipeline, **kwargs)
 
     # To be said by each kind of pipeline
@@ -309,6 +309,8 @@ class PersonalizedPipeline(Switches):
 
     def latent_size(self, height: int | None, width: int | None, latents: Tensor | None) -> tuple[int, int]:
         """(height, width) of the latents. Default: those given, or the UNet's sample size."""
+        if self.unet is None:
+            fail(OP, "unet", "a UNet", None, "pass the component")
         f, side = self.vae_scale_factor, self.unet.config.sample_size
         default = (side, side) if isinstance(side, int) else side
         if latents is not None:

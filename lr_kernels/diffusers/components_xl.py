@@ -124,7 +124,7 @@ class PersonalizedStableDiffusionXLPipeline(PersonalizedPipeline, StableDiffusio
     @contextmanager
     def vae_precision(self) -> Iterator[None]:
         """In float32 where float16 would overflow."""
-        upcast = self.vae.dtype == torch.float16 and self.vae.config.force_upcast
+        upcast = self.vae.dtype == torch.float16 and getattr(self.vae.config, "force_upcast", False)
         if upcast:
             self.vae.to(dtype=torch.float32)
         try:

@@ -1,6 +1,5 @@
 """Step-blended denoising, stage 1 of Layout-and-Retouch, as a guider of diffusers' modular pipelines."""
 
-import math
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,7 +13,7 @@ from diffusers.guiders.guider_utils import GuiderOutput
 from diffusers.modular_pipelines.modular_pipeline import BlockState
 from torch import Tensor, nn
 
-from ..checks import fail
+from ..checks import check_number, fail, plain_number
 from .adapters import active_adapters, adapters_off
 from .schedule import DEFAULT_SWITCH, Blend, blend_weights, step_in_schedule
 
@@ -75,8 +74,7 @@ class StepBlendGuidance(ClassifierFreeGuidance):
         enabled: bool = True,
         vanilla: nn.Module | None = None,
     ):
-        if not math.isfinite(guidance_scale):
-            fail(_OP, "guidance_scale", "a finite number", guidance_scale)
+        guidance_scale = check_number(_OP, "guidance_scale", guidance_scale)
         if layout_blend is None:
             fail(_OP, "layout_blend", "a name, weights or a function", None, "a function is not saved: pass it again")
         if not isinstance(layout_blend, str) and not callable(layout_blend):
@@ -92,7 +90,10 @@ class StepBlendGuidance(ClassifierFreeGuidance):
             enabled=enabled,
         )
         # The config is written as JSON.
-        self.register_to_config(layout_blend=None if callable(layout_blend) else layout_blend, adapters=adapters)
+        layout_steps = layout_steps if plain_number(layout_steps) is None else plain_number(layout_steps)
+        kept = None if callable(layout_blend) else layout_blend
+        numbers = {"guidance_scale": guidance_scale, "layout_steps": layout_steps}
+        self.register_to_config(layout_blend=kept, adapters=adapters, **numbers)
         self.layout_steps = layout_steps
         self.layout_blend = layout_blend
         self.adapters = adapters

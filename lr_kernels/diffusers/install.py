@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, JointAttnProcessor2_0
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
@@ -78,15 +79,15 @@ def select_layers(
     layers = attention_layers(unet, kind)
     if choice is None:
         return layers
-    entries = (choice,) if isinstance(choice, int | str) else choice
-    if not isinstance(entries, Iterable) or not all(isinstance(entry, int | str) for entry in entries):
+    entries = (choice,) if isinstance(choice, Integral | str) else choice
+    if not isinstance(entries, Iterable) or not all(isinstance(entry, Integral | str) for entry in entries):
         fail("select_layers", name, "scales and beginnings of layer names, at least one", choice)
     choice = tuple(entries)
     if not choice:
         fail("select_layers", name, "scales and beginnings of layer names, at least one", list(choice))
     chosen: set[str] = set()
     for entry in choice:
-        if isinstance(entry, int):
+        if isinstance(entry, Integral):
             matches = [layer for layer in layers if layer_scale(unet, layer) == entry]
         else:
             matches = [layer for layer in layers if f"{layer}.".startswith(entry.rstrip(".") + ".")]

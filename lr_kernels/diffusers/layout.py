@@ -15,9 +15,9 @@ from .guidance import GuidedStepper
 from .output import Costs, LayoutRetouchOutput
 from .pictures import Image
 from .prompts import read_prompts
-from .request import Request, build_request, refuse
+from .request import Request, build_request
 from .schedule import Blend
-from .settings import OP, Callback, Generator, Settings
+from .settings import OP, Callback, Generator, Settings, refuse
 from .step_end import Told, after_step
 from .stock import StockArguments
 

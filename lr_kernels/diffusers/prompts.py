@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..checks import fail
-from .settings import OP
+from .settings import OP, refuse
 from .stock import StockArguments
 
 if TYPE_CHECKING:
@@ -154,19 +154,19 @@ def read_prompts(
         texts = as_list(prompt)
         count = len(texts)
     else:
-        _refuse_both("prompt", prompt, "prompt_embeds and there are no subject_tokens")
+        refuse("there are prompt_embeds and no subject_tokens to be found in it", prompt=prompt)
         texts, count = [], len(stock.prompt_embeds) if isinstance(stock.prompt_embeds, Tensor) else 0
     layout_texts: list[str] = []
     if not lays_out:
-        _refuse_both("layout_prompt_embeds", stock.layout_prompt_embeds, "there is no layout stage", "since")
+        refuse("there is no layout stage", layout_prompt_embeds=stock.layout_prompt_embeds)
     elif stock.layout_prompt_embeds is None:
         layout_texts = as_list(layout_prompt, count, "layout_prompt")
     else:
-        _refuse_both("layout_prompt", layout_prompt, "layout_prompt_embeds")
+        refuse("layout_prompt_embeds is given", layout_prompt=layout_prompt)
     negatives: list[str | None] = [None] * count
     if negative_prompt is not None:
         if stock.negative_prompt_embeds is not None:
-            _refuse_both("negative_prompt", negative_prompt, "negative_prompt_embeds")
+            refuse("negative_prompt_embeds is given", negative_prompt=negative_prompt)
         negatives = as_list(negative_prompt, count, "negative_prompt")
     embeds = [_given_embeds(pipe, stock, kind, count, copies) for kind in ("", "layout_", "negative_")]
     return Prompts(*([x for x in xs for _ in range(copies)] for xs in (texts, layout_texts, negatives)), *embeds)
@@ -198,11 +198,6 @@ def check_prompts(
             fail(OP, name, f"{pipe.text_length} tokens, as the references' prompts have", length)
 
 
-def _refuse_both(argument: str, x: object, other: str, why: str = "beside") -> None:
-    if x is not None:
-        fail(OP, argument, f"None {why} {other}", type(x).__name__)
-
-
 def as_list(x: str | Sequence[str] | None, count: int | None = None, name: str = "prompt") -> list[str]:
     """One string or several -> a list of `count`."""
     texts = [x] if isinstance(x, str) else list(x) if isinstance(x, (list, tuple)) else []
@@ -222,7 +217,7 @@ def _given_embeds(
     name, pooled_name = f"{kind}prompt_embeds", f"{kind}pooled_prompt_embeds"
     tokens, pooled = getattr(stock, name), getattr(stock, pooled_name)
     if tokens is None:
-        _refuse_both(pooled_name, pooled, name, "without")
+        refuse(f"{name} is not given", **{pooled_name: pooled})
         return None
     if pipe.pools and pooled is None:
         fail(OP, pooled_name, f"what belongs to {name}", None)

@@ -20,7 +20,7 @@ from .pictures import Image, as_mask, one_by_one, preprocess
 from .prompts import Prompts, as_list, check_prompts
 from .routing import MAX_SUBJECTS
 from .schedule import DEFAULT_SWITCH, Solver, blend_weights, step_in_schedule
-from .settings import OP, Generator, Settings
+from .settings import OP, Generator, Settings, refuse
 from .step_end import tensor_inputs
 from .stock import StockArguments
 from .subject import SubjectTokens, as_numbers, as_subjects, shown_subjects
@@ -229,12 +229,6 @@ def check_contexts(request: Request, contexts: Contexts | None) -> None:
     if request.layout_masks is None and contexts.words not in (None, request.subjects):
         hint = "pass layout() the same subject_tokens, or a layout_mask"
         fail(OP, "subject_tokens", f"{contexts.words}, as the layouts had", request.subjects, hint)
-
-
-def refuse(reason: str, **arguments: object) -> None:
-    for name, x in arguments.items():
-        if x is not None:
-            fail(OP, name, f"None, since {reason}", type(x).__name__)
 
 
 def _given_references(

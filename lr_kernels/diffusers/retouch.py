@@ -21,9 +21,9 @@ from .matching import matcher
 from .output import Costs, LayoutRetouchOutput
 from .pictures import Image
 from .prompts import Embeds, Prompts, read_prompts
-from .request import Request, build_request, check_contexts, given_contexts, refuse
+from .request import Request, build_request, check_contexts, given_contexts
 from .routing import RetouchBatch, Routing, Swap, route, swap
-from .settings import OP, Callback, Generator, Settings
+from .settings import OP, Callback, Generator, Settings, refuse
 from .step_end import Told, after_step
 from .stock import StockArguments
 from .subject import TargetMasks
@@ -61,8 +61,8 @@ class RetouchStage:
         """What the references contribute to the retouch stage: keys and values of every layer and step that shares.
 
         Pass it as `reference_bank` to any number of calls with the same size and number of steps, the same range of
-        steps and layers or a part of them, and with or without guidance as here; `save` keeps it for other processes.
-        Arguments as in `__call__`, and storage, limit as in `ReferenceBank`.
+        steps and layers or a part of them, with or without guidance and with the same `stock` as here; `save` keeps it
+        for other processes. Arguments as in `__call__`, and storage, limit as in `ReferenceBank`.
         """
         request = build_request(
             self,

@@ -103,3 +103,10 @@ class Settings:
                 fail(OP, "generator", "a torch.Generator, or a list of them", type(generator).__name__)
         if isinstance(self.generator, list) and len(several) != images:
             fail(OP, "generator", f"one, or {images}, one per image", len(several))
+
+
+def refuse(reason: str, **arguments: object) -> None:
+    """ValueError for an argument that is given although there is a reason against it."""
+    for name, x in arguments.items():
+        if x is not None:
+            fail(OP, name, f"None, since {reason}", type(x).__name__)
