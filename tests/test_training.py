@@ -1,9 +1,12 @@
 """Attention as people train with it: checkpoints, gradients of gradients, torch.func, tensors changed in between, and a
 UNet with a LoRA. Numbers in names: the fault list of DESIGN.md."""
 
+import contextlib
 import functools
 
+import peft
 import pytest
+import tiny_models
 import torch
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
@@ -20,6 +23,16 @@ from lr_kernels import (
     subject_mask,
 )
 from lr_kernels.coefficients import COLUMNS
+from lr_kernels.diffusers import (
+    AttentionState,
+    CustomAttnProcessor,
+    MultiSourceAttnProcessor,
+    RetouchBatch,
+    install_processors,
+    route,
+    select_layers,
+)
+from lr_kernels.testing import assert_matches
 
 QUERY, KEY, VALUE = (torch.randn(2, n, 2, 8, generator=torch.Generator().manual_seed(n)) for n in (3, 5, 6))
 VALUE = VALUE[:, :5]
@@ -297,3 +310,60 @@ def test_28_a_plan_changed_before_the_backward_pass_is_an_error(name):
     (lists[0] if isinstance(lists, tuple) else lists).add_(0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+# ---- a UNet with a LoRA ----
+
+
+def lora_gradients(install, checkpointing=False, dtype=torch.float32):
+    """Gradients of all LoRA weights of a tiny UNet, one after the other; its self-attention has the processors that
+    `install` makes."""
+    unet = tiny_models.tiny_unet(0).requires_grad_(False)
+    torch.manual_seed(1)
+    names = ["to_q", "to_k", "to_v", "to_out.0"]
+    unet.add_adapter(peft.LoraConfig(r=2, target_modules=names, init_lora_weights=False))
+    unet.train()
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
+    latents, text = torch.randn(3, 4, 8, 8).to(dtype), torch.randn(3, 5, 16).to(dtype)
+    layers = select_layers(unet.to(dtype), "self")
+    with install_processors(layers, install(layers)) if install else contextlib.nullcontext():
+        unet(latents, 10, encoder_hidden_states=text).sample.square().mean().backward()
+    return torch.cat([x.grad.flatten() for x in unet.parameters() if x.requires_grad])
+
+
+def shared(backend):
+    """Processors of the retouch stage while they share; without a backend while they do not."""
+    mask = torch.zeros(1, 8, 8, dtype=torch.bool)
+    mask[:, 2:6, 2:6] = True
+    batch = RetouchBatch(1, True, False)
+    routings = {n * n: route(batch, mask, mask, (n, n)) for n in (8, 4)}
+    state = AttentionState(sharing=backend is not None, routings=routings, backend=backend or "auto")
+    return lambda layers: {name: MultiSourceAttnProcessor(state) for name in layers}
+
+
+def custom(calls, backend):
+    def attention(query, key, value):
+        calls.append(query.shape)
+        own, first = Source(key, value), Source(key, value, torch.zeros(3, dtype=torch.int32))
+        return multi_source_attention(query, [own, first._replace(logit_scale=0.5)], backend=backend)
+
+    return lambda layers: {name: CustomAttnProcessor(attention) for name in layers}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+def test_28_a_lora_trains_as_with_stock_processors(checkpointing, one_thread):
+    assert torch.equal(lora_gradients(shared(None), checkpointing), lora_gradients(None))
+
+
+@pytest.mark.parametrize("kind", ["shared", "custom"])
+def test_28_a_lora_trains_while_rows_are_shared(kind, one_thread):
+    def processors(backend):
+        return shared(backend) if kind == "shared" else custom(calls, backend)
+
+    calls = []
+    got, expected = lora_gradients(processors("cpu")), lora_gradients(processors("reference"))
+    assert_matches(got, expected, lora_gradients(processors("reference"), dtype=torch.float64))
+    calls.clear()
+    assert torch.equal(lora_gradients(processors("cpu"), checkpointing=True), got)
+    assert len(calls) == (14 if kind == "custom" else 0)  # each of 7 layers twice: the checkpoints did compute again
