@@ -138,6 +138,32 @@ def attention_inputs(case: AttentionCase, dtype: torch.dtype, seed: int = 0, dev
     return AttentionInputs(query.to(device), sources, groups)
 
 
+EXTREMES = (
+    *(("key_bias", x) for x in (torch.finfo(torch.float32).min, -1e38, -1e30, -1e4, 1e30)),
+    *(("logit_bias", x) for x in (-1e38, -1e30, 1e30)),
+    *(("products", x) for x in (1e8, 1e15)),
+)
+"""What makes all logits of a problem huge: `extreme_inputs`."""
+
+
+def extreme_inputs(extreme: tuple[str, float], dtype: torch.dtype, device: str = "cpu", **case) -> AttentionInputs:
+    """Inputs whose biases all have the value, or whose queries and keys are each multiplied by it (fp16: up to 1e3)."""
+    kind, value = extreme
+    inputs = attention_inputs(AttentionCase("extreme", **case), dtype, device=device)
+    if kind == "products":
+        inputs.query *= min(value, 1e3) if dtype == torch.float16 else value
+    for i, s in enumerate(inputs.sources):
+        match kind:
+            case "key_bias":
+                bias = torch.full((1 if i % 2 else s.key.shape[0], s.key.shape[1]), value, device=device)
+                inputs.sources[i] = s._replace(key_bias=bias)
+            case "logit_bias":
+                inputs.sources[i] = s._replace(logit_bias=value)
+            case "products":
+                s.key.mul_(min(value, 1e3) if dtype == torch.float16 else value)
+    return inputs
+
+
 def _random_bits(shape: tuple[int, int], bits: int, generator: torch.Generator) -> Tensor:
     """uint8 with one bit set each, and now and then two."""
     one, other = (1 << torch.randint(bits, shape, generator=generator) for _ in range(2))

@@ -10,7 +10,14 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from lr_kernels import Source, multi_source_attention, plan_attention, reference
-from lr_kernels.testing import CASES, AttentionCase, attention_inputs, check_attention_backward
+from lr_kernels.testing import (
+    CASES,
+    EXTREMES,
+    AttentionCase,
+    attention_inputs,
+    check_attention_backward,
+    extreme_inputs,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -85,6 +92,21 @@ def test_28_every_instruction_set(isa, monkeypatch):
     )
     monkeypatch.setenv("LR_KERNELS_ISA", isa)
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("extreme", EXTREMES, ids=str)
+def test_28_extreme_logits_of_all_visible_keys(extreme, dtype):
+    """Where the log of the sum is lost beside the largest logit: a softmax of what the rounding leaves."""
+    check_attention_backward(on("cpu"), extreme_inputs(extreme, dtype, visible=0.6))
+
+
+def test_28_extreme_logits_of_some_queries_leave_the_others_alone():
+    """One tile holds both: batch row 1 and a class of queries see extreme biases only, or one among ordinary ones."""
+    inputs = extreme_inputs(("key_bias", -1e30), torch.float32, groups=2)
+    for s in inputs.sources:
+        s.key_bias[0], s.key_bias[-1, ::3] = 0.5, 1.0
+    check_attention_backward(on("cpu"), inputs)
 
 
 def test_28_only_what_asks_for_a_gradient_gets_one():

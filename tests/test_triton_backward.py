@@ -1,13 +1,22 @@
 """Gradients of multi_source_attention in Triton: the interpreter with checked accesses, or a GPU where there is one.
 Numbers in names: the fault list of DESIGN.md."""
 
+import functools
 import math
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from lr_kernels import Source, multi_source_attention
-from lr_kernels.testing import CASES, AttentionCase, attention_inputs, check_attention_backward
+from lr_kernels.testing import (
+    CASES,
+    EXTREMES,
+    AttentionCase,
+    attention_inputs,
+    check_attention_backward,
+    extreme_inputs,
+)
 
 SEEDS = {torch.float32: 2, torch.bfloat16: 1, torch.float16: 1}
 """Problems compared together: in fp32 the largest errors are luck, in 16 bits the rounding of the result decides."""
@@ -21,6 +30,13 @@ def by_triton(*args, **kwargs):
 @pytest.mark.parametrize("case", [c for c in CASES if not c.value_index], ids=lambda c: c.id)
 def test_28_gradients_match_the_formula(case, dtype, device):
     check_attention_backward(by_triton, *(attention_inputs(case, dtype, i, device) for i in range(SEEDS[dtype])))
+
+
+@pytest.mark.parametrize("extreme", EXTREMES, ids=str)
+def test_28_extreme_logits_of_all_visible_keys(extreme, device):
+    """Where the log of the sum is lost beside the largest logit: a softmax of what the rounding leaves."""
+    case = {"batch": 1, "queries": 9, "heads": 1, "head_dim": 8, "keys": (20, 7), "visible": 0.7}
+    check_attention_backward(by_triton, extreme_inputs(extreme, torch.float32, device, **case))
 
 
 def test_28_classes_of_several_tiles(device):
@@ -76,3 +92,15 @@ def test_28_gradients_through_value_index_are_refused_by_name(device):
     message = r"gradients through value_index\[0\]: not supported by backend 'triton'; supported by 'cpu', 'reference'"
     with pytest.raises(NotImplementedError, match=message):
         by_triton(query, [source])
+
+
+def test_28_checkpoints_and_gradients_of_gradients(device):
+    query, key, value = (torch.randn(1, 5, 1, 16, device=device, requires_grad=True) for _ in range(3))
+    layer = functools.partial(checkpoint, lambda q, k, v: by_triton(q, [Source(k, v)]).square(), use_reentrant=False)
+    expected = torch.autograd.grad(by_triton(query, [Source(key, value)]).square().sum(), (query, key, value))
+    assert all(map(torch.equal, torch.autograd.grad(layer(query, key, value).sum(), (query, key, value)), expected))
+    message = r"gradients of gradients .*: not supported by backend 'triton'; supported by 'reference'"
+    with pytest.raises(NotImplementedError, match=message):
+        torch.autograd.grad(by_triton(query, [Source(key, value)]).sum(), query, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"torch\.func transforms: not supported by backend 'triton'"):
+        torch.func.grad(lambda x: by_triton(x, [Source(key, value)]).sum())(query)

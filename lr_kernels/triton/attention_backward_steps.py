@@ -68,10 +68,11 @@ def store_parts(at, x0, x1, ok, D: tl.constexpr, D0: tl.constexpr, D1: tl.conste
 @triton.jit
 def load_lse(lse, places, ok):
     """fp64 natural-log lse -> fp32 (log2 units, what rounding took); inf, which makes P 0, where no key was seen."""
-    exact = tl.load(lse + places, mask=ok, other=-INF) * 1.4426950408889634
-    top = exact.to(tl.float32)
+    natural = tl.load(lse + places, mask=ok, other=-INF)
+    exact = natural * 1.4426950408889634
+    top = tl.where(tl.abs(natural) < INF, tl.minimum(tl.maximum(exact, -MAX), MAX), exact).to(tl.float32)
     rest = (exact - top.to(tl.float64)).to(tl.float32)
-    return tl.where(top == -INF, INF, top), tl.where(tl.abs(top) < INF, rest, 0.0)
+    return tl.where(natural == -INF, INF, top), tl.where(tl.abs(top) < INF, rest, 0.0)
 
 
 @triton.jit
