@@ -262,13 +262,13 @@ def test_float64_uses_the_reference():
 def test_26_27_opcheck():
     target, key = make(2, 20, 1, 30, 8)
     outputs = torch.full((2, 20), -1), torch.ones(2, 20, dtype=torch.bool)
-    torch.library.opcheck(torch.ops.lr_kernels.correspondence_cpu.default, (target, key, 5, 4, *outputs))
+    torch.library.opcheck(torch.ops.lr_kernels.correspondence_cpu.default, (target, key, 5, torch.tensor([4, 1]), *outputs))
 
 
 def test_the_op_refuses_no_reference_tokens():
     target, outputs = torch.randn(1, 4, 8), (torch.full((1, 4), -1), torch.ones(1, 4, dtype=torch.bool))
-    with pytest.raises(RuntimeError, match="correspondence: expected at least one reference token"):
-        torch.ops.lr_kernels.correspondence_cpu(target, target[:, :0], 1, 0, *outputs)
+    with pytest.raises(RuntimeError, match="correspondence: reference: expected 1 to 2147483647 tokens, got 0"):
+        torch.ops.lr_kernels.correspondence_cpu(target, target[:, :0], 1, torch.zeros(1, dtype=torch.long), *outputs)
 
 
 def test_29_compiles_without_breaks_or_recompiles():
