@@ -7,12 +7,12 @@
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
 #include <sstream>
+#include <stdexcept>
 #include <string>
 
 namespace lr {
@@ -197,8 +197,7 @@ class Call {
   [[noreturn]] __attribute__((noinline, cold)) void refuse(Name name, const std::string& expected,
                                                            const std::string& got) const {
     const std::string entry = name.entry < 0 ? "" : text('[', name.entry, ']');
-    STD_TORCH_CHECK(false, "lr_kernels.", op_, ": ", name.text, entry, ": expected ", expected, ", got ", got);
-    __builtin_unreachable();
+    throw std::runtime_error(text("lr_kernels.", op_, ": ", name.text, entry, ": expected ", expected, ", got ", got));
   }
 
   template <class Sizes>

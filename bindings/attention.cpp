@@ -16,8 +16,6 @@ using lr::Tensor;
 using lr::Tensors;
 using lr::View;
 
-constexpr const char* kOp = "multi_source_attention";
-
 // The lists of one source, as in the schema.
 struct Lists {
   const Tensors &key, &value;
@@ -151,7 +149,7 @@ void multi_source_attention(Tensor query, Tensors key, Tensors value, MaybeTenso
                             MaybeTensors logit_scale, MaybeTensors logit_bias, MaybeTensor query_order,
                             MaybeTensor class_start, std::vector<int64_t> softmax_group, MaybeTensors weight,
                             double scale, Tensor out, MaybeTensor lse) {
-  lr::Call call(kOp);
+  lr::Call call("multi_source_attention");
   const ScalarType dtype = call.floating(query, "query");
   const Lists lists{key, value, rows, key_index, key_count, value_index, key_bias, logit_scale, logit_bias};
   lr::AttentionParams p = attention_params(call, dtype, query, lists, query_order, class_start, scale);
@@ -192,7 +190,7 @@ void multi_source_attention_backward(Tensor grad_out, MaybeTensor grad_lse, Tens
                                      MaybeTensors logit_bias, MaybeTensor query_order, MaybeTensor class_start,
                                      double scale, Tensor out, Tensor lse, Tensor grad_query, Tensors grad_key,
                                      Tensors grad_value, Tensors grad_key_bias) {
-  lr::Call call(kOp);
+  lr::Call call("multi_source_attention_backward");
   const ScalarType dtype = call.floating(query, "query");
   const Lists lists{key, value, rows, key_index, key_count, value_index, key_bias, logit_scale, logit_bias};
   lr::AttentionBackwardParams g{};
@@ -219,8 +217,7 @@ void multi_source_attention_backward(Tensor grad_out, MaybeTensor grad_lse, Tens
   call.count(grad_key_bias.size(), "grad_key_bias", p.sources, p.sources);
   for (int32_t i = 0; i < p.sources; ++i) {
     const lr::AttentionSource& s = p.source[i];
-    g.grad_key[i] =
-        call.output(grad_key[i], {"grad_key", i}, ScalarType::Float, {s.r, s.m, p.h, p.d}, 4).as<float>();
+    g.grad_key[i] = call.output(grad_key[i], {"grad_key", i}, ScalarType::Float, {s.r, s.m, p.h, p.d}, 4).as<float>();
     g.grad_value[i] =
         call.output(grad_value[i], {"grad_value", i}, ScalarType::Float, {s.r, s.v, p.h, p.d}, 4).as<float>();
     const Tensor& bias = grad_key_bias[i];

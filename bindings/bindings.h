@@ -26,9 +26,7 @@ inline Parallel torch_parallel() {
 
 // Of what Call::floating lets through.
 inline DType dtype_of(ScalarType dtype) {
-  return dtype == ScalarType::Float  ? DType::kFloat32
-         : dtype == ScalarType::Half ? DType::kFloat16
-                                     : DType::kBFloat16;
+  return dtype == ScalarType::Float ? DType::kFloat32 : dtype == ScalarType::Half ? DType::kFloat16 : DType::kBFloat16;
 }
 
 }  // namespace lr

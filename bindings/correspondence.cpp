@@ -28,6 +28,10 @@ void correspondence(Tensor target, Tensor reference, int64_t columns, Tensor rad
   call.require(p.c >= 1 && p.c <= kMaxChannels, "target", p.c, "1 to ", kMaxChannels, " channels");
   call.require(columns >= 1, "columns", columns, "at least 1");
   const lr::View radii = call.input(radius_squared, "radius_squared", ScalarType::Long, {one_or(p.b)}, 1);
+  for (int64_t b = 0; b < radii.size[0] && radii.reach > 0; ++b) {
+    const int64_t square = radii.as<int64_t>()[b * radii.stride[0]];
+    call.require(square >= 0, "radius_squared", square, "numbers of at least 0");
+  }
   const lr::View found = call.output(index, "index", ScalarType::Long, {p.b, p.n}, 2);
   const lr::View agrees = call.output(consistent, "consistent", ScalarType::Bool, {p.b, p.n}, 2);
   if (found.reach == 0) return;

@@ -55,10 +55,8 @@ void compact_keys(MaybeTensor mask, MaybeTensor groups, std::vector<int64_t> cla
     call.require(classes[c] >= 0 && classes[c] <= 255, {"classes", c}, classes[c], "0 to 255");
     p.classes[c] = static_cast<uint8_t>(classes[c]);
   }
-  // The outputs say how many rows and keys there are, but are checked after what is read.
-  call.require(count.defined() && count.dim() == 2 && index.dim() == 3, "index", "others",
-               "(classes, rows, keys), with count (classes, rows)");
-  p.r = count.size(1);
+  call.require(index.dim() == 3, "index", index.dim(), "3 dimensions: classes, rows, keys");
+  p.r = index.size(1);
   p.m = index.size(2);
   call.require(p.m <= lr::kMaxTokens, "index", p.m, "at most ", lr::kMaxTokens, " keys");
   const auto read = [&](const MaybeTensor& x, ScalarType dtype, const char* name, const uint8_t*& data,

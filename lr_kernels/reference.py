@@ -429,8 +429,8 @@ def correspondence(
 
     target (B, N, C), reference (B or 1, M, C) -> index int64 (B, N): the reference token most like each target token,
     and consistent bool (B, N): going back from it ends within `radius` grid cells of the start (radius: scalar or (B,);
-    grid: (rows, columns) of the target; radius 0 asks for the very token). Of equal similarities the lowest index counts. A target token
-    without any similarity above -inf gets index 0 and consistent False.
+    grid: (rows, columns) of the target; radius 0 asks for the very token). Of equal similarities the lowest index
+    counts. A target token without any similarity above -inf gets index 0 and consistent False.
     """
     similarity = cosine_similarity(target, reference)
     best, index = similarity.max(2)

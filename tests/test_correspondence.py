@@ -262,7 +262,9 @@ def test_float64_uses_the_reference():
 def test_26_27_opcheck():
     target, key = make(2, 20, 1, 30, 8)
     outputs = torch.full((2, 20), -1), torch.ones(2, 20, dtype=torch.bool)
-    torch.library.opcheck(torch.ops.lr_kernels.correspondence_cpu.default, (target, key, 5, torch.tensor([4, 1]), *outputs))
+    torch.library.opcheck(
+        torch.ops.lr_kernels.correspondence_cpu.default, (target, key, 5, torch.tensor([4, 1]), *outputs)
+    )
 
 
 def test_the_op_refuses_no_reference_tokens():

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .arguments import check_correspondence
 from .launch import INTERPRETED, check_grid, on_device, strides
 from .sources import dot_precision
 
@@ -105,9 +106,7 @@ def _merged(top, index, at, step, splits, ok, BLOCK: tl.constexpr):
     return best, which
 
 
-@triton.jit(
-    do_not_specialize=["N", "blocks", "splits", "step", "back_splits", "back_step", "columns", "radius_b"]
-)
+@triton.jit(do_not_specialize=["N", "blocks", "splits", "step", "back_splits", "back_step", "columns", "radius_b"])
 def correspondence_check_kernel(
     top, index,  # fp32, int32 (B, splits, step)
     back_top, back_index,  # fp32, int32 (B, back_splits, back_step)
@@ -140,6 +139,7 @@ def correspondence_triton(
     target: Tensor, reference: Tensor, columns: int, radius_squared: Tensor, index: Tensor, consistent: Tensor
 ) -> None:
     """Shapes as in the schema `correspondence` of lr_kernels/ops.py."""
+    check_correspondence(target, reference, columns, radius_squared, index, consistent)
     # Early return for trivial cases
     if index.numel() == 0:
         return
