@@ -87,7 +87,28 @@ inline const char* name_of(ScalarType dtype) {
   }
 }
 
-// Of the dtypes that the kernels take.
+// As torch numbers the dtypes that the kernels take. Tensor::scalar_type() goes through all of them, every time.
+inline int32_t code_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return aoti_torch_dtype_float32();
+    case ScalarType::Double:
+      return aoti_torch_dtype_float64();
+    case ScalarType::Half:
+      return aoti_torch_dtype_float16();
+    case ScalarType::BFloat16:
+      return aoti_torch_dtype_bfloat16();
+    case ScalarType::Int:
+      return aoti_torch_dtype_int32();
+    case ScalarType::Long:
+      return aoti_torch_dtype_int64();
+    case ScalarType::Bool:
+      return aoti_torch_dtype_bool();
+    default:
+      return aoti_torch_dtype_uint8();
+  }
+}
+
 inline int64_t bytes_of(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Double:
@@ -129,10 +150,15 @@ class Call {
   // The dtype of the tensor that decides it for others.
   ScalarType floating(const Tensor& x, Name name) const {
     require(x.defined(), name, "None", "a tensor");
-    const ScalarType dtype = x.scalar_type();
-    require(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16, name,
-            name_of(dtype), "float32, float16 or bfloat16");
-    return dtype;
+    for (const ScalarType dtype : {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half})
+      if (is(x, dtype)) return dtype;
+    refuse(name, "float32, float16 or bfloat16", name_of(x.scalar_type()));
+  }
+
+  static bool is(const Tensor& x, ScalarType dtype) {
+    int32_t code = 0;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &code));
+    return code == code_of(dtype);
   }
 
   // A tensor that is read. The last `dense` dimensions lie in memory without gaps.
@@ -222,26 +248,31 @@ class Call {
     const bool cuda = device_type_ == aoti_torch_device_type_cuda();
     require(device_type == device_type_ && (!cuda || x.get_device_index() == device_), name, "one elsewhere",
             cuda ? "a tensor on the CUDA device of the others" : "a tensor on the CPU");
-    require(x.scalar_type() == dtype, name, name_of(x.scalar_type()), name_of(dtype));
+    if (!is(x, dtype)) refuse(name, name_of(dtype), name_of(x.scalar_type()));
 
-    const auto sizes = x.sizes(), strides = x.strides();
-    bool fits = sizes.size() == shape.size();
-    for (size_t i = 0; fits && i < shape.size(); ++i) fits = shape.begin()[i].fits(sizes[i]);
-    if (!fits) refuse(name, "shape " + tuple_of(shape), tuple_of(sizes));
+    const int dims = static_cast<int>(shape.size());
+    int64_t *sizes = nullptr, *strides = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(x.get(), &sizes));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(x.get(), &strides));
+    bool fits = x.dim() == dims, empty = false;
+    for (int i = 0; fits && i < dims; ++i) {
+      fits = shape.begin()[i].fits(sizes[i]);
+      empty |= sizes[i] == 0;
+    }
+    if (!fits) refuse(name, "shape " + tuple_of(shape), tuple_of(x.sizes()));
 
     View view;
-    const bool empty = x.numel() == 0;
     int64_t packed = 1;
     view.reach = empty ? 0 : 1;
-    for (int i = static_cast<int>(shape.size()) - 1; i >= 0; --i) {
+    for (int i = dims - 1; i >= 0; --i) {
       const bool used = !empty && sizes[i] > 1;
       view.size[i] = sizes[i];
       view.stride[i] = used ? strides[i] : 0;
       if (!used) continue;
       view.reach += (sizes[i] - 1) * strides[i];
-      if (i < static_cast<int>(shape.size()) - dense) continue;
+      if (i < dims - dense) continue;
       if (strides[i] != packed)
-        refuse(name, text("no gaps in the last ", dense, " of ", shape.size(), " dimensions"), layout_of(x));
+        refuse(name, text("no gaps in the last ", dense, " of ", dims, " dimensions"), layout_of(x));
       packed *= sizes[i];
     }
     if (empty) return view;

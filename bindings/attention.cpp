@@ -175,7 +175,7 @@ void multi_source_attention(Tensor query, Tensors key, Tensors value, MaybeTenso
   lr::copy_strides(result, p.out_stride);
   if (lse) {
     call.require(groups == 1, "lse", "a tensor", "None, since each of ", groups, " softmax groups has its own");
-    p.lse_is_double = lse->defined() && lse->scalar_type() == ScalarType::Double;
+    p.lse_is_double = lse->defined() && lr::Call::is(*lse, ScalarType::Double);
     const ScalarType lse_dtype = p.lse_is_double ? ScalarType::Double : ScalarType::Float;
     const View sums = call.output(*lse, "lse", lse_dtype, {p.b, p.n, p.h}, 0);
     p.lse = sums.data;

@@ -23,7 +23,7 @@ void merge_attention_states(Tensors outs, Tensors lses, Tensor out, Tensor lse) 
   p.h = first.size[2];
   p.d = first.size[3];
   for (int32_t k = 0; k < p.parts; ++k) {
-    const lr::View part = call.input(outs[k], {"outs", k}, dtype, {p.b, p.n, p.h, p.d}, 1);
+    const lr::View part = k == 0 ? first : call.input(outs[k], {"outs", k}, dtype, {p.b, p.n, p.h, p.d}, 1);
     const lr::View part_lse = call.input(lses[k], {"lses", k}, ScalarType::Float, {p.b, p.n, p.h}, 0);
     p.part[k] = part.data;
     p.part_lse[k] = part_lse.as<float>();

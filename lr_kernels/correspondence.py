@@ -8,11 +8,13 @@ from torch import Tensor
 
 from . import backends
 from . import reference as specification
-from .checks import check_number, fail, one_of
+from .checks import MAX_TOKENS, check_number, fail, one_of
 
 _OP = "correspondence"
 _FAR = 2.0**30
 """A radius that reaches every cell; the square of it is an int64."""
+_MAX_CHANNELS = 2**24
+"""The CPU kernel counts the channels of a few dozen tokens in 32 bits."""
 
 
 def correspondence(
@@ -88,10 +90,10 @@ def _check(target: Tensor, reference: Tensor) -> None:
     for name, x in (("target", target), ("reference", reference)):
         if channels > 1 and x.stride(2) != 1:
             fail(_OP, name, "a contiguous last dimension", f"stride {x.stride(2)}", "call .contiguous()")
-        if x.shape[1] >= 2**31:  # the kernels hold indices in 32 bits
-            fail(_OP, name, f"fewer than {2**31} tokens", x.shape[1])
-    if channels > 2**24:  # and a few dozen tokens' channels
-        fail(_OP, "target", f"at most {2**24} channels", channels)
+        if x.shape[1] > MAX_TOKENS:
+            fail(_OP, name, f"fewer than {MAX_TOKENS + 1} tokens", x.shape[1])
+    if channels > _MAX_CHANNELS:
+        fail(_OP, "target", f"at most {_MAX_CHANNELS} channels", channels)
 
 
 def _check_radius(radius: float | Sequence[float] | Tensor, target: Tensor) -> float | Tensor:

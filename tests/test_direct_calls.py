@@ -7,7 +7,8 @@ import pytest
 import torch
 from direct_calls import ON_CPU, OPERATORS, Draw, at, make_call, own, places, replaced
 
-from lr_kernels import ops
+from lr_kernels import Source, attention_with_token_maps, multi_source_attention, ops, step_blend
+from lr_kernels.coefficients import COLUMNS
 
 OPS = torch.ops.lr_kernels
 VALUE_INDEX = 8
@@ -254,3 +255,56 @@ def test_45_memory_that_was_given_back(left):
 def test_45_a_share_of_the_fuzz():
     outcomes = [make_call(seed)[1] for seed in range(300)]
     assert outcomes.count("refused by the op") > 100 and outcomes.count("succeeded") > 30
+
+
+def graph_of(function):
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, backend="eager")
+
+
+class TestWhereErrorsOfTheExtensionEndTheProcess:
+    """As with torch 2.11: Python refuses first, in compiled graphs too. The wording tells who it was."""
+
+    @pytest.fixture(autouse=True)
+    def older(self, monkeypatch):
+        monkeypatch.setattr(ops, "ERRORS_REACH_PYTHON", False)
+
+    @pytest.mark.parametrize("field", ["rows", "value_index"])
+    def test_index_tables_of_attention(self, field):
+        x = torch.zeros(2, 4, 1, 8)
+        right = torch.zeros(2, dtype=torch.int32) if field == "rows" else torch.zeros(1, 4, dtype=torch.int32)
+
+        def call(table):
+            return multi_source_attention(x, [Source(x, x)._replace(**{field: table})], backend="cpu")
+
+        compiled = graph_of(call)
+        assert torch.equal(compiled(right), call(right))
+        with pytest.raises(RuntimeError, match=rf"{field}\[0\]: expected -?[01] to [13](?!, got)"):
+            compiled(right + 7)
+
+    def test_token_indices(self):
+        x, right = torch.zeros(1, 4, 1, 8), torch.tensor([0, 3])
+        compiled = graph_of(lambda tokens: attention_with_token_maps(x, x, x, tokens, backend="cpu"))
+        compiled(right)
+        with pytest.raises(RuntimeError, match=r"token_indices: expected 0 to 3(?!, got)"):
+            compiled(right + 7)
+
+    @pytest.mark.parametrize(
+        ("column", "name"), [("sigma", "noise"), ("h", "history"), (None, "step")], ids=["noise", "history", "step"]
+    )
+    def test_step_blend(self, column, name):
+        sample, table = torch.zeros(1, 2, 4, 4), torch.zeros(3, 1, 1 + len(COLUMNS))
+        if column:
+            table[1, 0, 1 + COLUMNS.index(column)] = 0.5
+
+        def call(step):
+            return step_blend(sample, [sample], table, step, backend="cpu")
+
+        compiled = graph_of(call)
+        right, wrong = torch.tensor([0]), torch.tensor([1 if column else 5])
+        assert torch.equal(compiled(right), call(right))
+        with pytest.raises(RuntimeError, match=rf"lr_kernels\.step_blend: {name}: expected"):
+            compiled(wrong)
+        if column:
+            with pytest.raises(RuntimeError, match=rf"{name}: expected a tensor, since its coefficients of this step"):
+                call(1)

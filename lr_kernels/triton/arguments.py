@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..attention_checks import MAX_HEAD_DIM, MAX_SOURCES
 from ..backends import KERNEL_DTYPES
-from ..checks import fail
+from ..checks import MAX_TOKENS, fail
 from ..coefficients import COLUMNS
 from ..merge import MAX_PARTS
 from ..ops import AttentionTables
@@ -22,7 +22,6 @@ from ..ops import AttentionTables
 Extent = int | tuple[int, ...] | None
 """Of a dimension: its size, or one of several, or any."""
 
-MAX_TOKENS = 2**31 - 1
 MAX_PREDICTIONS = 6
 
 
