@@ -191,7 +191,7 @@ class Call {
     }
     if (__builtin_expect(outside >> 31, 0))
       for (int64_t i = 0; i < n; ++i)
-        require(list[i] >= low && list[i] <= high, name, list[i], "entries from ", low, " to ", high);
+        require(list[i] >= low && list[i] <= high, name, list[i], low, " to ", high);
   }
 
   // The same of a matrix; a row that all share is read once.

@@ -65,7 +65,7 @@ def has_shape(x: torch.Tensor, *shapes: tuple[int, ...]) -> bool:
     return False
 
 
-def check_entries(op: str, argument: str, table: torch.Tensor, low: int, high: int) -> None:
+def check_entries(op: str, argument: str, table: torch.Tensor, low: int, high: int, expected: str = "") -> None:
     """ValueError where an index table on the CPU has an entry outside low … high; on a GPU, looking would synchronize.
 
     A compiled graph leaves it to the C++ op, or asserts it where an error of that would not reach Python.
@@ -75,7 +75,7 @@ def check_entries(op: str, argument: str, table: torch.Tensor, low: int, high: i
     if not torch.compiler.is_compiling():
         lowest, highest = (int(x) for x in torch.aminmax(table))
         if lowest < low or highest > high:
-            fail(op, argument, f"{low} to {high}", f"{lowest} to {highest}")
+            fail(op, argument, expected or f"{low} to {high}", f"{lowest} to {highest}")
     elif not ops.ERRORS_REACH_PYTHON:
         inside = ((table >= low) & (table <= high)).all()
         torch._assert_async(inside, f"lr_kernels.{op}: {argument}: expected {low} to {high}")

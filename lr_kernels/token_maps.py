@@ -106,4 +106,4 @@ def _check(query: Tensor, key: Tensor, value: Tensor, token_indices: Tensor) -> 
         fail(_OP, "token_indices", f"an integer dtype of {names}", token_indices.dtype, error=TypeError)
     if token_indices.device != query.device:
         fail(_OP, "token_indices", str(query.device), token_indices.device)
-    check_entries(_OP, "token_indices", token_indices, 0, keys - 1)
+    check_entries(_OP, "token_indices", token_indices, 0, keys - 1, f"integers in [0, {keys})")

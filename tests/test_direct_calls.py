@@ -2,6 +2,7 @@
 list; `make fuzz` makes 20,000 such calls on a build with sanitizers (see direct_calls.py)."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -69,10 +70,10 @@ def test_45_every_tensor_is_checked(name, backend, device):
     for place in places(arguments):
         x = at(arguments, place)
         if isinstance(x, torch.Tensor) and x.numel():
-            label = schema[place[0]] + (f"[{place[1]}]" if len(place) > 1 else "")
+            label = schema[place[0]] + (rf"(\[{place[1]}\])?" if len(place) > 1 else "")
             for wrong in (x.int() if x.is_floating_point() else x.float(), x[None]):
                 message = refuse(name, backend, replaced(arguments, place, own(wrong)), device)
-                assert f": {label}: expected" in message, message
+                assert re.search(f": {label}: expected", message), message
             checked += 1
     assert checked >= 2
 
@@ -147,20 +148,20 @@ def int32(*rows):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rows": [None, int32(2, 0)]}, r"rows\[1\]: expected entries from -1 to 1, got 2"),
+        ({"rows": [None, int32(2, 0)]}, r"rows\[1\]: expected -1 to 1, got 2"),
         ({"rows": [None, int32(0)]}, r"rows\[1\]: expected shape \(2\), got \(1\)"),
         ({"rows": [None]}, "rows: expected 2 entries, got 1"),
         ({"key": [torch.zeros(3, 6, 2, 8)] * 2, "value": [torch.zeros(3, 6, 2, 8)] * 2}, r"rows\[0\]: expected a tens"),
         ({"key_index": [int32([[0, 1, 2, 6, 0, 0]] * 2)[:, 0, None], None]}, r"key_index\[0\]: expected shape"),
         (
             {"key_index": [int32([[0, 1, 2, 6, 0, 0]], [[0] * 6]), None]},
-            r"key_index\[0\]: expected entries from 0 to 5",
+            r"key_index\[0\]: expected 0 to 5",
         ),
-        ({"key_count": [int32([7], [0]), None]}, r"key_count\[0\]: expected entries from 0 to 6, got 7"),
-        ({"key_count": [int32([-1], [0]), None]}, r"key_count\[0\]: expected entries from 0 to 6, got -1"),
+        ({"key_count": [int32([7], [0]), None]}, r"key_count\[0\]: expected 0 to 6, got 7"),
+        ({"key_count": [int32([-1], [0]), None]}, r"key_count\[0\]: expected 0 to 6, got -1"),
         ({"key_count": [None] * 2}, r"key_count\[0\]: expected a tensor beside key_index"),
-        ({"value_index": [None, int32([0, 1, 2, 3, 4, 6])]}, r"value_index\[1\]: expected entries from 0 to 5, got 6"),
-        ({"query_order": int32([0, 1, 2, 3, 4, 6])}, "query_order: expected entries from 0 to 5, got 6"),
+        ({"value_index": [None, int32([0, 1, 2, 3, 4, 6])]}, r"value_index\[1\]: expected 0 to 5, got 6"),
+        ({"query_order": int32([0, 1, 2, 3, 4, 6])}, "query_order: expected 0 to 5, got 6"),
         ({"query_order": int32([0, 1, 2])}, r"query_order: expected shape \(2 or 1, 6\), got \(1, 3\)"),
         ({"query_order": None}, "class_start: expected a tensor beside query_order"),
         ({"class_start": int32([0, 2, 7])}, "class_start: expected entries that ascend from 0 to 6"),
@@ -221,7 +222,7 @@ X, MASK = torch.zeros(1, 5, 2, 8), torch.zeros(1, 2, 8, dtype=torch.bool)
             lambda: OPS.attention_with_token_maps_cpu(
                 X, X, X, int32([5]), 1.0, torch.empty_like(X), torch.empty(1, 5, 1)
             ),
-            "attention_with_token_maps: token_indices: expected entries from 0 to 4, got 5",
+            "attention_with_token_maps: token_indices: expected 0 to 4, got 5",
         ),
         (
             lambda: OPS.step_blend_cpu(
