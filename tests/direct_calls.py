@@ -37,6 +37,7 @@ class Draw:
 
     def __init__(self, seed: int) -> None:
         self.random, self.generator = random.Random(seed), torch.Generator().manual_seed(seed)
+        self.filled: set[Place] = set()  # places of tensors where there was None
 
     def size(self, low: int, high: int) -> int:
         """Now and then 0."""
@@ -351,6 +352,14 @@ NUMBERS = (-1, 0, 1, 2, 17, 2**31, 2**63 - 1, -(2**63))
 REALS = (math.nan, math.inf, -math.inf, -1.0, 0.0, 1e300, 2.0)
 
 
+def hollow(x: Tensor) -> bool:
+    """Whether there is no memory behind some element."""
+    if x.layout != torch.strided or x.device.type != "cpu" or x._is_zerotensor():
+        return True
+    reach = x.storage_offset() + 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
+    return x.numel() > 0 and reach * x.element_size() > x.untyped_storage().nbytes()
+
+
 def lie(draw: Draw, arguments: Arguments) -> Arguments:
     """The arguments with one changed: a tensor, a list, a number, or which of them share memory."""
     place = draw.random.choice(places(arguments))
@@ -365,15 +374,18 @@ def lie(draw: Draw, arguments: Arguments) -> Arguments:
         change = other_entries if draw.rarely() else draw.random.choice(STRUCTURAL)
         if x.dim() == 0 and change not in (other_dtype, one_dimension_more, on_meta):
             return arguments
-        if x.layout != torch.strided or x.device.type != "cpu" or x.numel() > 2**20 or x._is_zerotensor():
-            return arguments  # it has lied already
+        # torch itself would not survive a change of a tensor without memory, nor print one in a refusal of its type
+        if hollow(x) or x.numel() > 2**20 or place in draw.filled:
+            return arguments
         x = change(draw, x)
         return replaced(arguments, place, x if change in IN_PLACE else own(x))
     if isinstance(x, list):
         changed = draw.random.choice((x[:-1], x + x[-1:], [], x[::-1], x * 5))
         return replaced(arguments, place, changed)
     if x is None:
-        return replaced(arguments, place, draw.random.choice(tensors))
+        whole = [y for y in tensors if not hollow(y)]
+        draw.filled.add(place)
+        return replaced(arguments, place, draw.random.choice(whole)) if whole else arguments
     if isinstance(x, float):
         return replaced(arguments, place, draw.random.choice((*REALS, None)))
     return replaced(arguments, place, draw.random.choice((*NUMBERS, None)))
