@@ -48,7 +48,7 @@ lint: $(VENV)/.installed
 # ends the process and must not be in pytest's capture file then.
 SANITIZED := adain attention attention_backward correspondence direct_calls errors merge ops properties step_blend subject_mask token_maps
 RUNTIMES = $(foreach name,asan ubsan stdc++,$(shell g++ -print-file-name=lib$(name).so))
-SANITIZED_PYTHON = cd build/sanitize/lib && LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 \
+SANITIZED_PYTHON = cd build/sanitize/lib && PYTHONPATH=. LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 \
 	UBSAN_OPTIONS=print_stacktrace=1 $(abspath $(BIN))/python
 .PHONY: sanitized
 sanitized: $(VENV)/.installed
@@ -59,7 +59,7 @@ sanitize: sanitized
 
 # Direct calls of the ops with lying arguments, on the same build: each raises or succeeds.
 fuzz: sanitized
-	PYTHONPATH=. $(SANITIZED_PYTHON) $(CURDIR)/tests/direct_calls.py 20000
+	$(SANITIZED_PYTHON) $(CURDIR)/tests/direct_calls.py 20000
 
 # The build runs in the environment that has torch, so that the extension is built against the torch it will meet.
 $(VENV)/.installed: $(SOURCES)

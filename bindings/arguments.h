@@ -1,9 +1,9 @@
 // The checks of a call's arguments: all that a kernel relies on, so that no arguments end the process or reach outside
 // a tensor. A refusal reads `lr_kernels.<op>: <argument>: expected …, got …`.
 //
-// They cost 20 to 40 ns a tensor: 1 us for a call of two sources. Entries of index lists are read once, by a loop of a
-// few vector instructions: less than the kernel does with one entry for one query and head, so they are checked here,
-// in front, and not where the kernel's inner loops read them.
+// A call of two sources takes 0.2 us longer than without them, one with all tables 0.4 us. Entries of index lists are
+// read once, by a few vector instructions for several of them: 8 us for the 40,000 entries of a layer of 4,096 tokens,
+// which takes a second. So they are checked in front and not where the kernels' inner loops read them.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>

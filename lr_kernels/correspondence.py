@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -121,7 +122,7 @@ def _check_radius(radius: float | Sequence[float] | Tensor, target: Tensor) -> f
         rows = [torch.full((1,), min(x, _FAR), dtype=torch.float64, device=target.device) for x in radius]
         return torch.cat(rows) if rows else target.new_empty(0, dtype=torch.float64)
     check_number(_OP, "radius", radius, expected, low=0)
-    return radius
+    return cast(float, radius)
 
 
 def _columns(grid: tuple[int, int] | None, tokens: int, radius: float | Tensor) -> int:

@@ -69,12 +69,15 @@ class Call:
         self.taken.append(span)
 
     def _look(self, name: str, x: Tensor, shape: Sequence[Extent], dense: int, dtype: torch.dtype) -> tuple[int, int]:
-        """[first byte, end) of a tensor that fits. One pass over the dimensions, 2 us: it precedes every launch."""
-        sizes, strides = x.shape, x.stride()
+        """[first byte, end) of a tensor that fits."""
         if x.dtype != dtype:
             fail(self.op, name, str(dtype), x.dtype, error=TypeError)
         if x.get_device() != self.index:
             fail(self.op, name, str(self.device), x.device)
+        start, sizes = x.data_ptr(), x.shape
+        if sizes == shape and x.is_contiguous() and start:  # most are so, and this precedes every launch
+            return start, start + x.nbytes
+        strides = x.stride()
         fits, gap, empty = len(sizes) == len(shape), False, False
         packed, reach, free = 1, 1, len(sizes) - dense
         for i in range(len(sizes) - 1, -1, -1) if fits else ():
@@ -93,7 +96,6 @@ class Call:
             return 0, 0
         if gap:
             fail(self.op, name, f"no gaps in the last {dense} dimensions", f"strides {strides}")
-        start = x.data_ptr()
         self.require(start != 0, name, "a tensor with memory", "one whose memory was released")
         return start, start + reach * x.element_size()
 
@@ -151,7 +153,8 @@ def check_attention_backward(
 def _attention_inputs(call: Call, query: Tensor, tables: AttentionTables) -> None:
     """query, the sources and the order of the queries."""
     batch, tokens, heads, head_dim = call.input("query", query, (None,) * 4)
-    call.require(1 <= head_dim <= MAX_HEAD_DIM, "query", f"head_dim from 1 to {MAX_HEAD_DIM}", head_dim)
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        fail(call.op, "query", f"head_dim from 1 to {MAX_HEAD_DIM}", head_dim)
     count, classes, integers = len(tables.key), 1, torch.int32
     call.require(1 <= count <= MAX_SOURCES, "key", f"1 to {MAX_SOURCES} entries", count)
     names = ("value", "rows", "key_index", "key_count", "value_index", "key_bias", "logit_scale", "logit_bias")
@@ -163,13 +166,13 @@ def _attention_inputs(call: Call, query: Tensor, tables: AttentionTables) -> Non
         classes = call.input("class_start", starts, ((batch, 1), None), 1, integers)[1] - 1
         call.require(classes >= 1, "class_start", "at least 2 entries", classes + 1)
     for i in range(count):
-        rows, keys = call.input(f"key[{i}]", tables.key[i], (None, None, heads, head_dim))[:2]
+        rows, keys = call.input(f"key[{i}]", tables.key[i], (*tables.key[i].shape[:2], heads, head_dim))[:2]
         moved = tables.value_index[i]
         values = call.input(
             f"value[{i}]", tables.value[i], (rows, None if moved is not None else keys, heads, head_dim)
         )
-        most = max(rows, keys, values[1])
-        call.require(most <= MAX_TOKENS, f"key[{i}]", f"at most {MAX_TOKENS} rows, keys and values", most)
+        if max(rows, keys, values[1]) > MAX_TOKENS:
+            fail(call.op, f"key[{i}]", f"at most {MAX_TOKENS} rows, keys and values", (rows, keys, values[1]))
         table, index, number = tables.rows[i], tables.key_index[i], tables.key_count[i]
         if table is not None:
             call.input(f"rows[{i}]", table, (batch,), 1, integers)
