@@ -190,8 +190,7 @@ class Call {
       outside |= x | (span - x);
     }
     if (__builtin_expect(outside >> 31, 0))
-      for (int64_t i = 0; i < n; ++i)
-        require(list[i] >= low && list[i] <= high, name, list[i], low, " to ", high);
+      for (int64_t i = 0; i < n; ++i) require(list[i] >= low && list[i] <= high, name, list[i], low, " to ", high);
   }
 
   // The same of a matrix; a row that all share is read once.
