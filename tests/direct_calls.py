@@ -410,10 +410,14 @@ def make_call(seed: int) -> tuple[str, str]:
 
 def main(calls: int = 20_000, first: int = 0) -> None:
     found: Counter[tuple[str, str]] = Counter()
-    for seed in range(first, first + calls):
-        found[make_call(seed)] += 1
-        if seed % 1000 == 999:
-            print(f"up to seed {seed}", flush=True)
+    seed, made = first, 0
+    while made < calls:
+        name, outcome = make_call(seed)
+        found[name, outcome] += 1
+        made += outcome != "not made"
+        seed += 1
+        if seed % 1000 == 0:
+            print(f"up to seed {seed}", flush=True)  # where to look after a crash
     for (name, outcome), count in sorted(found.items()):
         print(f"{name:34} {outcome:18} {count:6}")
     for outcome in sorted({outcome for _, outcome in found}):
