@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PUBLIC := $(addprefix lr_kernels/,$(addsuffix .py,__init__ adain attention attention_checks attention_grad backends checks coefficients correspondence extras info installation masks merge ops plan reference source step_blend token_maps))
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/* bindings/*)
 
-.PHONY: demo test test-oldest-triton lint bench readme sanitize properties clean
+.PHONY: demo test test-oldest-triton lint bench readme sanitize fuzz properties clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m lr_kernels demo
@@ -46,13 +46,20 @@ lint: $(VENV)/.installed
 # Tests of the C++ kernels on a build of its own, with addresses and undefined behaviour checked; g++ only. The preloaded
 # C++ library lets the sanitizer see torch's exceptions; Python's own memory counts as leaks, so those are off. A report
 # ends the process and must not be in pytest's capture file then.
-SANITIZED := adain attention attention_backward correspondence errors merge ops properties step_blend subject_mask token_maps
+SANITIZED := adain attention attention_backward correspondence direct_calls errors merge ops properties step_blend subject_mask token_maps
 RUNTIMES = $(foreach name,asan ubsan stdc++,$(shell g++ -print-file-name=lib$(name).so))
-sanitize: $(VENV)/.installed
+SANITIZED_PYTHON = cd build/sanitize/lib && PYTHONPATH=. LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 \
+	UBSAN_OPTIONS=print_stacktrace=1 $(abspath $(BIN))/python
+.PHONY: sanitized
+sanitized: $(VENV)/.installed
 	CMAKE_ARGS="-DLR_SANITIZE=ON -DCMAKE_CXX_COMPILER=g++" $(BIN)/python setup.py -q build \
 		--build-temp build/sanitize/objects --build-lib build/sanitize/lib
-	cd build/sanitize/lib && LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-		$(abspath $(BIN))/python -m pytest -p no:cacheprovider --capture=sys -k "not 29_ and not 44_" $(SANITIZED:%=$(CURDIR)/tests/test_%.py)
+sanitize: sanitized
+	$(SANITIZED_PYTHON) -m pytest -p no:cacheprovider --capture=sys -k "not 29_ and not 44_" $(SANITIZED:%=$(CURDIR)/tests/test_%.py)
+
+# Direct calls of the ops with lying arguments, on the same build: each raises or succeeds.
+fuzz: sanitized
+	$(SANITIZED_PYTHON) $(CURDIR)/tests/direct_calls.py 20000
 
 # The build runs in the environment that has torch, so that the extension is built against the torch it will meet.
 $(VENV)/.installed: $(SOURCES)

@@ -1,19 +1,18 @@
-// What every binding shares: torch's thread pool as lr::Parallel, dtypes, strides. Torch's stable ABI only.
+// What every binding shares: torch's thread pool as lr::Parallel, dtypes, the checks of arguments. Torch's stable ABI
+// only.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
-#include <optional>
 #include <vector>
 
+#include "arguments.h"
 #include "params.h"
 
 namespace lr {
 
-using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+using MaybeTensors = std::vector<MaybeTensor>;
 
 // torch's own threads: obeys torch.set_num_threads and runs serially inside another parallel region.
 inline Parallel torch_parallel() {
@@ -25,30 +24,9 @@ inline Parallel torch_parallel() {
                   }};
 }
 
-inline DType dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case torch::headeronly::ScalarType::Float:
-      return DType::kFloat32;
-    case torch::headeronly::ScalarType::Half:
-      return DType::kFloat16;
-    case torch::headeronly::ScalarType::BFloat16:
-      return DType::kBFloat16;
-    default:
-      STD_TORCH_CHECK(false, "lr_kernels: expected float32, float16 or bfloat16");
-  }
-}
-
-// Element strides of the first three dimensions.
-inline void strides3(const Tensor& x, int64_t (&out)[3]) {
-  for (int i = 0; i < 3; ++i) out[i] = x.stride(i);
-}
-
-// Stride of a dimension that may have size 1 and is then shared: 0.
-inline int64_t shared_stride(const Tensor& x, int dim) { return x.size(dim) == 1 ? 0 : x.stride(dim); }
-
-template <class T>
-const T* pointer_or_null(const std::optional<Tensor>& x) {
-  return x ? static_cast<const T*>(x->data_ptr()) : nullptr;
+// Of what Call::floating lets through.
+inline DType dtype_of(ScalarType dtype) {
+  return dtype == ScalarType::Float ? DType::kFloat32 : dtype == ScalarType::Half ? DType::kFloat16 : DType::kBFloat16;
 }
 
 }  // namespace lr

@@ -27,22 +27,19 @@ class OnDevice {
   cudaStream_t stream_;
 };
 
-void step_blend(Tensor sample, std::vector<Tensor> predictions, Tensor coefficients, MaybeTensor step, int64_t row,
+void step_blend(Tensor sample, lr::Tensors predictions, Tensor coefficients, MaybeTensor step, int64_t row,
                 MaybeTensor mask, MaybeTensor background, MaybeTensor noise, MaybeTensor history, MaybeTensor keep_rows,
                 Tensor out, MaybeTensor model_input, MaybeTensor history_out) {
+  lr::Call call("step_blend", sample.get_device_index());
   lr::StepBlendCudaParams p{};
-  p.blend = lr::step_blend_params(sample, predictions, coefficients, mask, background, noise, history, keep_rows, out,
-                                  model_input, history_out);
-  if (step) {
-    lr::require(step->scalar_type() == ScalarType::Int && step->numel() == 1 && step->is_cuda(), "step",
-                "one int32 on the device of sample");
-    p.step = static_cast<const int32_t*>(step->data_ptr());
-  }
+  if (step) p.step = lr::step_counter(call, *step);
+  p.blend = lr::step_blend_params(call, sample, predictions, coefficients, mask, background, noise, history, keep_rows,
+                                  out, model_input, history_out);
   p.row = row;
   p.steps = coefficients.size(0);
-  STD_TORCH_CHECK(step || (row >= 0 && row < p.steps), "lr_kernels.step_blend: step: expected 0 to ", p.steps - 1,
-                  ", got ", row);
-  p.coefficient_step_stride = coefficients.stride(0);
+  call.require(step || (row >= 0 && row < p.steps), "step", row, "0 to ", p.steps - 1);
+  p.coefficient_step_stride = coefficients.size(1) * (p.blend.predictions + lr::kStepBlendColumns);
+  if (p.blend.b == 0 || p.blend.c == 0 || p.blend.plane == 0) return;
   const OnDevice device(sample);
   p.stream = device.stream();
   const char* error = lr::step_blend_cuda(p);
@@ -50,33 +47,30 @@ void step_blend(Tensor sample, std::vector<Tensor> predictions, Tensor coefficie
 }
 
 void compact_keys(MaybeTensor mask, MaybeTensor groups, std::vector<int64_t> classes, Tensor index, Tensor count) {
-  const auto require = [](bool fits, const char* name, const char* expected) {
-    STD_TORCH_CHECK(fits, "lr_kernels.compact_keys: ", name, ": expected ", expected);
-  };
+  lr::Call call("compact_keys", index.get_device_index());
   lr::CompactKeysParams p{};
-  require(index.dim() == 3 && index.is_contiguous() && index.scalar_type() == ScalarType::Int, "index",
-          "a contiguous int32 (classes, rows, keys)");
-  p.c = index.size(0);
+  call.count(classes.size(), "classes", 0, lr::kMaxClasses);
+  p.c = static_cast<int64_t>(classes.size());
+  for (int64_t c = 0; c < p.c; ++c) {
+    call.require(classes[c] >= 0 && classes[c] <= 255, {"classes", c}, classes[c], "0 to 255");
+    p.classes[c] = static_cast<uint8_t>(classes[c]);
+  }
+  call.require(index.dim() == 3, "index", index.dim(), "3 dimensions: classes, rows, keys");
   p.r = index.size(1);
   p.m = index.size(2);
-  require(static_cast<int64_t>(classes.size()) == p.c && p.c <= lr::kMaxClasses, "classes", "one byte per list");
-  require(count.dim() == 2 && count.is_contiguous() && count.scalar_type() == ScalarType::Int && count.size(0) == p.c &&
-              count.size(1) == p.r,
-          "count", "a contiguous int32 (classes, rows)");
+  call.require(p.m <= lr::kMaxTokens, "index", p.m, "at most ", lr::kMaxTokens, " keys");
   const auto read = [&](const MaybeTensor& x, ScalarType dtype, const char* name, const uint8_t*& data,
                         int64_t& stride) {
     if (!x) return;
-    require(x->dim() == 2 && x->scalar_type() == dtype && (x->size(0) == 1 || x->size(0) == p.r) && x->size(1) == p.m &&
-                (x->stride(1) == 1 || p.m <= 1),
-            name, "(rows or 1, keys), the keys contiguous");
-    data = static_cast<const uint8_t*>(x->data_ptr());
-    stride = lr::shared_stride(*x, 0);
+    const lr::View view = call.input(*x, name, dtype, {lr::one_or(p.r), p.m}, 1);
+    data = view.as<uint8_t>();
+    stride = view.stride[0];
   };
   read(mask, ScalarType::Bool, "mask", p.mask, p.mask_stride);
   read(groups, ScalarType::Byte, "groups", p.groups, p.groups_stride);
-  for (int64_t c = 0; c < p.c; ++c) p.classes[c] = static_cast<uint8_t>(classes[c]);
-  p.index = static_cast<int32_t*>(index.data_ptr());
-  p.count = static_cast<int32_t*>(count.data_ptr());
+  p.index = call.output(index, "index", ScalarType::Int, {p.c, p.r, p.m}, 3).as<int32_t>();
+  p.count = call.output(count, "count", ScalarType::Int, {p.c, p.r}, 2).as<int32_t>();
+  if (p.c == 0 || p.r == 0) return;
   const OnDevice device(index);
   p.stream = device.stream();
   const char* error = lr::compact_keys_cuda(p);

@@ -5,26 +5,36 @@
 
 namespace {
 
+using lr::kAny;
+using lr::ScalarType;
 using lr::Tensor;
+using lr::Tensors;
 
-void merge_attention_states(std::vector<Tensor> outs, std::vector<Tensor> lses, Tensor out, Tensor lse) {
-  STD_TORCH_CHECK(!outs.empty() && outs.size() <= lr::kMaxParts && outs.size() == lses.size(),
-                  "lr_kernels.merge_attention_states: expected 1 to 16 outs and as many lses");
+void merge_attention_states(Tensors outs, Tensors lses, Tensor out, Tensor lse) {
+  lr::Call call("merge_attention_states");
+  const ScalarType dtype = call.floating(out, "out");
+  call.count(outs.size(), "outs", 1, lr::kMaxParts);
+  call.count(lses.size(), "lses", outs.size(), outs.size());
   lr::MergeParams p{};
   p.parts = static_cast<int32_t>(outs.size());
+  const lr::View first = call.input(outs[0], {"outs", 0}, dtype, {kAny, kAny, kAny, kAny}, 1);
+  p.b = first.size[0];
+  p.n = first.size[1];
+  p.h = first.size[2];
+  p.d = first.size[3];
   for (int32_t k = 0; k < p.parts; ++k) {
-    p.part[k] = outs[k].data_ptr();
-    p.part_lse[k] = static_cast<const float*>(lses[k].data_ptr());
-    lr::strides3(outs[k], p.part_stride[k]);
-    lr::strides3(lses[k], p.part_lse_stride[k]);
+    const lr::View part = k == 0 ? first : call.input(outs[k], {"outs", k}, dtype, {p.b, p.n, p.h, p.d}, 1);
+    const lr::View part_lse = call.input(lses[k], {"lses", k}, ScalarType::Float, {p.b, p.n, p.h}, 0);
+    p.part[k] = part.data;
+    p.part_lse[k] = part_lse.as<float>();
+    lr::copy_strides(part, p.part_stride[k]);
+    lr::copy_strides(part_lse, p.part_lse_stride[k]);
   }
-  p.out = out.data_ptr();
-  p.lse = static_cast<float*>(lse.data_ptr());
-  p.b = out.size(0);
-  p.n = out.size(1);
-  p.h = out.size(2);
-  p.d = out.size(3);
-  p.dtype = lr::dtype_of(out);
+  p.out = call.output(out, "out", dtype, {p.b, p.n, p.h, p.d}, 4).data;
+  const lr::View result = call.output(lse, "lse", ScalarType::Float, {p.b, p.n, p.h}, 3);
+  if (result.reach == 0) return;
+  p.lse = result.as<float>();
+  p.dtype = lr::dtype_of(dtype);
   lr::merge_cpu(p, lr::torch_parallel());
 }
 

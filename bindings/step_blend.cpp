@@ -8,22 +8,23 @@ namespace {
 using lr::MaybeTensor;
 using lr::Tensor;
 
-void step_blend(Tensor sample, std::vector<Tensor> predictions, Tensor coefficients, MaybeTensor step, int64_t row,
+void step_blend(Tensor sample, lr::Tensors predictions, Tensor coefficients, MaybeTensor step, int64_t row,
                 MaybeTensor mask, MaybeTensor background, MaybeTensor noise, MaybeTensor history, MaybeTensor keep_rows,
                 Tensor out, MaybeTensor model_input, MaybeTensor history_out) {
-  lr::StepBlendParams p = lr::step_blend_params(sample, predictions, coefficients, mask, background, noise, history,
-                                                keep_rows, out, model_input, history_out);
-  const int64_t steps = coefficients.size(0), at = step ? *static_cast<const int32_t*>(step->data_ptr()) : row;
-  STD_TORCH_CHECK(at >= 0 && at < steps, "lr_kernels.step_blend: step: expected 0 to ", steps - 1, ", got ", at);
-  p.coefficients += at * coefficients.stride(0);
-  for (int64_t r = 0; r < coefficients.size(1); ++r) {  // a term is never dropped silently
+  lr::Call call("step_blend");
+  const int64_t at = step ? *lr::step_counter(call, *step) : row;
+  lr::StepBlendParams p = lr::step_blend_params(call, sample, predictions, coefficients, mask, background, noise,
+                                                history, keep_rows, out, model_input, history_out);
+  const int64_t steps = coefficients.size(0), rows = coefficients.size(1);
+  call.require(at >= 0 && at < steps, "step", at, "0 to ", steps - 1);
+  if (rows > 0) p.coefficients += at * rows * (p.predictions + lr::kStepBlendColumns);
+  for (int64_t r = 0; r < rows; ++r) {  // a term is never dropped silently
     const float* column = p.coefficients + r * p.coefficient_stride + p.predictions;
-    STD_TORCH_CHECK(noise || (column[2] == 0 && (!background || column[5] == 0)),
-                    "lr_kernels.step_blend: noise: expected a tensor, since sigma or q of step ", at,
-                    " is not 0, got None");
-    STD_TORCH_CHECK(history || column[3] == 0, "lr_kernels.step_blend: history: expected a tensor, since h of step ",
-                    at, " is not 0, got None");
+    call.require(noise || (column[2] == 0 && (!background || column[5] == 0)), "noise", "None",
+                 "a tensor, since sigma or q of step ", at, " is not 0");
+    call.require(history || column[3] == 0, "history", "None", "a tensor, since h of step ", at, " is not 0");
   }
+  if (p.b == 0 || p.c == 0 || p.plane == 0) return;
   lr::step_blend_cpu(p, lr::torch_parallel());
 }
 

@@ -1,23 +1,42 @@
 // lr_kernels::subject_mask_cpu: tensors -> SubjectMaskParams.
 #include "cpu/subject_mask.h"
 
+#include <algorithm>
+
 #include "bindings.h"
 
 namespace {
 
+using lr::kAny;
+using lr::ScalarType;
 using lr::Tensor;
 
 void subject_mask(Tensor maps, std::optional<double> threshold, std::optional<double> quantile, int64_t smoothing,
                   Tensor out) {
+  lr::Call call("subject_mask");
+  const lr::View images = call.input(maps, "maps", ScalarType::Float, {kAny, kAny, kAny, kAny}, 4);
   lr::SubjectMaskParams p{};
-  p.maps = static_cast<const float*>(maps.data_ptr());
-  p.out = static_cast<uint8_t*>(out.data_ptr());
-  p.b = maps.size(0);
-  p.l = maps.size(1);
-  p.h = maps.size(2);
-  p.w = maps.size(3);
-  p.out_h = out.size(1);
-  p.out_w = out.size(2);
+  p.b = images.size[0];
+  p.l = images.size[1];
+  p.h = images.size[2];
+  p.w = images.size[3];
+  call.require(p.l > 0 && p.h > 0 && p.w > 0, "maps", "none", "at least one map of at least one pixel");
+  const lr::View mask = call.output(out, "out", ScalarType::Bool, {p.b, kAny, kAny}, 3);
+  p.out_h = mask.size[1];
+  p.out_w = mask.size[2];
+  call.require(p.out_h > 0 && p.out_w > 0, "out", "none", "at least one pixel");
+  const auto in_unit_interval = [&](const std::optional<double>& x, const char* name) {
+    if (x) call.require(*x >= 0 && *x <= 1, name, *x, "0 to 1");
+  };
+  in_unit_interval(threshold, "threshold");
+  in_unit_interval(quantile, "quantile");
+  call.require(!threshold || !quantile, "quantile", "both", "None beside a threshold");
+  const int64_t longer = std::max(p.out_h, p.out_w);
+  call.require(smoothing % 2 == 1 && smoothing >= 1 && smoothing <= longer, "smoothing", smoothing,
+               "an odd number from 1 to ", longer);
+  if (p.b == 0) return;
+  p.maps = images.as<float>();
+  p.out = mask.as<uint8_t>();
   p.smoothing = smoothing;
   using Level = lr::SubjectMaskParams::Level;
   p.level = quantile ? Level::kQuantile : threshold ? Level::kThreshold : Level::kOtsu;

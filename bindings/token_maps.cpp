@@ -5,36 +5,46 @@
 
 namespace {
 
+using lr::kAny;
+using lr::one_or;
+using lr::ScalarType;
 using lr::Tensor;
 
 void attention_with_token_maps(Tensor query, Tensor key, Tensor value, Tensor token_indices, double scale, Tensor out,
                                Tensor maps) {
+  lr::Call call("attention_with_token_maps");
+  const ScalarType dtype = call.floating(query, "query");
+  const lr::View queries = call.input(query, "query", dtype, {kAny, kAny, kAny, kAny}, 1);
   lr::TokenMapsParams p{};
-  p.query = query.data_ptr();
-  p.key = key.data_ptr();
-  p.value = value.data_ptr();
-  p.token_indices = static_cast<const int32_t*>(token_indices.data_ptr());
-  p.out = out.data_ptr();
-  p.maps = static_cast<float*>(maps.data_ptr());
-  p.b = query.size(0);
-  p.n = query.size(1);
-  p.m = key.size(1);
-  p.h = query.size(2);
-  p.d = query.size(3);
-  p.t = token_indices.size(1);
-  lr::strides3(query, p.query_stride);
-  lr::strides3(key, p.key_stride);
-  lr::strides3(value, p.value_stride);
-  lr::strides3(out, p.out_stride);
-  p.token_stride = lr::shared_stride(token_indices, 0);
-  p.dtype = lr::dtype_of(query);
+  p.b = queries.size[0];
+  p.n = queries.size[1];
+  p.h = queries.size[2];
+  p.d = queries.size[3];
+  call.require(p.d >= 1 && p.d <= lr::kMaxHeadDim, "query", p.d, "head_dim from 1 to ", lr::kMaxHeadDim);
+  call.require(p.h >= 1, "query", p.h, "at least one head");
+  const lr::View keys = call.input(key, "key", dtype, {p.b, kAny, p.h, p.d}, 1);
+  p.m = keys.size[1];
+  call.require(p.m <= lr::kMaxTokens, "key", p.m, "at most ", lr::kMaxTokens, " keys");
+  const lr::View values = call.input(value, "value", dtype, {p.b, p.m, p.h, p.d}, 1);
+  const lr::View tokens = call.input(token_indices, "token_indices", ScalarType::Int, {p.b, kAny}, 1);
+  p.t = tokens.size[1];
+  call.entries("token_indices", tokens, 0, p.m - 1);
+  const lr::View result = call.output(out, "out", dtype, {p.b, p.n, p.h, p.d}, 1);
+  const lr::View shares = call.output(maps, "maps", ScalarType::Float, {p.b, p.n, p.t}, 3);
+  if (result.reach == 0) return;
+  p.query = queries.data;
+  p.key = keys.data;
+  p.value = values.data;
+  p.token_indices = tokens.as<int32_t>();
+  p.out = result.data;
+  p.maps = shares.as<float>();
+  lr::copy_strides(queries, p.query_stride);
+  lr::copy_strides(keys, p.key_stride);
+  lr::copy_strides(values, p.value_stride);
+  lr::copy_strides(result, p.out_stride);
+  p.token_stride = tokens.stride[0];
+  p.dtype = lr::dtype_of(dtype);
   p.scale = static_cast<float>(scale);
-  for (int64_t b = 0; b < token_indices.size(0); ++b)
-    for (int64_t t = 0; t < p.t; ++t) {
-      const int32_t index = p.token_indices[b * p.token_stride + t];
-      STD_TORCH_CHECK(index >= 0 && index < p.m, "lr_kernels.attention_with_token_maps: token_indices: expected 0 to ",
-                      p.m - 1, ", got ", index);
-    }
   lr::token_maps_cpu(p, lr::torch_parallel());
 }
 

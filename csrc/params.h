@@ -147,13 +147,14 @@ struct AdainParams {
 };
 
 struct CorrespondenceParams {
-  const void* target;     // [b, n, c]
-  const void* reference;  // [b or 1, m, c]
-  int64_t* index;         // [b, n] contiguous
-  uint8_t* consistent;    // [b, n] contiguous, 0 or 1
+  const void* target;             // [b, n, c]
+  const void* reference;          // [b or 1, m, c]
+  const int64_t* radius_squared;  // [b or 1] in cells of the grid of targets
+  int64_t* index;                 // [b, n] contiguous
+  uint8_t* consistent;            // [b, n] contiguous, 0 or 1
   int64_t b, n, m, c;
-  int64_t target_stride[2], reference_stride[2];  // b (0 where shared), token; the last dimension is contiguous
-  int64_t columns, radius_squared;                // of the grid of targets, in its cells
+  int64_t target_stride[2], reference_stride[2], radius_stride;  // b (0 where shared), token; channels are contiguous
+  int64_t columns;                                               // of the grid
   DType dtype;
 };
 

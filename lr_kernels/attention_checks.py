@@ -6,7 +6,7 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
-from .checks import check_memory, fail, has_shape, one_of
+from .checks import MAX_TOKENS, check_entries, check_memory, fail, has_shape, one_of
 from .plan import AttentionPlan, check_masks
 from .source import Source
 
@@ -48,6 +48,8 @@ def check(query: Tensor, sources: Sequence[Source], query_groups: Tensor | None,
         _check_plan(plan, sources, query_groups)
     if query_groups is not None:
         _check_table("query_groups", query_groups, query, batch, tokens)
+        if tokens > MAX_TOKENS:  # the order of the queries is a table of int32
+            fail(OP, "query", f"at most {MAX_TOKENS} tokens with query_groups", tokens)
 
 
 def _check_source(i: int, source: Source, query: Tensor) -> None:
@@ -64,6 +66,8 @@ def _check_source(i: int, source: Source, query: Tensor) -> None:
         shape = x.shape
         if len(shape) != 4:
             fail(OP, f"{name}[{i}]", "shape (rows, keys, heads, head_dim)", tuple(shape))
+        if shape[0] > MAX_TOKENS or shape[1] > MAX_TOKENS:
+            fail(OP, f"{name}[{i}]", f"at most {MAX_TOKENS} rows and keys", tuple(shape))
         if shape[3] != head_dim:
             fail(OP, f"{name}[{i}]", f"head_dim {head_dim}", shape[3])
         if shape[2] != heads:
@@ -88,10 +92,7 @@ def _check_source(i: int, source: Source, query: Tensor) -> None:
             fail(OP, f"rows[{i}]", "an integer dtype", source.rows.dtype, error=TypeError)
         if source.rows.device != query.device:
             fail(OP, f"rows[{i}]", str(query.device), source.rows.device)
-        if source.rows.device.type == "cpu" and batch > 0 and not torch.compiler.is_compiling():
-            low, high = torch.aminmax(source.rows)  # on a GPU, looking would synchronize: there it reads as -1
-            if int(low) < -1 or int(high) >= rows:
-                fail(OP, f"rows[{i}]", f"-1 to {rows - 1}", f"{int(low)} to {int(high)}")
+        check_entries(OP, f"rows[{i}]", source.rows, -1, rows - 1)  # on a GPU, others read as -1
     if source.value_index is not None:
         _check_value_index(i, source, query)
     for name in ("logit_scale", "logit_bias", "weight"):
@@ -130,10 +131,7 @@ def _check_value_index(i: int, source: Source, query: Tensor) -> None:
         fail(OP, f"value_index[{i}]", f"shape ({rows}, {query.shape[0]} or 1, {keys})", tuple(index.shape))
     if index.device != query.device:
         fail(OP, f"value_index[{i}]", str(query.device), index.device)
-    if index.device.type == "cpu" and index.numel() and not torch.compiler.is_compiling():
-        low, high = torch.aminmax(index)
-        if int(low) < 0 or int(high) >= tokens:
-            fail(OP, f"value_index[{i}]", f"0 to {tokens - 1}", f"{int(low)} to {int(high)}")
+    check_entries(OP, f"value_index[{i}]", index, 0, tokens - 1)
 
 
 def check_reference_memory(query: Tensor, sources: Sequence[Source]) -> None:

@@ -9,7 +9,11 @@ from typing import NoReturn
 
 import torch
 
+from . import ops
+
 _GIB = 2**30
+MAX_TOKENS = 2**31 - 1
+"""What index tables of int32 can name."""
 
 
 def fail(
@@ -72,6 +76,22 @@ def has_shape(x: torch.Tensor, *shapes: tuple[int, ...]) -> bool:
         if x.dim() == len(shape) and x.shape == shape:
             return True
     return False
+
+
+def check_entries(op: str, argument: str, table: torch.Tensor, low: int, high: int, expected: str = "") -> None:
+    """ValueError where an index table on the CPU has an entry outside low … high; on a GPU, looking would synchronize.
+
+    A compiled graph leaves it to the C++ op, or asserts it where an error of that would not reach Python.
+    """
+    if table.device.type != "cpu" or table.numel() == 0:
+        return
+    if not torch.compiler.is_compiling():
+        lowest, highest = (int(x) for x in torch.aminmax(table))
+        if lowest < low or highest > high:
+            fail(op, argument, expected or f"{low} to {high}", f"{lowest} to {highest}")
+    elif not ops.ERRORS_REACH_PYTHON:
+        inside = ((table >= low) & (table <= high)).all()
+        torch._assert_async(inside, f"lr_kernels.{op}: {argument}: expected {low} to {high}")
 
 
 def check_memory(op: str, argument: str, needed: int, device: torch.device) -> None:

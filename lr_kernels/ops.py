@@ -61,7 +61,7 @@ SCHEMAS = {
     "float eps, Tensor(a!) out) -> ()",
     "correspondence": "("
     "Tensor target, Tensor reference, "  # (B, N, C), (B or 1, M, C)
-    "int columns, int radius_squared, "  # of the target's grid, in its cells
+    "int columns, Tensor radius_squared, "  # of the target's grid; int64 (B,) or (1,), in its cells
     "Tensor(a!) index, Tensor(b!) consistent) -> ()",  # int64 (B, N), bool (B, N)
 }
 

@@ -423,14 +423,18 @@ def _unit_vectors(x: Tensor) -> Tensor:
 
 
 def correspondence(
-    target: Tensor, reference: Tensor, *, radius: float = 0.0, grid: tuple[int, int] | None = None
+    target: Tensor,
+    reference: Tensor,
+    *,
+    radius: float | Sequence[float] | Tensor = 0.0,
+    grid: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Two-way nearest neighbour in cosine similarity.
 
     target (B, N, C), reference (B or 1, M, C) -> index int64 (B, N): the reference token most like each target token,
-    and consistent bool (B, N): going back from it ends within `radius` grid cells of the start (grid: (rows, columns)
-    of the target; radius 0 asks for the very token). Of equal similarities the lowest index counts. A target token
-    without any similarity above -inf gets index 0 and consistent False.
+    and consistent bool (B, N): going back from it ends within `radius` grid cells of the start (radius: scalar or (B,);
+    grid: (rows, columns) of the target; radius 0 asks for the very token). Of equal similarities the lowest index
+    counts. A target token without any similarity above -inf gets index 0 and consistent False.
     """
     similarity = cosine_similarity(target, reference)
     best, index = similarity.max(2)
@@ -440,4 +444,5 @@ def correspondence(
     start = torch.arange(target.shape[1], device=target.device)
     columns = 1 if grid is None else max(1, grid[1])
     dy, dx = back // columns - start // columns, back % columns - start % columns
-    return index, (dy**2 + dx**2 <= math.floor(min(radius, 2.0**30) ** 2)) & (best > -math.inf)
+    cells = torch.as_tensor(radius, dtype=torch.float64, device=target.device).reshape(-1, 1)
+    return index, (dy**2 + dx**2 <= cells**2) & (best > -math.inf)

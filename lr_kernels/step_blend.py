@@ -127,6 +127,8 @@ def step_blend(
         return result if out is None else out.copy_(result)
     if out is None:
         out = torch.empty_like(sample, memory_format=torch.contiguous_format)
+    if name == "cpu" and not ops.ERRORS_REACH_PYTHON:
+        _check_terms(coefficients, row, step_tensor, background, noise, history)
     if name == "triton":
         from . import triton  # noqa: F401  (registers the Triton implementations)
     _KERNELS[name](
@@ -195,6 +197,33 @@ def _split_step(step: int | Tensor, coefficients: Tensor) -> tuple[int, Tensor |
     if torch.compiler.is_compiling():  # a tensor, so that the next step does not recompile the graph
         return 0, torch.full((1,), step, dtype=torch.int32, device=coefficients.device)
     return step, None
+
+
+def _check_terms(
+    coefficients: Tensor,
+    row: int,
+    step: Tensor | None,
+    background: Tensor | None,
+    noise: Tensor | None,
+    history: Tensor | None,
+) -> None:
+    """What else the C++ op looks at, where an error of its own would end the process: RuntimeError for a step outside
+    the table and for a tensor that the coefficients need, in a compiled graph too."""
+    now = coefficients[row]
+    if step is not None:
+        last = coefficients.shape[0] - 1
+        inside = ((step >= 0) & (step <= last)).all()
+        torch._assert_async(inside, f"lr_kernels.{_OP}: step: expected 0 to {last}")
+        now = coefficients.index_select(0, step.clamp(0, last))[0]
+    first = coefficients.shape[2] - len(COLUMNS)
+    for name, x, terms in (
+        ("noise", noise, "sigma q" if background is not None else "sigma"),
+        ("history", history, "h"),
+    ):
+        if x is None:
+            unused = (now[:, [first + COLUMNS.index(term) for term in terms.split()]] == 0).all()
+            expected = f"a tensor, since its coefficients of this step ({terms}) are not 0"
+            torch._assert_async(unused, f"lr_kernels.{_OP}: {name}: expected {expected}, got None")
 
 
 def _check(

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import backends, reference
-from .checks import fail
+from .checks import MAX_TOKENS, check_entries, fail
 
 _OP = "attention_with_token_maps"
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -97,6 +97,8 @@ def _check(query: Tensor, key: Tensor, value: Tensor, token_indices: Tensor) -> 
         if x.stride(3) != 1 and head_dim > 1:
             fail(_OP, name, "a contiguous last dimension", f"stride {x.stride(3)}", "call .contiguous()")
     keys = key.shape[1]
+    if keys > MAX_TOKENS:
+        fail(_OP, "key", f"at most {MAX_TOKENS} keys", keys)
     if value.shape[1] != keys:
         fail(_OP, "value", f"{keys} keys as in key", value.shape[1])
     if token_indices.dim() not in (1, 2) or (token_indices.dim() == 2 and token_indices.shape[0] != batch):
@@ -106,7 +108,4 @@ def _check(query: Tensor, key: Tensor, value: Tensor, token_indices: Tensor) -> 
         fail(_OP, "token_indices", f"an integer dtype of {names}", token_indices.dtype, error=TypeError)
     if token_indices.device != query.device:
         fail(_OP, "token_indices", str(query.device), token_indices.device)
-    if token_indices.device.type == "cpu" and token_indices.numel() and not torch.compiler.is_compiling():
-        low, high = (int(x) for x in token_indices.aminmax())
-        if low < 0 or high >= keys:
-            fail(_OP, "token_indices", f"integers in [0, {keys})", token_indices.tolist())
+    check_entries(_OP, "token_indices", token_indices, 0, keys - 1, f"integers in [0, {keys})")

@@ -98,6 +98,21 @@ def test_radius_in_grid_cells(radius, backend, device):
     assert consistent.all() if radius == 1e30 else not consistent.all()
 
 
+@pytest.mark.parametrize("kind", ["numbers", "float32", "int64"])
+@pytest.mark.parametrize("backend", (*BACKENDS, "reference"))
+def test_a_radius_per_row(backend, kind, device):
+    """Each row as in a call of its own; the rows differ in nothing but the radius."""
+    target, key = make(1, 30, 1, 30, 6, device=place(backend, device))
+    radii = [0, 2, 50]
+    given = radii if kind == "numbers" else torch.tensor(radii, dtype=getattr(torch, kind), device=target.device)
+    index, consistent = correspondence(target.expand(3, -1, -1), key, radius=given, grid=(5, 6), backend=backend)
+    assert 0 < consistent[0].sum() < consistent[1].sum() < 30 and consistent[2].all()
+    for b, radius in enumerate(radii):
+        scalar = radius if kind == "numbers" else torch.tensor(radius, device=target.device)
+        row = correspondence(target, key, radius=scalar, grid=(5, 6), backend=backend)
+        assert torch.equal(index[b], row[0][0]) and torch.equal(consistent[b], row[1][0])
+
+
 @pytest.mark.parametrize("backend", (*BACKENDS, "reference"))
 def test_a_permutation_is_found_and_consistent(backend, device):
     key = make(1, 8, 1, 200, 16, device=place(backend, device))[1]
@@ -262,21 +277,25 @@ def test_float64_uses_the_reference():
 def test_26_27_opcheck():
     target, key = make(2, 20, 1, 30, 8)
     outputs = torch.full((2, 20), -1), torch.ones(2, 20, dtype=torch.bool)
-    torch.library.opcheck(torch.ops.lr_kernels.correspondence_cpu.default, (target, key, 5, 4, *outputs))
+    torch.library.opcheck(
+        torch.ops.lr_kernels.correspondence_cpu.default, (target, key, 5, torch.tensor([4, 1]), *outputs)
+    )
 
 
 def test_the_op_refuses_no_reference_tokens():
     target, outputs = torch.randn(1, 4, 8), (torch.full((1, 4), -1), torch.ones(1, 4, dtype=torch.bool))
-    with pytest.raises(RuntimeError, match="correspondence: expected at least one reference token"):
-        torch.ops.lr_kernels.correspondence_cpu(target, target[:, :0], 1, 0, *outputs)
+    with pytest.raises(RuntimeError, match="correspondence: reference: expected 1 to 2147483647 tokens, got 0"):
+        torch.ops.lr_kernels.correspondence_cpu(target, target[:, :0], 1, torch.zeros(1, dtype=torch.long), *outputs)
 
 
-def test_29_compiles_without_breaks_or_recompiles():
+@pytest.mark.parametrize("radius", [1.5, [1.5, 0], torch.tensor([1.5, 0])], ids=["number", "list", "tensor"])
+def test_29_compiles_without_breaks_or_recompiles(radius):
+    torch._dynamo.reset()
     compiled = torch.compile(correspondence, fullgraph=True, backend="aot_eager")
-    keywords = {"radius": 1.5, "grid": (4, 5)}
-    compiled(*make(1, 20, 1, 30, 8), **keywords)
+    keywords = {"radius": radius, "grid": (4, 5)}
+    compiled(*make(2, 20, 1, 30, 8), **keywords)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        arguments = make(1, 20, 1, 30, 8, seed=1)
+        arguments = make(2, 20, 1, 30, 8, seed=1)
         assert all(map(torch.equal, compiled(*arguments, **keywords), correspondence(*arguments, **keywords)))
 
 
@@ -300,6 +319,18 @@ T, K = torch.zeros(2, 6, 8), torch.zeros(1, 5, 8)
         ({"radius": -1.0}, ValueError, "radius: expected a finite number, at least 0, got -1.0"),
         ({"radius": math.nan}, ValueError, "radius: expected a finite number"),
         ({"radius": math.inf}, ValueError, "radius: expected a finite number"),
+        ({"radius": [1.0]}, ValueError, "radius: expected a number, or 2 for the rows, got 1 numbers"),
+        ({"radius": [1.0, -1.0]}, ValueError, r"radius\[1\]: expected a finite number, at least 0, got -1.0"),
+        ({"radius": "far"}, ValueError, "radius: expected a finite number, at least 0, got 'far'"),
+        ({"radius": torch.ones(3)}, ValueError, r"radius: expected a number, shape \(\) or \(2,\), got shape \(3,\)"),
+        (
+            {"radius": torch.tensor([1, math.nan])},
+            ValueError,
+            r"radius: expected finite numbers, at least 0, got \[1.0, nan",
+        ),
+        ({"radius": torch.ones(2) > 0}, TypeError, "radius: expected a floating or integer dtype, got torch.bool"),
+        ({"radius": torch.ones(2, device="meta")}, ValueError, "radius: expected cpu, got meta"),
+        ({"radius": torch.zeros(2)}, ValueError, r"grid: expected \(rows, columns\) for a radius above 0"),
         ({"radius": 1.0}, ValueError, r"grid: expected \(rows, columns\) for a radius above 0, got None"),
         ({"grid": (2, 4)}, ValueError, r"grid: expected \(rows, columns\) of 6 tokens, got \(2, 4\)"),
         ({"grid": (-2, -3)}, ValueError, r"grid: expected \(rows, columns\) of 6 tokens"),

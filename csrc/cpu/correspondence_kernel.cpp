@@ -233,12 +233,13 @@ void match_worker(void* context, int64_t) {
 void check_row(void* context, int64_t b) {
   const Job& job = *static_cast<const Job*>(context);
   const auto& p = job.p;
+  const int64_t radius_squared = p.radius_squared[b * p.radius_stride];
   for (int64_t i = 0; i < p.n; ++i) {
     uint8_t& consistent = p.consistent[b * p.n + i];
     const int64_t back = target_of(job.best[b * p.m + p.index[b * p.n + i]]);
     if (!consistent || back == i) continue;
     const int64_t dy = back / p.columns - i / p.columns, dx = back % p.columns - i % p.columns;
-    consistent = dy * dy + dx * dx <= p.radius_squared;
+    consistent = dy * dy + dx * dx <= radius_squared;
   }
 }
 

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .arguments import check_adain
 from .launch import check_grid, on_device, strides
 
 _TILE = 2048
@@ -118,6 +119,7 @@ def adain_triton(
     x: Tensor, reference: Tensor, mask: Tensor | None, reference_mask: Tensor | None, eps: float, out: Tensor
 ) -> None:
     """Shapes as in the schema `adain` of lr_kernels/ops.py."""
+    check_adain(x, reference, mask, reference_mask, eps, out)
     # Early return for trivial cases
     if out.numel() == 0:
         return

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..ops import AttentionTables
 from . import tiles
+from .arguments import check_attention
 from .launch import INTERPRETED, architecture, check_grid, dense_last, on_device, strides
 from .sources import (
     INF,
@@ -286,6 +287,7 @@ def multi_source_attention_triton(query: Tensor, *arguments) -> None:
     the nearest token inside."""
     *fields, out, lse = arguments
     tables = AttentionTables(*fields)
+    check_attention(query, tables, out, lse)
     # Early return for trivial cases
     if out.numel() == 0:
         return

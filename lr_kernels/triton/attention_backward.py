@@ -18,6 +18,7 @@ from torch import Tensor
 from ..ops import AttentionTables
 from ..plan import visible_lists
 from . import tiles
+from .arguments import check_attention_backward
 from .attention_backward_steps import (
     COARSE,
     add_products,
@@ -303,6 +304,9 @@ def multi_source_attention_backward_triton(
     """Arguments as in the schema `multi_source_attention_backward` of lr_kernels/ops.py, without value_index."""
     *fields, scale, out, lse, grad_query, grad_key, grad_value, grad_key_bias = arguments
     tables = AttentionTables(*fields, softmax_group=[0] * len(grad_key), weight=[None], scale=scale)
+    check_attention_backward(
+        grad_out, grad_lse, query, tables, out, lse, grad_query, grad_key, grad_value, grad_key_bias
+    )
     # Early return for trivial cases
     if query.numel() == 0:
         return

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .arguments import check_compact_keys
 from .launch import check_grid, dense_last, on_device, strides
 
 _BLOCK = 1024
@@ -43,6 +44,7 @@ def compact_keys_triton(
     mask: Tensor | None, groups: Tensor | None, classes: Sequence[int], index: Tensor, count: Tensor
 ) -> None:
     """Shapes as in the schema `compact_keys` of lr_kernels/ops.py; the outputs are contiguous."""
+    check_compact_keys(mask, groups, classes, index, count)
     # Early return for trivial cases
     if count.numel() == 0:
         return

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .arguments import check_correspondence
 from .launch import INTERPRETED, check_grid, on_device, strides
 from .sources import dot_precision
 
@@ -105,14 +106,13 @@ def _merged(top, index, at, step, splits, ok, BLOCK: tl.constexpr):
     return best, which
 
 
-@triton.jit(
-    do_not_specialize=["N", "blocks", "splits", "step", "back_splits", "back_step", "columns", "radius_squared"]
-)
+@triton.jit(do_not_specialize=["N", "blocks", "splits", "step", "back_splits", "back_step", "columns", "radius_b"])
 def correspondence_check_kernel(
     top, index,  # fp32, int32 (B, splits, step)
     back_top, back_index,  # fp32, int32 (B, back_splits, back_step)
+    radius_squared,  # int64 (B or 1,)
     out, consistent,  # int64 (B, N), bool (B, N), contiguous
-    N, blocks, splits, step, back_splits, back_step, columns, radius_squared, BLOCK: tl.constexpr,
+    N, blocks, splits, step, back_splits, back_step, columns, radius_b, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Merge the splits, follow the way back, compare its end with its start."""
     pid = tl.program_id(0)
@@ -124,7 +124,8 @@ def correspondence_check_kernel(
     dy = (back // columns - i // columns).to(tl.int64)
     dx = (back % columns - i % columns).to(tl.int64)
     tl.store(out + b * N + i, there.to(tl.int64), mask=ok)
-    tl.store(consistent + b * N + i, (best > -_INF) & (dy * dy + dx * dx <= radius_squared), mask=ok)
+    near = dy * dy + dx * dx <= tl.load(radius_squared + b * radius_b)
+    tl.store(consistent + b * N + i, (best > -_INF) & near, mask=ok)
 
 
 class _Tokens(NamedTuple):
@@ -135,9 +136,10 @@ class _Tokens(NamedTuple):
 
 
 def correspondence_triton(
-    target: Tensor, reference: Tensor, columns: int, radius_squared: int, index: Tensor, consistent: Tensor
+    target: Tensor, reference: Tensor, columns: int, radius_squared: Tensor, index: Tensor, consistent: Tensor
 ) -> None:
     """Shapes as in the schema `correspondence` of lr_kernels/ops.py."""
+    check_correspondence(target, reference, columns, radius_squared, index, consistent)
     # Early return for trivial cases
     if index.numel() == 0:
         return
@@ -148,7 +150,7 @@ def correspondence_triton(
 
 
 def launch_arguments(
-    target: Tensor, reference: Tensor, columns: int, radius_squared: int, index: Tensor, consistent: Tensor
+    target: Tensor, reference: Tensor, columns: int, radius_squared: Tensor, index: Tensor, consistent: Tensor
 ) -> list[tuple]:
     """(kernel, positional arguments, constants and options, number of programs) of each launch."""
     B, N, C = target.shape
@@ -189,7 +191,7 @@ def launch_arguments(
     there, back = best(targets, references), best(references, targets)
     block = 256
     blocks = triton.cdiv(N, block)
-    sizes = (N, blocks, *there[0].shape[1:], *back[0].shape[1:], columns, radius_squared)
+    sizes = (N, blocks, *there[0].shape[1:], *back[0].shape[1:], columns, *strides(radius_squared, 0))
     constants = {"BLOCK": block, "num_warps": 4}
-    arguments = (*there, *back, index, consistent, *sizes)
+    arguments = (*there, *back, radius_squared, index, consistent, *sizes)
     return [*launches, (correspondence_check_kernel, arguments, constants, B * blocks)]

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .arguments import check_merge
 from .launch import check_grid, on_device, strides
 
 _INF = tl.constexpr(float("inf"))
@@ -56,6 +57,7 @@ def merge_attention_states_kernel(
 
 def merge_attention_states_triton(outs: list[Tensor], lses: list[Tensor], out: Tensor, lse: Tensor) -> None:
     """Shapes as in the schema `merge_attention_states` of lr_kernels/ops.py."""
+    check_merge(outs, lses, out, lse)
     # Early return for trivial cases
     if lse.numel() == 0:
         return

@@ -185,8 +185,8 @@ def companion_rows(arch: int) -> list[Row]:
             )
     for dtype in (torch.bfloat16, torch.float32):
         x = torch.empty(2, 4096, 320, dtype=dtype, device="meta")
-        index = torch.empty(2, 4096, dtype=torch.int64, device="meta")
-        for kernel, arguments, constants, _ in correspondence.launch_arguments(x, x, 64, 4, index, chosen)[::2]:
+        index, radii = (torch.empty(2, *n, dtype=torch.int64, device="meta") for n in ((4096,), ()))
+        for kernel, arguments, constants, _ in correspondence.launch_arguments(x, x, 64, radii, index, chosen)[::2]:
             name = f"{kernel.fn.__name__.removesuffix('_kernel')} {_TYPES[dtype]}"
             found.append(measure(name, arch, kernel, arguments, constants))
     return found

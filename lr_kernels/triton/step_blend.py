@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .arguments import check_step_blend
 from .launch import check_grid, dense_last, on_device, strides
 
 _BLOCK = 1024
@@ -105,6 +106,10 @@ def step_blend_triton(
     keep_rows: Tensor | None, out: Tensor, model_input: Tensor | None, history_out: Tensor | None,
 ) -> None:  # fmt: skip
     """Shapes as in the schema `step_blend` of lr_kernels/ops.py; the outputs are contiguous."""
+    check_step_blend(
+        sample, predictions, coefficients, step, row, mask, background, noise, history, keep_rows,
+        out, model_input, history_out,
+    )  # fmt: skip
     # Early return for trivial cases
     if out.numel() == 0:
         return

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .arguments import check_subject_mask
 from .launch import check_grid, on_device
 
 _BLOCK = 512  # at 1024 the smoothing kernel spills (2 instructions at sm_90)
@@ -123,6 +124,7 @@ def subject_mask_triton(
     maps: Tensor, threshold: float | None, quantile: float | None, smoothing: int, out: Tensor
 ) -> None:
     """Shapes as in the schema `subject_mask` of lr_kernels/ops.py."""
+    check_subject_mask(maps, threshold, quantile, smoothing, out)
     # Early return for trivial cases
     if out.numel() == 0:
         return

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .arguments import check_token_maps
 from .launch import INTERPRETED, architecture, check_grid, dense_last, on_device, strides
 from .sources import LOG2E, dot_precision, load_tile
 from .tiles import split_head_dim
@@ -105,6 +106,7 @@ def attention_with_token_maps_triton(
     query: Tensor, key: Tensor, value: Tensor, token_indices: Tensor, scale: float, out: Tensor, maps: Tensor
 ) -> None:
     """Shapes as in the schema `attention_with_token_maps` of lr_kernels/ops.py."""
+    check_token_maps(query, key, value, token_indices, out, maps)
     # Early return for trivial cases
     if out.numel() == 0 or key.shape[1] == 0:
         out.zero_()
