@@ -65,8 +65,8 @@ LR_INLINE Vec exp2_fp32(Vec x) {
 #else
   const VecInt underflow = x < set1(-126.0f);
   x = max(set1(-126.0f), x);
-  const Vec rounded = x + 12582912.0f;  // 1.5 * 2^23: the integer part lands in the low bits
-  const Vec f = x - (rounded - 12582912.0f);
+  const Vec rounded = x + 12583039.0f;  // 1.5 * 2^23 + 127: the integer part, as an exponent, lands in the low bits
+  const Vec f = x - (rounded - 12583039.0f);
 #endif
   Vec p = f * 0.0001534581242594868f + 0.0013399930903688073f;
   p = p * f + 0.009618489071726799f;
@@ -77,7 +77,8 @@ LR_INLINE Vec exp2_fp32(Vec x) {
 #if defined(__AVX512F__)
   return _mm512_scalef_ps(p, n);
 #else
-  return (Vec)(((VecInt)p + ((VecInt)rounded << 23)) & ~underflow);
+  p *= (Vec)((VecBits)rounded << 23);
+  return (Vec)((VecInt)p & ~underflow);
 #endif
 }
 
