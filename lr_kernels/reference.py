@@ -109,13 +109,12 @@ def _softmax_groups(
     held = torch.ones((batch, tokens, heads), dtype=torch.bool, device=query.device)
     for group in sorted({s.softmax_group for s in sources}):
         members = [s for s in sources if s.softmax_group == group]
-        part, lse, *_ = _joint_softmax(query.to(dtype), members, query_groups, scale, dtype)
+        part, lse, fits, *_ = _joint_softmax(query.to(dtype), members, query_groups, scale, dtype)
         lse = lse.transpose(1, 2)
         weight = members[0].weight
         out = out + (part if weight is None else _per_query(weight, query, dtype) * part)
-        seen = torch.cat([visible_keys(query, s, query_groups) for s in members], -1).any(-1)[..., None]
-        held = held & (~seen | (lse.abs() < _FAR))
-    return out, lse, held & out.isfinite().all(-1)
+        held = held & fits
+    return out, lse, held
 
 
 class _Gathered(NamedTuple):
@@ -159,6 +158,7 @@ class _Softmax(NamedTuple):
 
     out: Tensor  # (B, N, H, D)
     lse: Tensor  # (B, H, N)
+    held: Tensor  # bool (B, N, H), whether float32 holds the logits and the sums
     top: Tensor  # (B, H, N), the largest logit
     mass: Tensor  # (B, H, N), log Σ exp(logit - top): beside a huge top, lse has lost it to rounding
 
@@ -170,19 +170,20 @@ def _joint_softmax(
     parts = [_gather(query, s, query_groups, scale, dtype) for s in sources if s.key.shape[0] and s.key.shape[1]]
     if not parts:
         blank = query.new_full((*query.transpose(1, 2).shape[:3],), -math.inf)
-        return _Softmax(torch.zeros_like(query), blank, blank, blank)
+        return _Softmax(torch.zeros_like(query), blank, torch.ones_like(query[..., 0], dtype=torch.bool), blank, blank)
     s, value = torch.cat([x.scores for x in parts], -1), torch.cat([x.value for x in parts], 1)
     lse = s.logsumexp(-1)
     blind = (lse == -math.inf)[..., None]
     p = torch.where(blind, 0, s.masked_fill(blind, 0).softmax(-1))
     finite = value.isfinite()
     out = torch.einsum("bhnm,bmhd->bnhd", p, torch.where(finite, value, 0))
+    visible = torch.cat([x.visible for x in parts], -1)
+    held = ~visible.any(-1)[..., None] | ((lse.abs() < _FAR).transpose(1, 2) & out.isfinite().all(-1))
     if not finite.all():
-        visible = torch.cat([x.visible for x in parts], -1)
         reached = torch.einsum("bnm,bmhd->bnhd", visible.to(dtype), (~finite).to(dtype)) > 0
         out = out.masked_fill(reached, math.nan)
     top = s.detach().amax(-1)
-    return _Softmax(out, lse, top, (s.detach() - top[..., None]).logsumexp(-1))
+    return _Softmax(out, lse, held, top, (s.detach() - top[..., None]).logsumexp(-1))
 
 
 class SourceGradients(NamedTuple):
@@ -217,7 +218,7 @@ def multi_source_attention_backward(
     first = {s.softmax_group: s for s in reversed(sources)}
     for source in sources:
         members = [s for s in sources if s.softmax_group == source.softmax_group]
-        computed, _, top, mass = _joint_softmax(q, members, query_groups, scale, dtype)
+        computed, _, _, top, mass = _joint_softmax(q, members, query_groups, scale, dtype)
         weight = first[source.softmax_group].weight
         grad = grad_out.to(dtype) * (1.0 if weight is None else _per_query(weight, query, dtype))
         kept = (computed.to(query.dtype) if out is None else out).to(dtype)
