@@ -66,6 +66,8 @@ def multi_source_attention(
     """
     if not isinstance(query, Tensor):
         fail(OP, "query", "a tensor", type(query).__name__, error=TypeError)
+    if query.is_meta:
+        fail(OP, "query", "a tensor with data", "one on the device meta", "FakeTensorMode shows shapes without data")
     if scale is not None and not torch.compiler.is_compiling():
         if not isinstance(scale, Real):
             fail(OP, "scale", "a number", type(scale).__name__, error=TypeError)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .checks import check_choice, fail
+from .checks import check_choice, check_memory, fail
+from .tensors import check_dense
 
 COLUMNS = ("a", "e", "sigma", "h", "p", "q", "c", "d", "s")
 """What follows the weights g_0 … g_{K-1} of the predictions in a row of the table; see `reference.step_blend`."""
@@ -145,6 +146,7 @@ def sigma_coefficients(
     check_choice(op, "solver", solver, SOLVERS)
     check_choice(op, "prediction_type", prediction_type, SIGMA_PREDICTION_TYPES)
     check_choice(op, "keep_background", keep_background, BACKGROUNDS)
+    _check_size(op, "sigmas", sigmas)
     levels = torch.as_tensor(sigmas, dtype=torch.float64).cpu()
     if levels.dim() != 1 or len(levels) < 2:
         fail(op, "sigmas", "shape (steps + 1,), at least one step", tuple(levels.shape))
@@ -213,6 +215,7 @@ def blend_schedule(kind: str, steps: int, layout_steps: int, *, ramp_steps: int 
         fail(op, "layout_steps", f"0 to {steps}", layout_steps)
     if ramp_steps is not None and not 0 <= ramp_steps <= steps - layout_steps:
         fail(op, "ramp_steps", f"0 to {steps - layout_steps}, the steps after layout_steps", ramp_steps)
+    check_memory(op, "steps", 40 * steps, torch.device("cpu"))
     if kind == "hard":
         if ramp_steps:
             fail(op, "ramp_steps", "None for kind 'hard'", ramp_steps)
@@ -316,6 +319,8 @@ def _noise_levels(
     prediction_type: str,
 ) -> tuple[Tensor, Tensor]:
     """float64 (steps,) each: ᾱ of every timestep, and the one that its step goes to."""
+    _check_size(op, "alphas_cumprod", alphas_cumprod)
+    _check_size(op, "timesteps", timesteps)
     alphas = torch.as_tensor(alphas_cumprod, dtype=torch.float64).cpu()
     if alphas.dim() != 1:
         fail(op, "alphas_cumprod", "shape (T,)", tuple(alphas.shape))
@@ -345,6 +350,13 @@ def _noise_levels(
     if not ((after >= now) & (after > 0) & (after <= 1)).all():
         fail(op, "next_timesteps", "levels in (0, 1] that are not below those of timesteps", after.tolist())
     return now, after
+
+
+def _check_size(op: str, name: str, x: Tensor | Sequence[float]) -> None:
+    """Refuse a table beyond the memory: some twenty float64 columns while it is made."""
+    if isinstance(x, Tensor):
+        check_dense(op, name, x)
+    check_memory(op, name, 160 * (x.numel() if isinstance(x, Tensor) else len(x)), torch.device("cpu"))
 
 
 def _integers(op: str, name: str, x: Tensor | Sequence[int]) -> Tensor:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from . import backends
 from . import reference as specification
-from .checks import fail, one_of
+from .checks import check_memory, fail, one_of
+from .tensors import resolved
 
 _OP = "correspondence"
 
@@ -47,9 +48,11 @@ def correspondence(
 
     Features of a diffusion UNet as correspondences: L. Tang et al., arXiv 2306.03881.
     """
+    target, reference = resolved(_OP, "target", target), resolved(_OP, "reference", reference)
     columns, radius_squared = _check(target, reference, radius, grid)
     target, reference = target.detach(), reference.detach()
     name = backends.choose(_OP, backend, target.device, target.dtype, argument="target")
+    _check_size(target, reference, name)
     if name == "reference":
         return specification.correspondence(target, reference, radius=radius, grid=grid)
     index = target.new_empty(target.shape[:2], dtype=torch.int64)
@@ -61,6 +64,17 @@ def correspondence(
         op = torch.ops.lr_kernels.correspondence_triton
     op(target, reference, columns, radius_squared, index, consistent)
     return index, consistent
+
+
+def _check_size(target: Tensor, reference: Tensor, backend: str) -> None:
+    """Refuse results and workspace beyond the memory."""
+    (batch, tokens, channels), (rows, others, _) = target.shape, reference.shape
+    needed = 9 * batch * tokens + 8 * (batch + rows) * others
+    if backend == "triton":
+        needed += (batch * tokens + rows * others) * channels * target.element_size()
+    if backend == "reference":
+        needed += 8 * (3 * batch * tokens * others + 2 * (batch * tokens + rows * others) * channels)
+    check_memory(_OP, "target", needed, target.device)
 
 
 def _check(target: Tensor, reference: Tensor, radius: float, grid: tuple[int, int] | None) -> tuple[int, int]:
