@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_choice, check_memory, fail
-from .tensors import check_dense
+from .tensors import resolved
 
 COLUMNS = ("a", "e", "sigma", "h", "p", "q", "c", "d", "s")
 """What follows the weights g_0 … g_{K-1} of the predictions in a row of the table; see `reference.step_blend`."""
@@ -147,7 +147,7 @@ def sigma_coefficients(
     check_choice(op, "prediction_type", prediction_type, SIGMA_PREDICTION_TYPES)
     check_choice(op, "keep_background", keep_background, BACKGROUNDS)
     _check_size(op, "sigmas", sigmas)
-    levels = torch.as_tensor(sigmas, dtype=torch.float64).cpu()
+    levels = resolved(op, "sigmas", torch.as_tensor(sigmas, dtype=torch.float64).cpu())
     if levels.dim() != 1 or len(levels) < 2:
         fail(op, "sigmas", "shape (steps + 1,), at least one step", tuple(levels.shape))
     limit = 1.0 if prediction_type == "flow" else math.inf
@@ -320,8 +320,7 @@ def _noise_levels(
 ) -> tuple[Tensor, Tensor]:
     """float64 (steps,) each: ᾱ of every timestep, and the one that its step goes to."""
     _check_size(op, "alphas_cumprod", alphas_cumprod)
-    _check_size(op, "timesteps", timesteps)
-    alphas = torch.as_tensor(alphas_cumprod, dtype=torch.float64).cpu()
+    alphas = resolved(op, "alphas_cumprod", torch.as_tensor(alphas_cumprod, dtype=torch.float64).cpu())
     if alphas.dim() != 1:
         fail(op, "alphas_cumprod", "shape (T,)", tuple(alphas.shape))
     times = _integers(op, "timesteps", timesteps)
@@ -354,13 +353,12 @@ def _noise_levels(
 
 def _check_size(op: str, name: str, x: Tensor | Sequence[float]) -> None:
     """Refuse a table beyond the memory: some twenty float64 columns while it is made."""
-    if isinstance(x, Tensor):
-        check_dense(op, name, x)
     check_memory(op, name, 160 * (x.numel() if isinstance(x, Tensor) else len(x)), torch.device("cpu"))
 
 
 def _integers(op: str, name: str, x: Tensor | Sequence[int]) -> Tensor:
-    result = torch.as_tensor(x).cpu()
+    _check_size(op, name, x)
+    result = resolved(op, name, torch.as_tensor(x).cpu())
     if result.is_floating_point() or result.dtype == torch.bool:
         fail(op, name, "an integer dtype", result.dtype, error=TypeError)
     return result.long()

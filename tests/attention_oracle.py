@@ -115,10 +115,20 @@ def attention(query, sources, query_groups=None, scale=None, grad_out=None, grad
     return out, lse, grads
 
 
+def by_key(x: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """(N, H, D), (M, H, D) -> (H, N, M)"""
+    return x.swapaxes(0, 1) @ key.transpose(1, 2, 0)
+
+
+def over_keys(weight: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """(H, N, M), (M, H, D) -> (N, H, D)"""
+    return (weight @ value.swapaxes(0, 1)).swapaxes(0, 1)
+
+
 def softmax(q: np.ndarray, parts: list[Part]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """P (H, N, keys), lse (N, H) and P·V (N, H, D) of one query row."""
     logits = np.concatenate(
-        [np.einsum("nhd,mhd->hnm", q, x.key) * x.alpha[:, None, None] + x.shift[:, None, :] for x in parts], 2
+        [by_key(q, x.key) * x.alpha[:, None, None] + x.shift[:, None, :] for x in parts], 2
     )
     visible = np.concatenate([x.visible for x in parts], 1)
     value = np.concatenate([x.value for x in parts])
@@ -129,9 +139,10 @@ def softmax(q: np.ndarray, parts: list[Part]) -> tuple[np.ndarray, np.ndarray, n
     p = np.where(mass == 0, 0.0, weights / mass)
     lse = np.where(top == np.inf, np.inf, top + np.log(mass))[:, :, 0].T
     odd = ~np.isfinite(value)
-    result = np.einsum("hnm,mhd->nhd", p, np.where(odd, 0.0, value))
-    reached = np.einsum("nm,mhd->nhd", visible.astype(float), odd.astype(float)) > 0
-    return p, lse, np.where(reached, np.nan, result)
+    result = over_keys(p, np.where(odd, 0.0, value))
+    if odd.any():
+        result[over_keys(np.broadcast_to(visible, p.shape).astype(float), odd.astype(float)) > 0] = np.nan
+    return p, lse, result
 
 
 def add_gradients(grads: Gradients, b: int, q, parts: list[Part], p, grad, result, grad_lse) -> None:
@@ -141,11 +152,11 @@ def add_gradients(grads: Gradients, b: int, q, parts: list[Part], p, grad, resul
     for x in parts:
         part = p[:, :, start : start + len(x.key)]
         start += len(x.key)
-        ds = part * (np.einsum("nhd,mhd->hnm", grad, x.value) - delta + grad_lse)
+        ds = part * (by_key(grad, x.value) - delta + grad_lse)
         scaled = ds * x.alpha[:, None, None]
-        grads.query[b] += np.einsum("hnm,mhd->nhd", scaled, x.key)
-        grads.key[x.number][x.row] += np.einsum("hnm,nhd->mhd", scaled, q)
-        np.add.at(grads.value[x.number][x.row], x.tokens, np.einsum("hnm,nhd->mhd", part, grad))
+        grads.query[b] += over_keys(scaled, x.key)
+        grads.key[x.number][x.row] += over_keys(scaled.swapaxes(1, 2), q)
+        np.add.at(grads.value[x.number][x.row], x.tokens, over_keys(part.swapaxes(1, 2), grad))
         bias = grads.key_bias[x.number]
         if bias is not None:
             bias[x.row if len(bias) > 1 else 0] += ds.sum((0, 1))

@@ -70,7 +70,7 @@ def _attend_tile(
     key_stride, value_stride, alpha, shift,  # shift: scalar, or (1, BN)
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr,
     NARROW: tl.constexpr, PER_PAIR: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    HEADROOM: tl.constexpr,
+    HEADROOM: tl.constexpr, WEIGHT: tl.constexpr,
 ):  # fmt: skip
     """Add one tile of keys and values to the running softmax of BM queries. top: the largest logit plus HEADROOM."""
     c0 = tl.arange(0, D0)
@@ -100,6 +100,8 @@ def _attend_tile(
         new_top = tl.minimum(tl.maximum(top, tl.max(s, 1) * alpha + HEADROOM), MAX)
         factor = _exponent_factor(new_top)
         p = tl.exp2(s * (alpha * factor)[:, None] - (new_top * factor)[:, None])
+    if WEIGHT != 1.0:
+        p *= WEIGHT
     shrink = tl.exp2((top - new_top) * 256)
     # 8 partial sums per row stay inside a thread, which halves the shuffles of the loop
     total = total * shrink[:, None] + tl.sum(tl.reshape(p, (BM, BN // 8, 8)), 1)
@@ -191,10 +193,12 @@ def multi_source_attention_forward_kernel(
     unit_scale = tl.cast(unit_scale, tl.float32)  # the interpreter takes a tiny number for fp64
 
     # fp16 has no room for smaller weights and queries, and no need: its values and scores stay far inside fp32.
-    # 2^-16 in every weight: the sum of up to 65,536 weighted values stays in fp32 where their mean does.
-    WIDE: tl.constexpr = query.dtype.element_ty != tl.float16
-    HEADROOM: tl.constexpr = 0.0625 if WIDE else 0.0
-    SHRINK: tl.constexpr = _QUERY_SHRINK if WIDE else 1.0
+    # 2^-16 in every weight: the sum of up to 65,536 weighted values stays in fp32 where their mean does. In the
+    # exponent it costs nothing, but the exponent's rounding, which fp32 would show.
+    DTYPE: tl.constexpr = query.dtype.element_ty
+    HEADROOM: tl.constexpr = 0.0625 if DTYPE == tl.bfloat16 else 0.0
+    WEIGHT: tl.constexpr = 0.0000152587890625 if DTYPE == tl.float32 else 1.0
+    SHRINK: tl.constexpr = 1.0 if DTYPE == tl.float16 else _QUERY_SHRINK
 
     # The queries stay in registers or shared memory for all sources
     c0 = tl.arange(0, D0)
@@ -260,7 +264,7 @@ def multi_source_attention_forward_kernel(
             shift = _key_shift(key_bias, bias, tokens, at, bias_count, beta)
             acc0, acc1, top, total = _attend_tile(
                 q0, q1, acc0, acc1, top, total, k, v, tokens, value_tokens, query_ok, k_n, v_n, alpha, shift,
-                D, D0, D1, BM, BN, UNIT, NARROW, PER_PAIR, False, PRECISION, UPCAST, HEADROOM,
+                D, D0, D1, BM, BN, UNIT, NARROW, PER_PAIR, False, PRECISION, UPCAST, HEADROOM, WEIGHT,
             )  # fmt: skip
         for j in tl.range(whole, count, BN):
             at = j + on
@@ -269,7 +273,7 @@ def multi_source_attention_forward_kernel(
             shift = _key_shift(key_bias, bias, tokens, at, bias_count, beta)
             acc0, acc1, top, total = _attend_tile(
                 q0, q1, acc0, acc1, top, total, k, v, tokens, value_tokens, at < count, k_n, v_n, alpha, shift,
-                D, D0, D1, BM, BN, UNIT, NARROW, PER_PAIR, True, PRECISION, UPCAST, HEADROOM,
+                D, D0, D1, BM, BN, UNIT, NARROW, PER_PAIR, True, PRECISION, UPCAST, HEADROOM, WEIGHT,
             )  # fmt: skip
 
         if group_ends is not None:
@@ -300,7 +304,7 @@ def multi_source_attention_forward_kernel(
         tl.store(o_at + (D0 + c1)[None, :], o1, mask=query_ok[:, None] & (c1[None, :] < D - D0))
     if lse is not None:
         wide = top.to(lse.dtype.element_ty)  # fp64 keeps the mass beside a huge top, as the backward pass needs
-        natural = wide * 177.445678223346 + tl.log2(mass).to(wide.dtype) * 0.6931471805599453  # 256 ln 2 and ln 2
+        natural = wide * 177.445678223346 + tl.log2(mass / WEIGHT).to(wide.dtype) * 0.6931471805599453  # 256 ln 2, ln 2
         far = (tl.abs(natural) == INF) & (mass < INF)  # -inf is for a query that sees nothing
         natural = tl.where(far, tl.where(top > 0, MAX, -MAX), natural)
         tl.store(lse + b64 * lse_b + i * lse_n + h64 * lse_h, tl.where(mass == 0, -INF, natural), mask=query_ok)
