@@ -44,9 +44,9 @@ def adain(
         has no effect.
 
     Raises:
-        ValueError: a shape, device, stride or eps that does not fit, a result beyond the memory. TypeError: a dtype that does not fit.
-        RuntimeError: the named backend is not available. NotImplementedError: a named kernel backend where a gradient
-        is required.
+        ValueError: a shape, device, stride or eps that does not fit, or a result beyond the memory.
+        TypeError: a dtype that does not fit. RuntimeError: the named backend is not available.
+        NotImplementedError: a named kernel backend where a gradient is required.
 
     X. Huang, S. Belongie, arXiv 1703.06868; on queries and keys of shared attention: A. Hertz et al., arXiv 2312.02133.
     """

@@ -87,7 +87,9 @@ def multi_source_attention(
         query, sources = resolve(query, sources)
     if return_lse and any(s.softmax_group != sources[0].softmax_group for s in sources):
         fail(OP, "return_lse", "one softmax group", "several", "each group has its own lse")
-    check_memory(OP, "query", query.numel() * query.element_size() + return_lse * query.shape[:3].numel() * 4, query.device)
+    check_memory(
+        OP, "query", query.numel() * query.element_size() + return_lse * query.shape[:3].numel() * 4, query.device
+    )
     wanted = torch.is_grad_enabled() and (query.requires_grad or any(_requires_grad(s) for s in sources))
     lacking = _lacking(sources, wanted)
     if backends.forward_mode(query, *(x for s in sources for x in s if isinstance(x, Tensor))):

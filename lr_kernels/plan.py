@@ -146,10 +146,7 @@ def as_made(plan: AttentionPlan) -> bool:
         return False
     index, count, order, start = plan.stamp.lists
     return (
-        plan.key_index is index
-        and plan.key_count is count
-        and plan.query_order is order
-        and plan.class_start is start
+        plan.key_index is index and plan.key_count is count and plan.query_order is order and plan.class_start is start
     )
 
 

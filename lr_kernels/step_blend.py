@@ -293,7 +293,9 @@ def _check_output(name: str, x: Tensor, taken: list[Tensor]) -> None:
     if not torch.compiler.is_compiling():
         check_dense(_OP, name, x)
         if not is_plain(x):
-            fail(_OP, name, "a tensor with memory of its own", "a lazy negative or zero", "pass torch.empty_like(sample)")
+            fail(
+                _OP, name, "a tensor with memory of its own", "a lazy negative or zero", "pass torch.empty_like(sample)"
+            )
     if not x.is_contiguous():
         fail(_OP, name, "a contiguous tensor", f"strides {x.stride()}")
     if x.requires_grad and torch.is_grad_enabled():

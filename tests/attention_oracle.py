@@ -1,5 +1,5 @@
-"""multi_source_attention and its gradients in float64, in NumPy, from the formula alone: an oracle for random calls that
-shares no code with lr_kernels.
+"""multi_source_attention and its gradients in float64, in NumPy, from the formula alone: an oracle for random calls
+that shares no code with lr_kernels.
 
     out[b,i,h] = Σ_g w_g[b,i] · Σ_{s∈g} Σ_j P^g[b,i,h,s,j] · V_s[r_s(b), v_s(j), h]
     P^g = softmax over the visible (s, j) of group g of  α_s·scale·⟨Q[b,i,h], K_s[r_s(b),j,h]⟩ + β_s + bias_s[j]
@@ -53,7 +53,7 @@ class Part:
 
 def read(i: int, source: Source, b: int, query: np.ndarray, groups: np.ndarray | None, scale: float) -> Part | None:
     """None where the query row reads nothing of source i."""
-    batch, queries, heads, _ = query.shape
+    _, queries, heads, _ = query.shape
     rows, keys = source.key.shape[:2]
     row = int(source.rows[b]) if source.rows is not None else 0 if rows == 1 else b
     if row < 0 or rows == 0 or keys == 0:
@@ -86,7 +86,7 @@ class Gradients:
 def attention(query, sources, query_groups=None, scale=None, grad_out=None, grad_lse=None):
     """(out (B, N, H, D), lse (B, N, H) of the last group, Gradients or None)."""
     q = array(query)
-    batch, queries, heads, head_dim = q.shape
+    batch, queries, _, head_dim = q.shape
     scale = head_dim**-0.5 if scale is None else scale
     groups = None if query_groups is None else array(query_groups)
     out, lse = np.zeros(q.shape), np.full(q.shape[:3], -np.inf)
@@ -94,7 +94,10 @@ def attention(query, sources, query_groups=None, scale=None, grad_out=None, grad
     if grad_out is not None:
         empty = [None if s.key_bias is None else np.zeros(s.key_bias.shape) for s in sources]
         grads = Gradients(
-            np.zeros(q.shape), [np.zeros(s.key.shape) for s in sources], [np.zeros(s.value.shape) for s in sources], empty
+            np.zeros(q.shape),
+            [np.zeros(s.key.shape) for s in sources],
+            [np.zeros(s.value.shape) for s in sources],
+            empty,
         )
     with np.errstate(all="ignore"):
         for b in range(batch):
@@ -127,9 +130,7 @@ def over_keys(weight: np.ndarray, value: np.ndarray) -> np.ndarray:
 
 def softmax(q: np.ndarray, parts: list[Part]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """P (H, N, keys), lse (N, H) and P·V (N, H, D) of one query row."""
-    logits = np.concatenate(
-        [by_key(q, x.key) * x.alpha[:, None, None] + x.shift[:, None, :] for x in parts], 2
-    )
+    logits = np.concatenate([by_key(q, x.key) * x.alpha[:, None, None] + x.shift[:, None, :] for x in parts], 2)
     visible = np.concatenate([x.visible for x in parts], 1)
     value = np.concatenate([x.value for x in parts])
     logits = np.where(visible, logits, -np.inf)

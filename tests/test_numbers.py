@@ -60,11 +60,17 @@ CALLS = {
     "smallest scale": ([source()], {"scale": -MAX}),
     "tiny scale": ([source()], {"scale": 1e-40}),
     "a late peak": ([source(key=torch.cat([0 * K[:, :8], 40 * K[:, 8:]], 1))], {"query": 4 * Q.sign(), "scale": 1.0}),
-    "softmax groups": ([source(logit_bias=-MAX), source(softmax_group=1), source(key_bias=bias(MAX), softmax_group=2)], {}),
+    "softmax groups": (
+        [source(logit_bias=-MAX), source(softmax_group=1), source(key_bias=bias(MAX), softmax_group=2)],
+        {},
+    ),
     "infinite key_bias": ([source(key_bias=bias(math.inf))], {}),
     "key_bias NaN": ([source(key_bias=bias(math.nan))], {}),
     "infinities that cancel": ([source(key_bias=bias(math.inf), logit_bias=-math.inf)], {}),
-    "infinities that cancel, of one row": ([source(key_bias=bias(-math.inf), logit_bias=torch.tensor([math.inf, 0]))], {}),
+    "infinities that cancel, of one row": (
+        [source(key_bias=bias(-math.inf), logit_bias=torch.tensor([math.inf, 0]))],
+        {},
+    ),
     "all hidden by -inf": ([source(logit_bias=-math.inf)], {}),
     "a NaN with a payload": ([source(key=K.clone())], {}),
 }
@@ -116,7 +122,9 @@ def test_15_a_scale_that_fp32_cannot_hold_is_refused():
 
 # ---- tensors whose memory does not hold their values ----
 
-TABLE = step_coefficients(torch.linspace(0.9, 0.1, 10), [8, 4, 1], final_alpha_cumprod=1.0, guidance_scale=None, eta=1.0)
+TABLE = step_coefficients(
+    torch.linspace(0.9, 0.1, 10), [8, 4, 1], final_alpha_cumprod=1.0, guidance_scale=None, eta=1.0
+)
 SAMPLE = randn(2, 4, 8, 8)
 LATENTS = {"background": SAMPLE, "mask": SAMPLE[:, 0].sigmoid(), "noise": SAMPLE}
 INTEGERS = torch.tensor([1, 0])
@@ -158,7 +166,10 @@ ARGUMENTS = {
     "token value": (lambda x: attention_with_token_maps(Q, K, x, INTEGERS), V),
     "token_indices": (lambda x: attention_with_token_maps(Q, K, V, x), INTEGERS),
     "sigmas": (lambda x: sigma_coefficients(x, solver="euler", guidance_scale=None), torch.tensor([3.0, 2.0, 0.5])),
-    "timesteps": (lambda x: step_coefficients(TABLE[0, 0].sigmoid(), x, final_alpha_cumprod=1.0, guidance_scale=1.0), INTEGERS[:1]),
+    "timesteps": (
+        lambda x: step_coefficients(TABLE[0, 0].sigmoid(), x, final_alpha_cumprod=1.0, guidance_scale=1.0),
+        INTEGERS[:1],
+    ),
 }  # fmt: skip
 
 
@@ -243,7 +254,9 @@ def test_33_a_plan_of_a_changed_mask_is_refused(change, backend):
     plan = plan_attention([x])
     planned(x, plan)
     CHANGES[change](x)
-    with pytest.raises(ValueError, match=r"plan: expected a plan of key_mask\[0\] as it is now, got .*; build the plan"):
+    with pytest.raises(
+        ValueError, match=r"plan: expected a plan of key_mask\[0\] as it is now, got .*; build the plan"
+    ):
         multi_source_attention(Q, [source(key_mask=x)], plan=plan, backend=backend)
     assert torch.equal(planned(x, plan_attention([x])), multi_source_attention(Q, [source(key_mask=x)]))
 

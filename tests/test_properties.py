@@ -183,7 +183,6 @@ class Draw:
             ]
         return AttentionInputs(query, sources, groups)
 
-
     def scale(self) -> float | None:
         if self.seldom("scale: extreme"):
             return self(st.sampled_from([1e-40, -1e30, 1e30, LARGEST]), "scale: extreme")
@@ -238,7 +237,9 @@ def compare(found: list[list[tuple[Tensor, ...]]]) -> None:
         assert_lse_matches(lse, low, truth, out.dtype)
 
 
-def results(inputs: AttentionInputs, scale: float | None, planned: bool, stale: bool = False) -> list[tuple[Tensor, ...]]:
+def results(
+    inputs: AttentionInputs, scale: float | None, planned: bool, stale: bool = False
+) -> list[tuple[Tensor, ...]]:
     """(out, lse) of the kernel, of the reference in the working dtype, and of the oracle; without lse, which several
     softmaxes do not have in common, (out,)."""
     calls["forward"] += 1
@@ -272,7 +273,7 @@ def refuse_stale(inputs: AttentionInputs, plan: AttentionPlan) -> AttentionPlan:
     if not masks:
         return plan
     masks[-1].copy_(masks[-1].flip(1))
-    with pytest.raises(ValueError, match="plan: expected a plan of key_(mask|groups)"):
+    with pytest.raises(ValueError, match=r"plan: expected a plan of key_(mask|groups)"):
         multi_source_attention(inputs.query, inputs.sources, query_groups=inputs.query_groups, plan=plan, backend="cpu")
     calls["stale plans"] += 1
     return plan_of(inputs)

@@ -112,7 +112,9 @@ class WideQuery {
 };
 
 // A double as a float that is finite where the double is: beyond the range, its end.
-inline float finite_float(double x) { return float(std::isfinite(x) ? std::clamp(x, -double(FLT_MAX), double(FLT_MAX)) : x); }
+inline float finite_float(double x) {
+  return float(std::isfinite(x) ? std::clamp(x, -double(FLT_MAX), double(FLT_MAX)) : x);
+}
 
 }  // namespace
 }  // namespace lr::LR_ISA

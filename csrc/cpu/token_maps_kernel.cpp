@@ -58,8 +58,8 @@ Rows float_rows(const T* x, int64_t stride, int64_t m, int64_t d, float* copy) {
   return {copy, d};
 }
 
-// 2^(x - 16) for x <= 0 to 8e-8: the maps are fp32 results themselves, so exp2 of simd.h (2e-7) is not enough. 0 where x
-// is below -110, NaN stays NaN. 2^-16, so that the sum of up to 65,536 weighted values stays in fp32 where their mean
+// 2^(x - 16) for x <= 0 to 8e-8: the maps are fp32 results themselves, so exp2 of simd.h (2e-7) is not enough. 0 where
+// x is below -110, NaN stays NaN. 2^-16, so that the sum of up to 65,536 weighted values stays in fp32 where their mean
 // does.
 LR_INLINE Vec weight(Vec x) {
 #if defined(__AVX512F__)
@@ -152,8 +152,8 @@ LR_INLINE void value_channels(const float* value, int64_t stride, const float* p
   if constexpr (kChannels > 1) value_channels<kChannels / 2>(value, stride, p, keys, first, d, out, i);
 }
 
-// Scores [m, kQueries] -> 2^(factor * (score - most) - 16), in place; returns 1 / sum in `inverse`. The difference comes
-// first: its rounding is relative to the difference, not to the score.
+// Scores [m, kQueries] -> 2^(factor * (score - most) - 16), in place; returns 1 / sum in `inverse`. The difference
+// comes first: its rounding is relative to the difference, not to the score.
 void exponentials(float* scores, int64_t m, float factor, const Vec (&most)[2], Vec (&inverse)[2]) {
   Vec total[2] = {};
   for (int64_t start = 0; start < m; start += kKeyBlock) {
