@@ -7,7 +7,8 @@ from torch import Tensor
 
 from . import backends
 from . import reference as specification
-from .checks import fail, one_of
+from .checks import check_memory, fail, one_of
+from .tensors import resolved, resolved_or_none
 
 _OP = "adain"
 
@@ -43,15 +44,21 @@ def adain(
         has no effect.
 
     Raises:
-        ValueError: a shape, device, stride or eps that does not fit. TypeError: a dtype that does not fit.
-        RuntimeError: the named backend is not available. NotImplementedError: a named kernel backend where a gradient
-        is required.
+        ValueError: a shape, device, stride or eps that does not fit, or a result beyond the memory.
+        TypeError: a dtype that does not fit. RuntimeError: the named backend is not available.
+        NotImplementedError: a named kernel backend where a gradient is required.
 
     X. Huang, S. Belongie, arXiv 1703.06868; on queries and keys of shared attention: A. Hertz et al., arXiv 2312.02133.
     """
+    x, reference = resolved(_OP, "x", x), resolved(_OP, "reference", reference)
+    mask, reference_mask = (
+        resolved_or_none(_OP, label, table) for label, table in (("mask", mask), ("reference_mask", reference_mask))
+    )
     _check(x, reference, mask, reference_mask, eps)
+    check_memory(_OP, "x", x.numel() * x.element_size(), x.device)
     name = backends.choose(_OP, backend, x.device, x.dtype, backends.forward_only(x, reference), "x")
     if name == "reference":
+        check_memory(_OP, "backend 'reference'", 4 * 8 * (x.numel() + reference.numel()), x.device)
         return specification.adain(x, reference, mask=mask, reference_mask=reference_mask, eps=eps)
     layout = torch.preserve_format if x.shape[3] == 1 else torch.contiguous_format
     out = torch.empty_like(x, memory_format=layout)

@@ -6,13 +6,15 @@ import torch
 from torch import Tensor
 
 from . import backends, reference
-from .attention_checks import OP, check, check_reference_memory
+from .attention_checks import OP, check, check_reference_memory, resolve
 from .attention_grad import Options, attention_with_gradients
 from .attention_tables import lay_out
 from .checks import check_memory, fail, plain_number
 from .ops import attention_op
 from .plan import AttentionPlan, plan_attention
 from .source import Source
+
+_MAX_SCALE = torch.finfo(torch.float32).max
 
 
 def multi_source_attention(
@@ -43,7 +45,11 @@ def multi_source_attention(
         backend: "auto", "cpu", "triton" or "reference". A name never falls back.
 
     Returns:
-        out (B, N, H, D) in the query's dtype, or (out, lse). A query that sees no key gets out 0, lse -inf.
+        out (B, N, H, D) in the query's dtype, or (out, lse). A query that sees no key gets out 0, lse -inf. Finite
+        logits of any size keep their order, also where their parts or their sum leave fp32's range: on "cpu" always, on
+        "triton" while ⟨Q, K⟩ stays below 5e39 (fp16: always) and α·scale below 3e38. An lse beyond fp32 is ±finfo.max.
+        A visible logit of +inf or NaN (so also of -inf plus +inf) makes the query's out NaN; one of -inf has no weight.
+        Values may be of any size too; on "triton", beyond 65,536 keys, their sum should stay below 2e43.
         CPU scratch: per thread at most 1 MiB, whatever N and M.
 
     Gradients: of query, key, value and key_bias on "cpu" and, without value_index, "triton" (P is computed again from
@@ -60,11 +66,15 @@ def multi_source_attention(
     """
     if not isinstance(query, Tensor):
         fail(OP, "query", "a tensor", type(query).__name__, error=TypeError)
+    if query.is_meta:
+        fail(OP, "query", "a tensor with data", "one on the device meta", "FakeTensorMode shows shapes without data")
     if scale is not None and not torch.compiler.is_compiling():
         number = scale if type(scale) is float else plain_number(scale)
         if number is None:
             fail(OP, "scale", "a number", type(scale).__name__, error=TypeError)
         scale = float(number)
+        if not abs(scale) <= _MAX_SCALE:
+            fail(OP, "scale", "a number that float32 holds", scale)
     if backends.transforms_active():
         fields = {f"{name}[{i}]": x for i, s in enumerate(sources) for name, x in zip(Source._fields, s)}
         backends.refuse_vmap(OP, {"query": query, **fields, "query_groups": query_groups})
@@ -78,10 +88,13 @@ def multi_source_attention(
         call = recordable(query, sources, query_groups, scale, return_lse, plan)
         if call is not None and call.replay(query):
             return call.result
-    check(query, sources, query_groups, plan)
+    if check(query, sources, query_groups, plan):
+        query, sources = resolve(query, sources)
     if return_lse and any(s.softmax_group != sources[0].softmax_group for s in sources):
         fail(OP, "return_lse", "one softmax group", "several", "each group has its own lse")
-    check_memory(OP, "query", query.numel() * query.element_size(), query.device)
+    check_memory(
+        OP, "query", query.numel() * query.element_size() + return_lse * query.shape[:3].numel() * 4, query.device
+    )
     wanted = torch.is_grad_enabled() and (query.requires_grad or any(_requires_grad(s) for s in sources))
     lacking = _lacking(sources, wanted)
     if backends.forward_mode_active() and backends.forward_mode(query, *(x for s in sources for x in s)):

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from .checks import MAX_TOKENS, check_entries, check_memory, fail, has_shape, one_of
-from .plan import AttentionPlan, check_masks
+from .plan import AttentionPlan, as_made, changed_mask, check_lists, check_masks
 from .source import Source
+from .tensors import check_dense, is_plain, resolved
 
 OP = "multi_source_attention"
 MAX_SOURCES = 16
@@ -16,8 +17,24 @@ MAX_HEAD_DIM = 256
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def check(query: Tensor, sources: Sequence[Source], query_groups: Tensor | None, plan: AttentionPlan | None) -> None:
-    """Shapes, dtypes and devices of every argument, in the order of the signature."""
+def check(query: Tensor, sources: Sequence[Source], query_groups: Tensor | None, plan: AttentionPlan | None) -> bool:
+    """Shapes, dtypes and devices of every argument, in the order of the signature. Returns whether a tensor that a
+    kernel would read is lazy (see `resolve`); the dispatcher resolves negatives among query, keys and values."""
+    try:
+        return _check(query, sources, query_groups, plan)
+    except RuntimeError:  # a nested tensor has no shape
+        check_dense(OP, "query", query)
+        for i, source in enumerate(sources):
+            for name, x in zip(Source._fields, source):
+                if isinstance(x, Tensor):
+                    check_dense(OP, f"{name}[{i}]", x)
+        raise
+
+
+def _check(query: Tensor, sources: Sequence[Source], query_groups: Tensor | None, plan: AttentionPlan | None) -> bool:
+    eager = not torch.compiler.is_compiling()
+    if eager and query.__class__ is not Tensor:
+        check_dense(OP, "query", query)
     if query.dim() != 4:
         fail(OP, "query", "shape (batch, tokens, heads, head_dim)", tuple(query.shape))
     batch, tokens, _, head_dim = query.shape
@@ -25,13 +42,14 @@ def check(query: Tensor, sources: Sequence[Source], query_groups: Tensor | None,
         fail(OP, "query", "one of float32, float16, bfloat16, float64", query.dtype, error=TypeError)
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         fail(OP, "query", f"head_dim from 1 to {MAX_HEAD_DIM}", head_dim)
-    if query.stride(3) != 1 and head_dim > 1:
-        fail(OP, "query", "a contiguous last dimension", f"stride {query.stride(3)}", "call .contiguous()")
+    if query.stride(3) != 1:
+        _check_stride("query", query, eager)
     if not 1 <= len(sources) <= MAX_SOURCES:
         fail(OP, "sources", f"1 to {MAX_SOURCES}", len(sources))
     first_of_group: dict[int, int] = {}
+    lazy = eager and query._is_zerotensor()
     for i, source in enumerate(sources):
-        _check_source(i, source, query)
+        lazy |= _check_source(i, source, query, eager)
         if not isinstance(source.softmax_group, (int, Integral)):
             fail(OP, f"softmax_group[{i}]", "an int", repr(source.softmax_group), error=TypeError)
         first = first_of_group.setdefault(source.softmax_group, i)
@@ -45,24 +63,43 @@ def check(query: Tensor, sources: Sequence[Source], query_groups: Tensor | None,
     if plan is None:
         check_masks(OP, [s.key_mask for s in sources], [s.key_groups for s in sources], query_groups)
     else:
-        _check_plan(plan, sources, query_groups)
+        _check_plan(plan, sources, query_groups, query, eager)
     if query_groups is not None:
         _check_table("query_groups", query_groups, query, batch, tokens)
         if tokens > MAX_TOKENS:  # the order of the queries is a table of int32
             fail(OP, "query", f"at most {MAX_TOKENS} tokens with query_groups", tokens)
+    return lazy
 
 
-def _check_source(i: int, source: Source, query: Tensor) -> None:
+def resolve(query: Tensor, sources: Sequence[Source]) -> tuple[Tensor, list[Source]]:
+    """The same with the values of lazy tensors written out, for the kernels."""
+    return resolved(OP, "query", query), [
+        Source(*(resolved(OP, f"{name}[{i}]", x) if isinstance(x, Tensor) else x for name, x in zip(s._fields, s)))
+        for i, s in enumerate(sources)
+    ]
+
+
+def _check_source(i: int, source: Source, query: Tensor, eager: bool) -> bool:
     if not isinstance(source, Source):
         fail(OP, f"sources[{i}]", "a Source", type(source).__name__, error=TypeError)
     batch, _, heads, head_dim = query.shape
+    lazy = False
     for name in ("rows", "key_mask", "key_groups", "key_bias", "value_index"):
         x = getattr(source, name)
-        if x is not None and not isinstance(x, Tensor):
+        if x is None:
+            continue
+        if not isinstance(x, Tensor):
             fail(OP, f"{name}[{i}]", "a tensor or None", type(x).__name__, error=TypeError)
+        if eager and not is_plain(x):
+            check_dense(OP, f"{name}[{i}]", x)
+            lazy = True
     for name, x in (("key", source.key), ("value", source.value)):
         if not isinstance(x, Tensor):
             fail(OP, f"{name}[{i}]", "a tensor", type(x).__name__, error=TypeError)
+        if eager:
+            if x.__class__ is not Tensor:
+                check_dense(OP, f"{name}[{i}]", x)
+            lazy |= x._is_zerotensor()
         shape = x.shape
         if len(shape) != 4:
             fail(OP, f"{name}[{i}]", "shape (rows, keys, heads, head_dim)", tuple(shape))
@@ -76,8 +113,8 @@ def _check_source(i: int, source: Source, query: Tensor) -> None:
             fail(OP, f"{name}[{i}]", str(query.dtype), x.dtype, "cast all tensors to one dtype", TypeError)
         if x.device != query.device:
             fail(OP, f"{name}[{i}]", str(query.device), x.device)
-        if head_dim > 1 and x.stride(3) != 1:
-            fail(OP, f"{name}[{i}]", "a contiguous last dimension", f"stride {x.stride(3)}", "call .contiguous()")
+        if x.stride(3) != 1:
+            _check_stride(f"{name}[{i}]", x, eager)
     rows, keys = source.key.shape[:2]
     value_rows, values = source.value.shape[:2]
     if value_rows != rows or (source.value_index is None and values != keys):
@@ -96,7 +133,9 @@ def _check_source(i: int, source: Source, query: Tensor) -> None:
     if source.value_index is not None:
         _check_value_index(i, source, query)
     for name in ("logit_scale", "logit_bias", "weight"):
-        _check_strength(f"{name}[{i}]", getattr(source, name))
+        strength = getattr(source, name)
+        if strength is not None:
+            lazy |= _check_strength(f"{name}[{i}]", strength, eager)
     if source.key_bias is not None and not source.key_bias.is_floating_point():
         hint = "a mask goes to key_mask" if source.key_bias.dtype == torch.bool else ""
         fail(OP, f"key_bias[{i}]", "a floating dtype", source.key_bias.dtype, hint, TypeError)
@@ -109,17 +148,30 @@ def _check_source(i: int, source: Source, query: Tensor) -> None:
     for name, strength in (("logit_scale", source.logit_scale), ("logit_bias", source.logit_bias)):
         if isinstance(strength, Tensor) and not has_shape(strength, (), (batch,), (batch, heads)):
             fail(OP, f"{name}[{i}]", f"a scalar, ({batch},) or ({batch}, {heads})", tuple(strength.shape))
+    return lazy
 
 
-def _check_strength(name: str, x: object) -> None:
-    """A number or a tensor of real numbers."""
-    if x is None or type(x) is float or type(x) is int:
-        return
+def _check_stride(name: str, x: Tensor, eager: bool) -> None:
+    """Of the last dimension, where it is not 1: it never is of a sparse tensor."""
+    if eager:
+        check_dense(OP, name, x)
+    if x.shape[3] > 1:
+        fail(OP, name, "a contiguous last dimension", f"stride {x.stride(3)}", "call .contiguous()")
+
+
+def _check_strength(name: str, x: object, eager: bool) -> bool:
+    """A number or a tensor of real numbers; returns whether it is lazy."""
+    if type(x) is float or type(x) is int:
+        return False
     if isinstance(x, Tensor):
         if x.dtype.is_complex or x.dtype == torch.bool:
             fail(OP, name, "a floating or integer dtype", x.dtype, error=TypeError)
+        if eager and not is_plain(x):
+            check_dense(OP, name, x)
+            return True
     elif not isinstance(x, Real):
         fail(OP, name, "a number or a tensor", type(x).__name__, error=TypeError)
+    return False
 
 
 def _check_value_index(i: int, source: Source, query: Tensor) -> None:
@@ -149,8 +201,10 @@ def _check_table(name: str, table: Tensor, query: Tensor, rows: int, columns: in
         fail(OP, name, str(query.device), table.device)
 
 
-def _check_plan(plan: AttentionPlan, sources: Sequence[Source], query_groups: Tensor | None) -> None:
-    """A plan belongs to the very masks it was built from."""
+def _check_plan(
+    plan: AttentionPlan, sources: Sequence[Source], query_groups: Tensor | None, query: Tensor, eager: bool
+) -> None:
+    """A plan belongs to the very masks it was built from, as they were then."""
     if not isinstance(plan, AttentionPlan):
         fail(OP, "plan", "an AttentionPlan from plan_attention", type(plan).__name__, error=TypeError)
     if len(plan.key_masks) != len(sources):
@@ -160,3 +214,9 @@ def _check_plan(plan: AttentionPlan, sources: Sequence[Source], query_groups: Te
             fail(OP, "plan", f"a plan built from key_mask[{i}] and key_groups[{i}]", "one built from other tensors")
     if plan.query_groups is not query_groups:
         fail(OP, "plan", "a plan built from query_groups", "one built from another tensor")
+    if eager:
+        changed = changed_mask(plan)
+        if changed is not None:
+            fail(OP, "plan", f"a plan of {changed} as it is now", "one built before it changed", "build the plan anew")
+        if not as_made(plan):
+            check_lists(OP, plan, [s.key.shape[1] for s in sources], query)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .checks import check_choice, check_integer, check_number, fail
+from .checks import check_choice, check_integer, check_memory, check_number, fail
+from .tensors import resolved
 
 COLUMNS = ("a", "e", "sigma", "h", "p", "q", "c", "d", "s")
 """What follows the weights g_0 … g_{K-1} of the predictions in a row of the table; see `reference.step_blend`."""
@@ -145,7 +146,8 @@ def sigma_coefficients(
     check_choice(op, "solver", solver, SOLVERS)
     check_choice(op, "prediction_type", prediction_type, SIGMA_PREDICTION_TYPES)
     check_choice(op, "keep_background", keep_background, BACKGROUNDS)
-    levels = torch.as_tensor(sigmas, dtype=torch.float64).cpu()
+    _check_size(op, "sigmas", sigmas)
+    levels = resolved(op, "sigmas", torch.as_tensor(sigmas, dtype=torch.float64).cpu())
     if levels.dim() != 1 or len(levels) < 2:
         fail(op, "sigmas", "shape (steps + 1,), at least one step", tuple(levels.shape))
     limit = 1.0 if prediction_type == "flow" else math.inf
@@ -212,6 +214,7 @@ def blend_schedule(kind: str, steps: int, layout_steps: int, *, ramp_steps: int 
         rest = steps - layout_steps
         expected = f"0 to {rest}, the steps after layout_steps"
         ramp_steps = check_integer(op, "ramp_steps", ramp_steps, 0, expected, rest)
+    check_memory(op, "steps", 40 * steps, torch.device("cpu"))
     if kind == "hard":
         if ramp_steps:
             fail(op, "ramp_steps", "None for kind 'hard'", ramp_steps)
@@ -315,7 +318,8 @@ def _noise_levels(
     prediction_type: str,
 ) -> tuple[Tensor, Tensor]:
     """float64 (steps,) each: ᾱ of every timestep, and the one that its step goes to."""
-    alphas = torch.as_tensor(alphas_cumprod, dtype=torch.float64).cpu()
+    _check_size(op, "alphas_cumprod", alphas_cumprod)
+    alphas = resolved(op, "alphas_cumprod", torch.as_tensor(alphas_cumprod, dtype=torch.float64).cpu())
     if alphas.dim() != 1:
         fail(op, "alphas_cumprod", "shape (T,)", tuple(alphas.shape))
     times = _integers(op, "timesteps", timesteps)
@@ -361,8 +365,14 @@ def _next_timesteps(op: str, times: Tensor, trained: int) -> Tensor:
     return torch.cat([times[1:], times.new_full((1,), -1)])
 
 
+def _check_size(op: str, name: str, x: Tensor | Sequence[float]) -> None:
+    """Refuse a table beyond the memory: some twenty float64 columns while it is made."""
+    check_memory(op, name, 160 * (x.numel() if isinstance(x, Tensor) else len(x)), torch.device("cpu"))
+
+
 def _integers(op: str, name: str, x: Tensor | Sequence[int]) -> Tensor:
-    result = torch.as_tensor(x).cpu()
+    _check_size(op, name, x)
+    result = resolved(op, name, torch.as_tensor(x).cpu())
     if result.is_floating_point() or result.dtype == torch.bool:
         fail(op, name, "an integer dtype", result.dtype, error=TypeError)
     return result.long()

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from . import backends
 from . import reference as specification
-from .checks import MAX_TOKENS, check_number, fail, one_of
+from .checks import MAX_TOKENS, check_memory, check_number, fail, one_of
+from .tensors import resolved
 
 _OP = "correspondence"
 _FAR = 2.0**30
@@ -58,11 +59,13 @@ def correspondence(
     """
     if backends.transforms_active():
         backends.refuse_vmap(_OP, {"target": target, "reference": reference, "radius": radius})
+    target, reference = resolved(_OP, "target", target), resolved(_OP, "reference", reference)
     _check(target, reference)
     radius = _check_radius(radius, target)
     columns = _columns(grid, target.shape[1], radius)
     target, reference = target.detach(), reference.detach()
     name = backends.choose(_OP, backend, target.device, target.dtype, argument="target")
+    _check_size(target, reference, name)
     if name == "reference":
         return specification.correspondence(target, reference, radius=radius, grid=grid)
     index = target.new_empty(target.shape[:2], dtype=torch.int64)
@@ -74,6 +77,17 @@ def correspondence(
         op = torch.ops.lr_kernels.correspondence_triton
     op(target, reference, columns, _squared(radius, target.device), index, consistent)
     return index, consistent
+
+
+def _check_size(target: Tensor, reference: Tensor, backend: str) -> None:
+    """Refuse results and workspace beyond the memory."""
+    (batch, tokens, channels), (rows, others, _) = target.shape, reference.shape
+    needed = 9 * batch * tokens + 8 * (batch + rows) * others
+    if backend == "triton":
+        needed += (batch * tokens + rows * others) * channels * target.element_size()
+    if backend == "reference":
+        needed += 8 * (3 * batch * tokens * others + 2 * (batch * tokens + rows * others) * channels)
+    check_memory(_OP, "target", needed, target.device)
 
 
 def _check(target: Tensor, reference: Tensor) -> None:

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from . import backends, reference
-from .checks import fail
+from .checks import check_memory, fail
+from .tensors import resolved
 
 _OP = "subject_mask"
 
@@ -43,9 +44,14 @@ def subject_mask(
     """
     if backends.transforms_active():
         backends.refuse_vmap(_OP, {"maps": maps})
+    maps = resolved(_OP, "maps", maps)
     height, width = _check(maps, size, threshold, quantile, smoothing)
+    as_they_are = maps.dtype == torch.float32 and maps.is_contiguous()
+    copied = 0 if as_they_are else 4 * maps.numel()
+    check_memory(_OP, "maps", copied + 9 * maps.shape[0] * height * width, maps.device)
     name = backends.choose(_OP, backend, maps.device, maps.dtype, argument="maps")
     if name == "reference":
+        check_memory(_OP, "backend 'reference'", 8 * maps.numel() + 64 * maps.shape[0] * height * width, maps.device)
         return reference.subject_mask(
             maps.detach(), size=(height, width), threshold=threshold, quantile=quantile, smoothing=smoothing
         )

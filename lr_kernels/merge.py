@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from . import backends, reference
-from .checks import fail
+from .checks import check_memory, fail
+from .tensors import resolved
 
 _OP = "merge_attention_states"
 MAX_PARTS = 16
@@ -35,10 +36,15 @@ def merge_attention_states(
         does not fit. RuntimeError: the named backend is not available. NotImplementedError: a named kernel backend
         where a gradient is required.
     """
+    outs = [resolved(_OP, f"outs[{i}]", x) for i, x in enumerate(outs)]
+    lses = [resolved(_OP, f"lses[{i}]", x) for i, x in enumerate(lses)]
     _check(outs, lses)
     like = outs[0]
+    result = like.numel() * like.element_size() + like.shape[:3].numel() * 4
+    check_memory(_OP, "outs[0]", result, like.device)
     name = backends.choose(_OP, backend, like.device, like.dtype, backends.forward_only(*outs, *lses), "outs[0]")
     if name == "reference":
+        check_memory(_OP, "backend 'reference'", 3 * len(outs) * 8 * like.numel(), like.device)
         return reference.merge_attention_states(outs, lses)
     out = torch.empty_like(like, memory_format=torch.contiguous_format)
     lse = like.new_empty(like.shape[:3], dtype=torch.float32)
@@ -47,7 +53,7 @@ def merge_attention_states(
         from . import triton  # noqa: F401  (registers the Triton implementations)
 
         op = torch.ops.lr_kernels.merge_attention_states_triton
-    op(list(outs), list(lses), out, lse)
+    op(outs, lses, out, lse)
     return out, lse
 
 

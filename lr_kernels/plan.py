@@ -12,7 +12,37 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .checks import fail
+from .checks import check_memory, fail
+from .tensors import check_dense, resolved_or_none
+
+
+class _Kept:
+    """One mask as a plan was built from it. The alias holds its memory, so that no other mask can come to lie there."""
+
+    def __init__(self, mask: Tensor) -> None:
+        self.alias = mask.detach()
+        self.address = mask.data_ptr()
+        self.shape = mask.shape
+        self.version = None if mask.is_inference() else mask._version  # inference tensors do not count changes
+
+    def is_as_before(self, mask: Tensor) -> bool:
+        return (
+            (self.version is None or mask._version == self.version)
+            and mask.data_ptr() == self.address
+            and mask.shape == self.shape
+        )
+
+
+class PlanStamp:
+    """What `plan_attention` made a plan from, and what of it: to see that neither has changed since. A copy of a plan
+    (copy, pickle) holds other masks and has no stamp."""
+
+    def __init__(self, masks: Sequence[tuple[str, Tensor]], lists: tuple) -> None:
+        self.masks = [(name, mask, _Kept(mask)) for name, mask in masks]
+        self.lists = lists
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()
 
 
 class AttentionPlan(NamedTuple):
@@ -32,6 +62,8 @@ class AttentionPlan(NamedTuple):
     """int32 (B or 1, N): the queries, class by class; None: one class."""
     class_start: Tensor | None
     """int32 (B or 1, C + 1): where each class starts in query_order."""
+    stamp: PlanStamp | None = None
+    """How the masks were when the plan was built. None: not known, as in a traced plan."""
 
 
 def plan_attention(
@@ -52,17 +84,25 @@ def plan_attention(
             raised on the device.
 
     Raises:
-        ValueError: lists of different lengths; key_groups without query_groups.
+        ValueError: lists of different lengths; key_groups without query_groups; lists beyond the memory.
         TypeError: a mask that is not bool, groups that are not uint8.
+
+    The plan is of the masks as they are now. A call refuses it once one of them was changed in place (a view shares the
+    count of changes of its base), or was given other data; only changes of inference tensors are not seen.
     """
     key_groups = [None] * len(key_masks) if key_groups is None else key_groups
     if len(key_groups) != len(key_masks):
         fail("plan_attention", "key_groups", f"{len(key_masks)} entries", len(key_groups))
     check_masks("plan_attention", key_masks, key_groups, query_groups)
+    eager = not torch.compiler.is_compiling()
+    named = [
+        *((f"key_mask[{i}]", x) for i, x in enumerate(key_masks)),
+        *((f"key_groups[{i}]", x) for i, x in enumerate(key_groups)),
+        ("query_groups", query_groups),
+    ]
+    masks = [(name, x) for name, x in named if x is not None]
     if backends.transforms_active():
-        tables = {f"key_mask[{i}]": x for i, x in enumerate(key_masks)}
-        tables |= {f"key_groups[{i}]": x for i, x in enumerate(key_groups)}
-        backends.refuse_vmap("plan_attention", {**tables, "query_groups": query_groups})
+        backends.refuse_vmap("plan_attention", dict(masks))
     query_order = class_start = None
     classes: Sequence[int] = ()
     if query_groups is not None:
@@ -72,17 +112,101 @@ def plan_attention(
             if not isinstance(c, int) or not 0 <= c <= 255:
                 fail("plan_attention", "query_classes", "integers from 0 to 255", c)
         classes = classes or [0]  # no queries at all
+        _check_list_memory(masks, query_groups, len(classes))
         query_order, class_start = _order_queries(query_groups, classes)
+    else:
+        _check_list_memory(masks, None, 1)
     lists = [visible_lists(mask, groups, classes) for mask, groups in zip(key_masks, key_groups)]
-    return AttentionPlan(
-        tuple(key_masks),
-        tuple(key_groups),
-        query_groups,
-        tuple(index for index, _ in lists),
-        tuple(count for _, count in lists),
-        query_order,
-        class_start,
+    made = (tuple(index for index, _ in lists), tuple(count for _, count in lists), query_order, class_start)
+    stamp = PlanStamp(masks, made) if eager and all(_has_memory(x) for _, x in masks) else None
+    return AttentionPlan(tuple(key_masks), tuple(key_groups), query_groups, *made, stamp)
+
+
+def _has_memory(x: Tensor) -> bool:
+    """Whether x is a tensor of its own: not fake, not of a subclass, not inside a transform of torch.func."""
+    return type(x) in (Tensor, torch.nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def _check_list_memory(masks: Sequence[tuple[str, Tensor]], query_groups: Tensor | None, classes: int) -> None:
+    """Refuse lists that cannot fit: per entry 4 bytes that stay, and while they are made 17 of places and order."""
+    if masks:
+        entries = sum(x.numel() * classes for name, x in masks if name.startswith("key"))
+        queries = 0 if query_groups is None else query_groups.numel() * (classes + 24)
+        check_memory("plan_attention", "key_masks", 21 * entries + queries, masks[0][1].device)
+
+
+def changed_mask(plan: AttentionPlan) -> str | None:
+    """The name of a mask that has changed since the plan was built, or None."""
+    if plan.stamp is not None:
+        for name, mask, kept in plan.stamp.masks:
+            if not kept.is_as_before(mask):
+                return name
+    return None
+
+
+def as_made(plan: AttentionPlan) -> bool:
+    """Whether the lists are those that `plan_attention` made."""
+    if plan.stamp is None:
+        return False
+    index, count, order, start = plan.stamp.lists
+    return (
+        plan.key_index is index and plan.key_count is count and plan.query_order is order and plan.class_start is start
     )
+
+
+def check_lists(op: str, plan: AttentionPlan, keys: Sequence[int], query: Tensor) -> None:
+    """ValueError or TypeError where lists do not fit: keys M of each source, query (B, N, H, D). Their entries the
+    kernels' bindings check."""
+    batch, tokens = query.shape[:2]
+    classes = 1
+    grouped = plan.query_groups is not None
+    for name, x, shape in (
+        ("query_order", plan.query_order, (batch, tokens)),
+        ("class_start", plan.class_start, (batch, None)),
+    ):
+        if (x is not None) != grouped:
+            fail(op, f"plan.{name}", "a tensor" if grouped else "None", type(x).__name__)
+        if x is not None:
+            _check_list(op, name, x, shape, query)
+    if plan.class_start is not None:
+        classes = plan.class_start.shape[1] - 1
+        if classes < 1:
+            fail(op, "plan.class_start", "shape (rows, classes + 1)", tuple(plan.class_start.shape))
+    for name, lists in (("key_index", plan.key_index), ("key_count", plan.key_count)):
+        if len(lists) != len(keys):
+            fail(op, f"plan.{name}", f"{len(keys)} entries", len(lists))
+    for i, (index, count, mask, groups) in enumerate(
+        zip(plan.key_index, plan.key_count, plan.key_masks, plan.key_groups)
+    ):
+        given = [x for x in (mask, groups) if x is not None]
+        rows = max((x.shape[0] for x in given), default=1)
+        for name, x, shape in (
+            (f"key_index[{i}]", index, (classes, rows, keys[i])),
+            (f"key_count[{i}]", count, (classes, rows)),
+        ):
+            if (x is not None) != bool(given):
+                fail(op, f"plan.{name}", "a tensor" if given else "None", type(x).__name__)
+            if x is not None:
+                _check_list(op, name, x, shape, query)
+
+
+def _check_list(op: str, name: str, x: object, shape: tuple[int | None, ...], query: Tensor) -> None:
+    """int32 of a shape, whose dimensions before the last may be 1; None: any size."""
+    check_dense(op, f"plan.{name}", x)
+    assert isinstance(x, Tensor)
+    sizes = tuple(x.shape)
+    fits = len(sizes) == len(shape) and all(
+        wanted is None or size == wanted or (size == 1 and (d < len(shape) - 1 or len(shape) == 2))
+        for d, (size, wanted) in enumerate(zip(sizes, shape))
+    )
+    if not fits:
+        fail(op, f"plan.{name}", f"shape {shape}", sizes, "build the plan anew")
+    if x.dtype != torch.int32:
+        fail(op, f"plan.{name}", "torch.int32", x.dtype, error=TypeError)
+    if x.device != query.device:
+        fail(op, f"plan.{name}", str(query.device), x.device)
+    if x.dim() and x.shape[-1] > 1 and x.stride(-1) != 1:
+        fail(op, f"plan.{name}", "a contiguous last dimension", f"stride {x.stride(-1)}")
 
 
 def check_masks(
@@ -96,6 +220,8 @@ def check_masks(
         for name, x in (("key_mask", mask), ("key_groups", groups)):
             if x is not None and not isinstance(x, Tensor):
                 fail(op, f"{name}[{i}]", "a tensor or None", type(x).__name__, error=TypeError)
+            if x is not None and not torch.compiler.is_compiling():
+                check_dense(op, f"{name}[{i}]", x)
         if mask is not None and mask.dtype != torch.bool:
             fail(op, f"key_mask[{i}]", "torch.bool", mask.dtype, "soft masks go to key_bias as log-weights", TypeError)
         if groups is not None and groups.dtype != torch.uint8:
@@ -112,6 +238,8 @@ def check_masks(
         if groups is not None and query_groups is None:
             fail(op, "query_groups", f"a tensor, since key_groups[{i}] is given", None)
     if query_groups is not None:
+        if not torch.compiler.is_compiling():
+            check_dense(op, "query_groups", query_groups)
         if query_groups.dtype != torch.uint8:
             fail(op, "query_groups", "torch.uint8", query_groups.dtype, error=TypeError)
         if query_groups.dim() != 2:
@@ -136,6 +264,8 @@ def visible_lists(
     given = groups if mask is None else mask
     if given is None:
         return None, None
+    mask = resolved_or_none("plan_attention", "key_masks", mask)
+    groups = resolved_or_none("plan_attention", "key_groups", groups)
     backend = backends.choose("compact_keys", "auto", given.device, torch.float32) if given.is_cuda else "reference"
     if backend != "reference":
         return _compact(mask, groups, [0] if groups is None else list(classes), given, backend)

@@ -1,7 +1,8 @@
 """The specification: every operator in plain PyTorch, the one place where shapes and formulas are defined.
 
-Low-precision inputs are computed in float32 and rounded once at the end; float64 stays float64, which makes this module
-the oracle of every test. Optimized backends are compared with it and never import it.
+Low-precision inputs are computed in float32 and rounded once at the end (attention: in float64 where float32 cannot
+hold the logits); float64 stays float64, which makes this module the oracle of every test. Optimized backends are
+compared with it and never import it.
 
 Sizes: B query rows, N queries, H heads, D head_dim; a source has R rows of M keys.
 """
@@ -18,6 +19,10 @@ from .checks import fail
 
 if TYPE_CHECKING:
     from .source import Source
+
+
+_FAR = 2.0**120
+"""Of a logit: its parts may be beyond float32."""
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -76,21 +81,40 @@ def multi_source_attention(
         P^g = softmax over the visible (s, j) of group g of  α_s·scale·⟨Q[b,i,h], K_s[r_s(b),j,h]⟩ + β_s + bias_s[j]
 
     Shapes as in `lr_kernels.multi_source_attention`. An empty visible set gives out 0 and lse -inf. A NaN or Inf in a
-    key or value reaches only the queries that see it.
+    key or value reaches only the queries that see it. Where float32 cannot hold the logits or the sums, the query is
+    computed in float64; an lse beyond float32 is its largest or smallest number.
     """
     dtype = _compute_dtype(query.dtype)
-    batch, tokens, heads, head_dim = query.shape
-    scale = head_dim**-0.5 if scale is None else scale
-    out = torch.zeros(batch, tokens, heads, head_dim, dtype=dtype, device=query.device)
-    lse = torch.full((batch, heads, tokens), -math.inf, dtype=dtype, device=query.device)
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    out, lse, held = _softmax_groups(query, sources, query_groups, scale, dtype)
+    if dtype == torch.float32 and not held.all():
+        wide, wide_lse, _ = _softmax_groups(query, sources, query_groups, scale, torch.float64)
+        limit = torch.finfo(dtype).max
+        wide_lse = torch.where(wide_lse.isinf(), wide_lse, wide_lse.clamp(-limit, limit))
+        held = held & (not out.requires_grad)  # a NaN that is not chosen would still reach the gradients
+        out = torch.where(held[..., None], out, wide.to(dtype))
+        lse = torch.where(held, lse, wide_lse.to(dtype))
+    out = out.to(query.dtype)
+    return (out, lse) if return_lse else out
+
+
+def _softmax_groups(
+    query: Tensor, sources: "Sequence[Source]", query_groups: Tensor | None, scale: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out (B, N, H, D) and the last group's lse (B, N, H) in dtype, and bool (B, N, H): whether float32 holds what the
+    query meets."""
+    batch, tokens, heads, _ = query.shape
+    out = torch.zeros(query.shape, dtype=dtype, device=query.device)
+    lse = torch.full((batch, tokens, heads), -math.inf, dtype=dtype, device=query.device)
+    held = torch.ones((batch, tokens, heads), dtype=torch.bool, device=query.device)
     for group in sorted({s.softmax_group for s in sources}):
         members = [s for s in sources if s.softmax_group == group]
-        part, lse, _ = _joint_softmax(query.to(dtype), members, query_groups, scale, dtype)
+        part, lse, fits, *_ = _joint_softmax(query.to(dtype), members, query_groups, scale, dtype)
+        lse = lse.transpose(1, 2)
         weight = members[0].weight
         out = out + (part if weight is None else _per_query(weight, query, dtype) * part)
-    out = out.to(query.dtype)
-    lse_out = lse.transpose(1, 2).to(dtype if dtype == torch.float64 else torch.float32)
-    return (out, lse_out) if return_lse else out
+        held = held & fits
+    return out, lse, held
 
 
 class _Gathered(NamedTuple):
@@ -129,26 +153,37 @@ def _value_tokens(source: "Source", rows: Tensor) -> Tensor:
     return _row_of(index, rows) if index.shape[0] in (1, source.key.shape[0]) else index
 
 
+class _Softmax(NamedTuple):
+    """One softmax over the keys of several sources."""
+
+    out: Tensor  # (B, N, H, D)
+    lse: Tensor  # (B, H, N)
+    held: Tensor  # bool (B, N, H), whether float32 holds the logits and the sums
+    top: Tensor  # (B, H, N), the largest logit
+    mass: Tensor  # (B, H, N), log Σ exp(logit - top): beside a huge top, lse has lost it to rounding
+
+
 def _joint_softmax(
     query: Tensor, sources: "Sequence[Source]", query_groups: Tensor | None, scale: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One softmax over all keys of `sources`: out (B, N, H, D), lse (B, H, N) and P (B, H, N, keys of all)."""
+) -> _Softmax:
     # a source of no rows is read by nobody
     parts = [_gather(query, s, query_groups, scale, dtype) for s in sources if s.key.shape[0] and s.key.shape[1]]
     if not parts:
-        shape = query.transpose(1, 2).shape[:3]
-        return torch.zeros_like(query), query.new_full(shape, -math.inf), query.new_zeros((*shape, 0))
+        blank = query.new_full((*query.transpose(1, 2).shape[:3],), -math.inf)
+        return _Softmax(torch.zeros_like(query), blank, torch.ones_like(query[..., 0], dtype=torch.bool), blank, blank)
     s, value = torch.cat([x.scores for x in parts], -1), torch.cat([x.value for x in parts], 1)
     lse = s.logsumexp(-1)
     blind = (lse == -math.inf)[..., None]
     p = torch.where(blind, 0, s.masked_fill(blind, 0).softmax(-1))
     finite = value.isfinite()
     out = torch.einsum("bhnm,bmhd->bnhd", p, torch.where(finite, value, 0))
+    visible = torch.cat([x.visible for x in parts], -1)
+    held = ~visible.any(-1)[..., None] | ((lse.abs() < _FAR).transpose(1, 2) & out.isfinite().all(-1))
     if not finite.all():
-        visible = torch.cat([x.visible for x in parts], -1)
         reached = torch.einsum("bnm,bmhd->bnhd", visible.to(dtype), (~finite).to(dtype)) > 0
         out = out.masked_fill(reached, math.nan)
-    return out, lse, p
+    top = s.detach().amax(-1)
+    return _Softmax(out, lse, held, top, (s.detach() - top[..., None]).logsumexp(-1))
 
 
 class SourceGradients(NamedTuple):
@@ -169,7 +204,7 @@ def multi_source_attention_backward(
 ) -> tuple[Tensor, list[SourceGradients]]:
     """Gradients of query, key, value and key_bias, given those of out (B, N, H, D) and of lse (B, N, H).
 
-        P = exp(logit - lse_g)      dP = w_g·⟨grad_out, V⟩      dS = P·(dP - w_g·⟨grad_out, out_g⟩ + grad_lse)
+        P = softmax_g(logit)      dP = w_g·⟨grad_out, V⟩      dS = P·(dP - w_g·⟨grad_out, out_g⟩ + grad_lse)
         grad_Q = Σ α·dS·K           grad_K = Σ α·dS·Q           grad_V = Σ P·w_g·grad_out       grad_bias = Σ dS
 
     with α = α_s·scale. Keys and values of rows that several query rows read collect all their gradients, and so do
@@ -181,9 +216,9 @@ def multi_source_attention_backward(
     q, grad_query = query.to(dtype), torch.zeros_like(query, dtype=dtype)
     grads: list[SourceGradients] = []
     first = {s.softmax_group: s for s in reversed(sources)}
-    for i, source in enumerate(sources):
+    for source in sources:
         members = [s for s in sources if s.softmax_group == source.softmax_group]
-        computed, _, joint = _joint_softmax(q, members, query_groups, scale, dtype)
+        computed, _, _, top, mass = _joint_softmax(q, members, query_groups, scale, dtype)
         weight = first[source.softmax_group].weight
         grad = grad_out.to(dtype) * (1.0 if weight is None else _per_query(weight, query, dtype))
         kept = (computed.to(query.dtype) if out is None else out).to(dtype)
@@ -194,10 +229,7 @@ def multi_source_attention_backward(
             rows = source_rows(source, query.shape[0])
             read = rows >= 0
             x = _gather(q, source, query_groups, scale, dtype)
-            # not exp(logit - lse): where all logits are huge, the log of the sum is lost beside the largest
-            before = [s for s in sources[:i] if s.softmax_group == source.softmax_group]
-            start = sum(s.key.shape[1] for s in before if s.key.shape[0])
-            p = torch.where(x.scores == -math.inf, 0, joint[..., start : start + source.key.shape[1]])
+            p = torch.where(x.scores == -math.inf, 0, (x.scores - top[..., None] - mass[..., None]).exp())
             ds = p * (torch.einsum("bnhd,bmhd->bhnm", grad, x.value) - delta.transpose(1, 2)[..., None])
             grad_query += torch.einsum("bhnm,bmhd->bnhd", x.alpha * ds, x.key)
             key.index_add_(0, rows[read], torch.einsum("bhnm,bnhd->bmhd", x.alpha * ds, q)[read])

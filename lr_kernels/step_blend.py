@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from . import backends, ops, reference
-from .checks import fail, one_of
+from .checks import check_memory, fail, one_of
 from .coefficients import COLUMNS
+from .tensors import check_dense, is_plain, resolved, resolved_or_none
 
 _OP = "step_blend"
 MAX_PREDICTIONS = 6
@@ -99,6 +100,11 @@ def step_blend(
                 return result
             except RuntimeError:
                 pass
+    sample, coefficients = resolved(_OP, "sample", sample), resolved(_OP, "coefficients", coefficients)
+    predictions = [resolved(_OP, f"predictions[{i}]", x) for i, x in enumerate(predictions)]
+    mask, background = resolved_or_none(_OP, "mask", mask), resolved_or_none(_OP, "background", background)
+    noise, history = resolved_or_none(_OP, "noise", noise), resolved_or_none(_OP, "history", history)
+    keep_rows = resolved_or_none(_OP, "keep_rows", keep_rows)
     _check(sample, predictions, coefficients, mask, background, keep_rows)
     for label, x in (("background", background), ("noise", noise), ("history", history)):
         if x is not None:
@@ -110,6 +116,7 @@ def step_blend(
     if history_out is not None:
         _check_output("history_out", _like("history_out", history_out, sample), inputs)
     row, step_tensor = _split_step(step, coefficients)
+    _check_size(sample, [*predictions, background, noise, history], out, name)
     if name == "reference":
         result = reference.step_blend(
             sample,
@@ -153,7 +160,8 @@ def _counter(step: Tensor | int, device: torch.device) -> Tensor | None:
     """The step as the kernels on a GPU read it, where it is that already."""
     if not isinstance(step, Tensor) or device.type != "cuda":
         return None
-    return step if step.dtype == torch.int32 and step.numel() == 1 and step.device == device else None
+    fits = step.dtype == torch.int32 and step.numel() == 1 and step.device == device
+    return step if fits and is_plain(step) else None
 
 
 def _plain(inputs: list[Tensor], outputs: list[Tensor], device: torch.device, training: bool) -> bool:
@@ -165,17 +173,30 @@ def _plain(inputs: list[Tensor], outputs: list[Tensor], device: torch.device, tr
     ):
         return False
     for x in (*inputs, *outputs):
-        if x.device != device or not x.is_contiguous():
+        if x.device != device or not x.is_contiguous() or x._is_zerotensor():
             return False
     return True
+
+
+def _check_size(sample: Tensor, others: list[Tensor | None], out: Tensor | None, backend: str) -> None:
+    """Refuse the result and the copies of inputs beyond the memory."""
+    size = sample.numel() * sample.element_size()
+    copies = sum(x is not None and _dense_strides(x) != x.stride()[1:] for x in (sample, *others))
+    if backend == "reference":
+        copies += 4 * 8 // sample.element_size()
+    check_memory(_OP, "sample", size * (copies + (out is None)), sample.device)
+
+
+def _dense_strides(x: Tensor) -> tuple[int, int, int]:
+    _, _, height, width = x.shape
+    return height * width, width, 1
 
 
 def _dense_rows(x: Tensor) -> Tensor:
     """(B, C, height, width) with each row contiguous and the batch stride free."""
     if x.is_contiguous():
         return x
-    _, _, height, width = x.shape
-    return x if x.stride()[1:] == (height * width, width, 1) else x.contiguous()
+    return x if x.stride()[1:] == _dense_strides(x) else x.contiguous()
 
 
 def _split_step(step: int | Tensor, coefficients: Tensor) -> tuple[int, Tensor | None]:
@@ -183,6 +204,7 @@ def _split_step(step: int | Tensor, coefficients: Tensor) -> tuple[int, Tensor |
     if type(step) is not int:  # most calls pass an int, and isinstance with Tensor is slow
         if not isinstance(step, Tensor):
             fail(_OP, "step", "an int or an integer tensor", type(step).__name__, error=TypeError)
+        step = resolved(_OP, "step", step)
         if step.numel() != 1:
             fail(_OP, "step", "one element", f"shape {tuple(step.shape)}")
         if step.dtype not in (torch.int32, torch.int64):
@@ -302,6 +324,12 @@ def _same_kind(name: str, x: Tensor, sample: Tensor) -> Tensor:
 
 def _check_output(name: str, x: Tensor, taken: list[Tensor]) -> None:
     """x can take a result, and writing it changes none of `taken`, which it joins."""
+    if not torch.compiler.is_compiling():
+        check_dense(_OP, name, x)
+        if not is_plain(x):
+            fail(
+                _OP, name, "a tensor with memory of its own", "a lazy negative or zero", "pass torch.empty_like(sample)"
+            )
     if not x.is_contiguous():
         fail(_OP, name, "a contiguous tensor", f"strides {x.stride()}")
     if x.requires_grad and torch.is_grad_enabled():

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from . import backends, reference
-from .checks import MAX_TOKENS, check_entries, fail
+from .checks import MAX_TOKENS, check_entries, check_memory, fail
+from .tensors import resolved
 
 _OP = "attention_with_token_maps"
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -46,13 +47,16 @@ def attention_with_token_maps(
     The maps are the input of `subject_mask`, which gives the foreground of adaptive mask blending in Layout-and-Retouch
     (arXiv 2407.09779); cross-attention maps as a place of words: A. Hertz et al., arXiv 2208.01626.
     """
-    if torch.is_autocast_enabled(query.device.type):
+    query, key, value = resolved(_OP, "query", query), resolved(_OP, "key", key), resolved(_OP, "value", value)
+    token_indices = resolved(_OP, "token_indices", token_indices)
+    if not query.is_meta and torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if backends.transforms_active():
         backends.refuse_vmap(_OP, {"token_indices": token_indices})
     _check(query, key, value, token_indices)
     name = backends.choose(_OP, backend, query.device, query.dtype, backends.forward_only(query, key, value))
+    _check_size(query, key, token_indices, name)
     if name == "reference":
         return reference.attention_with_token_maps(query, key, value, token_indices, scale=scale)
     batch, tokens, _, head_dim = query.shape
@@ -74,6 +78,15 @@ def attention_with_token_maps(
         maps,
     )
     return out, maps
+
+
+def _check_size(query: Tensor, key: Tensor, token_indices: Tensor, backend: str) -> None:
+    """Refuse results, and the probabilities of the reference backend, beyond the memory."""
+    batch, tokens, heads, _ = query.shape
+    needed = query.numel() * query.element_size() + 4 * batch * tokens * token_indices.shape[-1]
+    if backend == "reference":
+        needed += 3 * 8 * batch * heads * tokens * key.shape[1]
+    check_memory(_OP, "query", needed, query.device)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, token_indices: Tensor) -> None:

@@ -1,17 +1,22 @@
-"""multi_source_attention on the CPU backend, every argument drawn at random, against the float64 reference.
+"""multi_source_attention on the CPU backend, every argument drawn at random, against an oracle of its own: forward and
+backward, with numbers at the ends of fp32, lazy tensors and plans that have become stale.
 
-100 draws by default; `make properties` makes 2,000 (the profile "thorough" of conftest.py).
+By default 100 draws of the forward and 25 of the backward pass, a handful of calls each; `make properties` makes 4,000
+and 1,200 (the profile "thorough" of conftest.py) and prints the number of calls.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 
+import pytest
 import torch
+from attention_oracle import attention
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lr_kernels import Source, multi_source_attention, plan_attention, reference
+from lr_kernels import AttentionPlan, Source, multi_source_attention, plan_attention, reference
 from lr_kernels.testing import AttentionInputs, assert_lse_matches, assert_matches
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -19,7 +24,12 @@ LAYOUTS = ("fused", "heads first", "every other token", "heads shared", "rows sh
 HEAD_DIMS = st.integers(1, 24) | st.sampled_from([32, 40, 64, 80, 128, 160, 256]) | st.integers(1, 256)
 COUNTS = st.integers(1, 4) | st.integers(1, 4) | st.integers(1, 16)
 FACTORS = st.sampled_from([0.0, 1.0, -0.5]) | st.floats(0.01, 2)
-LOWEST = torch.finfo(torch.float32).min
+LARGEST = torch.finfo(torch.float32).max
+EXTREME = st.sampled_from([-LARGEST, -3e38, -1e30, -1e5, 1e5, 1e30, 3e38, LARGEST])
+NOT_FINITE = st.sampled_from([-math.inf, -math.inf, math.inf, math.nan])
+GAINS = {torch.float32: (1e19, 1e37), torch.bfloat16: (1e19, 1e37), torch.float16: (1e3, 1e4)}
+"""Of queries and keys, whose products are then near the end of fp32; of values, whose sums would be beyond it."""
+calls: Counter = Counter()
 ROWS = 512
 """Rows of logits (query times head) that a comparison should have."""
 
@@ -27,8 +37,9 @@ ROWS = 512
 class Draw:
     """Choices come from Hypothesis and can be replayed, numbers from a generator."""
 
-    def __init__(self, data: st.DataObject) -> None:
+    def __init__(self, data: st.DataObject, finite: bool = False) -> None:
         self.data = data
+        self.finite = finite  # no NaN, no Inf but a bias of -inf
         self.chosen: list = []
         self.replay: Iterator = iter(())
         self.generator = torch.Generator().manual_seed(self(st.integers(0, 2**16), "seed"))
@@ -50,6 +61,13 @@ class Draw:
     def rarely(self, label: str) -> bool:
         return self(st.integers(0, 7), label) == 7
 
+    def seldom(self, label: str) -> bool:
+        return self(st.integers(0, 39), label) == 39
+
+    def lazy(self, x: Tensor, label: str) -> Tensor:
+        """x, now and then as a negative that is not computed yet."""
+        return torch._neg_view(-x) if self.seldom(f"{label}: lazy") else x
+
     def randn(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator)
 
@@ -60,6 +78,8 @@ class Draw:
         """(rows, tokens, heads, head_dim) in one of the layouts that callers have."""
         rows, tokens, heads, head_dim = shape
         gain = 20.0 if self.rarely(f"{label}: large") else 1.5
+        if self.seldom(f"{label}: extreme"):
+            gain = GAINS[dtype][label.startswith("value")]
         layout = self(st.sampled_from(LAYOUTS), f"{label}: layout")
         wide = {
             "fused": (rows, tokens, 3, heads, head_dim),
@@ -70,10 +90,10 @@ class Draw:
             "element offset 1": (math.prod(shape) + 1,),
         }[layout]
         x = (gain * self.randn(*wide)).to(dtype)
-        if x.numel() and self.rarely(f"{label}: not finite"):
+        if x.numel() and not self.finite and self.rarely(f"{label}: not finite"):
             place = self.below(x.numel(), 1)
             x.view(-1)[place] = self(st.sampled_from([math.nan, math.inf, -math.inf]), f"{label}: poison")
-        return {
+        view = {
             "fused": lambda: x[:, :, 1],
             "heads first": lambda: x.transpose(1, 2),
             "every other token": lambda: x[:, 1::2, :, 1:-1],
@@ -81,31 +101,36 @@ class Draw:
             "rows shared": lambda: x.expand(shape),
             "element offset 1": lambda: x[1:].view(shape),
         }[layout]()
+        return self.lazy(view, label)
 
     def bits(self, rows: int, columns: int) -> Tensor:
         """uint8 (rows, columns): groups of three bits, 0 among them."""
         return self.below(8, rows, columns).byte()
 
-    def per_head(self, batch: int, heads: int, label: str) -> Tensor | float | None:
-        """None, a scalar, (B,) or (B, H)"""
-        shape = self(st.sampled_from([None, "number", (), (batch,), (batch, heads)]), label)
+    def strength(self, label: str, shapes: list) -> Tensor | float | None:
+        """None, a number or a tensor of one of the shapes."""
+        shape = self(st.sampled_from([None, "number", *shapes]), label)
         if shape is None:
             return None
-        return self(FACTORS, label) if shape == "number" else self.randn(*shape)
+        special = None
+        if self.seldom(f"{label}: extreme"):
+            special = self(EXTREME, f"{label}: extreme")
+        elif not self.finite and self.seldom(f"{label}: not finite"):
+            special = self(NOT_FINITE, f"{label}: not finite")
+        if shape == "number":
+            return self(FACTORS, label) if special is None else special
+        x = self.randn(*shape)
+        if special is not None:
+            x = torch.where(torch.rand(shape, generator=self.generator) < 0.5, special, x)
+        return self.lazy(x, label)
 
     def key_bias(self, rows: int, keys: int) -> Tensor:
         bias = 3 * self.randn(rows, keys)
         if self.rarely("key_bias: extreme"):
-            bias[torch.rand(bias.shape, generator=self.generator) < 0.5] = self(
-                st.sampled_from([-math.inf, LOWEST, -1e30, 1e4]), "key_bias: extreme"
-            )
-        return bias
-
-    def weight(self, batch: int, queries: int, label: str) -> Tensor | float | None:
-        shape = self(st.sampled_from([None, "number", (), (batch,), (batch, queries)]), label)
-        if shape is None:
-            return None
-        return self(FACTORS, label) if shape == "number" else self.randn(*shape)
+            share = self(st.sampled_from([0.1, 0.5, 1.0]), "key_bias: share")
+            some = EXTREME | (st.just(-math.inf) if self.finite else NOT_FINITE)
+            bias[torch.rand(bias.shape, generator=self.generator) < share] = self(some, "key_bias: extreme")
+        return self.lazy(bias, "key_bias")
 
     def source(self, query: Tensor, i: int, grouped: bool) -> Source:
         batch, _, heads, head_dim = query.shape
@@ -135,8 +160,8 @@ class Draw:
         if self.rarely(f"key_bias[{i}]"):
             source = source._replace(key_bias=self.key_bias(table_rows, keys))
         return source._replace(
-            logit_scale=self.per_head(batch, heads, f"logit_scale[{i}]"),
-            logit_bias=self.per_head(batch, heads, f"logit_bias[{i}]"),
+            logit_scale=self.strength(f"logit_scale[{i}]", [(), (batch,), (batch, heads)]),
+            logit_bias=self.strength(f"logit_bias[{i}]", [(), (batch,), (batch, heads)]),
         )
 
     def inputs(self) -> AttentionInputs:
@@ -150,21 +175,41 @@ class Draw:
         sources = [self.source(query, i, groups is not None) for i in range(self(COUNTS, "sources"))]
         if self.rarely("softmax_group"):
             numbers = [self(st.integers(0, 2), f"softmax_group[{i}]") for i in range(len(sources))]
-            weights = [self.weight(batch, queries, f"weight[{i}]") for i in range(len(sources))]
+            shapes = [(), (batch,), (batch, queries)]
+            weights = [self.strength(f"weight[{i}]", shapes) for i in range(len(sources))]
             sources = [
                 s._replace(softmax_group=g, weight=w if g not in numbers[:i] else None)  # a group has one weight
                 for i, (s, g, w) in enumerate(zip(sources, numbers, weights))
             ]
         return AttentionInputs(query, sources, groups)
 
+    def scale(self) -> float | None:
+        if self.seldom("scale: extreme"):
+            return self(st.sampled_from([1e-40, -1e30, 1e30, LARGEST]), "scale: extreme")
+        return self(st.none() | FACTORS, "scale")
 
-@settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+
+SETTINGS = {
+    "deadline": None,
+    "derandomize": True,
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def report():
+    yield
+    print("\ncalls compared:", dict(calls))
+
+
+@settings(**SETTINGS)
 @given(data=st.data())
-def test_01_any_call_matches_the_reference(data):
+def test_01_any_call_matches_the_oracle(data):
     draw = Draw(data)
     inputs = draw.inputs()
-    planned, scale = data.draw(st.booleans(), "plan"), data.draw(st.none() | FACTORS, "scale")
-    found = [results(inputs, scale, planned)]
+    planned, scale = data.draw(st.booleans(), "plan"), draw.scale()
+    stale = planned and data.draw(st.integers(0, 15), "plan: stale") == 15
+    found = [results(inputs, scale, planned, stale)]
     assert found[0][0][0].dtype == inputs.query.dtype
     # The rule compares the largest and the mean error, and a row of large logits errs in all channels alike: luck in
     # few rows. So more problems of the same shape, until enough rows are finite (NaN is drawn too) or it is in vain;
@@ -192,20 +237,46 @@ def compare(found: list[list[tuple[Tensor, ...]]]) -> None:
         assert_lse_matches(lse, low, truth, out.dtype)
 
 
-def results(inputs: AttentionInputs, scale: float | None, planned: bool) -> list[tuple[Tensor, ...]]:
-    """(out, lse) of the kernel, of the reference in the working dtype, and in float64; without lse, which several
+def results(
+    inputs: AttentionInputs, scale: float | None, planned: bool, stale: bool = False
+) -> list[tuple[Tensor, ...]]:
+    """(out, lse) of the kernel, of the reference in the working dtype, and of the oracle; without lse, which several
     softmaxes do not have in common, (out,)."""
+    calls["forward"] += 1
     groups, sources = inputs.query_groups, inputs.sources
-    keywords = {"scale": scale, "return_lse": len({s.softmax_group for s in sources}) == 1}
-    plan = None
-    if planned:
-        plan = plan_attention([s.key_mask for s in sources], [s.key_groups for s in sources], groups)
+    one_group = len({s.softmax_group for s in sources}) == 1
+    keywords = {"scale": scale, "return_lse": one_group}
+    plan = plan_of(inputs) if planned else None
+    if stale:
+        plan = refuse_stale(inputs, plan)
     found = [multi_source_attention(inputs.query, sources, query_groups=groups, plan=plan, backend="cpu", **keywords)]
     wide, queries = repeated(inputs), inputs.query.shape[1]
-    for x in (wide, wide.to(torch.float64)):
-        result = reference.multi_source_attention(x.query, x.sources, query_groups=x.query_groups, **keywords)
-        found.append(tuple(y[:, :queries] for y in (result if keywords["return_lse"] else (result,))))
+    result = reference.multi_source_attention(wide.query, wide.sources, query_groups=wide.query_groups, **keywords)
+    found.append(tuple(y[:, :queries] for y in (result if one_group else (result,))))
+    out, lse, _ = attention(inputs.query, sources, groups, scale)
+    limit = torch.finfo(torch.float32).max
+    truth = torch.from_numpy(out)
+    truth[truth.abs() > torch.finfo(inputs.query.dtype).max] = math.inf  # by a large weight
+    lse = torch.from_numpy(lse)
+    found.append((truth, torch.where(lse.isinf(), lse, lse.clamp(-limit, limit))) if one_group else (truth,))
     return [x if isinstance(x, tuple) else (x,) for x in found]
+
+
+def plan_of(inputs: AttentionInputs) -> AttentionPlan:
+    sources = inputs.sources
+    return plan_attention([s.key_mask for s in sources], [s.key_groups for s in sources], inputs.query_groups)
+
+
+def refuse_stale(inputs: AttentionInputs, plan: AttentionPlan) -> AttentionPlan:
+    """Change a mask in place: the plan is refused. Returns the plan of what the masks are now."""
+    masks = [x for s in inputs.sources for x in (s.key_mask, s.key_groups) if x is not None]
+    if not masks:
+        return plan
+    masks[-1].copy_(masks[-1].flip(1))
+    with pytest.raises(ValueError, match=r"plan: expected a plan of key_(mask|groups)"):
+        multi_source_attention(inputs.query, inputs.sources, query_groups=inputs.query_groups, plan=plan, backend="cpu")
+    calls["stale plans"] += 1
+    return plan_of(inputs)
 
 
 def repeated(inputs: AttentionInputs) -> AttentionInputs:
@@ -219,3 +290,78 @@ def repeated(inputs: AttentionInputs) -> AttentionInputs:
     ]
     groups = None if groups is None else groups.repeat(1, times)
     return AttentionInputs(inputs.query.repeat(1, times, 1, 1), sources, groups)
+
+
+@settings(**SETTINGS, max_examples=max(25, settings.default.max_examples * 3 // 10))
+@given(data=st.data())
+def test_28_the_gradients_of_any_call_match_the_oracle(data):
+    draw = Draw(data, finite=True)
+    inputs = draw.inputs()
+    planned, scale = data.draw(st.booleans(), "plan"), draw.scale()
+    found = [gradients(inputs, draw, scale, planned)]
+    rows = inputs.query[..., 0].numel()
+    for wanted in (ROWS // 2, 8 * ROWS):
+        for _ in range(wanted // rows if rows else 0):
+            if len(found) * rows >= wanted:
+                break
+            found.append(gradients(draw.again(), draw, scale, planned))
+        try:
+            for kind in found[0]:
+                ours, low, truth = (torch.cat(column) for column in zip(*(x[kind] for x in found)))
+                assert_matches(ours, low, truth, f"grad_{kind}", inputs.query.dtype)
+            break
+        except AssertionError:
+            if wanted > ROWS:
+                raise
+
+
+def gradients(
+    inputs: AttentionInputs, draw: Draw, scale: float | None, planned: bool
+) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Per kind of tensor: the kernel's gradients, those of the reference's formula in the working dtype (the oracle's,
+    rounded, where that has none) and of the oracle, flattened and joined over the sources."""
+    calls["backward"] += 1
+    groups, one_group = inputs.query_groups, len({s.softmax_group for s in inputs.sources}) == 1
+
+    def leaf(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.detach().requires_grad_()
+
+    query = leaf(inputs.query)
+    sources = [s._replace(key=leaf(s.key), value=leaf(s.value), key_bias=leaf(s.key_bias)) for s in inputs.sources]
+    leaves = [query, *(getattr(s, kind) for kind in ("key", "value", "key_bias") for s in sources)]
+    plan = plan_of(inputs) if planned else None
+    result = multi_source_attention(
+        query, sources, query_groups=groups, scale=scale, plan=plan, return_lse=one_group, backend="cpu"
+    )
+    out, lse = result if one_group else (result, None)
+    grad_out = draw.randn(*query.shape).to(query.dtype)
+    grad_lse = draw.randn(*query.shape[:3]) if one_group else None
+    seen = None if lse is None else lse.detach() > -math.inf
+    grads = torch.autograd.grad(
+        (out,) if lse is None else (out, lse[seen]),
+        [x for x in leaves if x is not None],
+        (grad_out,) if lse is None else (grad_out, grad_lse[seen]),
+    )
+    ours = iter(grads)
+    low_query, low = reference.multi_source_attention_backward(
+        grad_out, inputs.query, inputs.sources, query_groups=groups, scale=scale, grad_lse=grad_lse,
+        out=out.detach() if one_group else None,
+    )  # fmt: skip
+    truth = attention(inputs.query, inputs.sources, groups, scale, grad_out, grad_lse)[2]
+    found = {"query": [(next(ours), low_query, truth.query)]}
+    for kind in ("key", "value", "key_bias"):
+        found[kind] = [
+            (next(ours), getattr(x, kind), y) for x, y in zip(low, getattr(truth, kind)) if getattr(x, kind) is not None
+        ]
+    return {
+        kind: tuple(torch.cat(x) for x in zip(*(flat(*parts, query.dtype) for parts in several)))
+        for kind, several in found.items()
+        if several
+    }
+
+
+def flat(ours: Tensor, low: Tensor, truth, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    truth = torch.from_numpy(truth).flatten()
+    truth[truth.abs() > torch.finfo(ours.dtype).max] = math.inf
+    low = low.flatten()
+    return ours.flatten().float(), torch.where(low.isfinite(), low, truth.to(low.dtype)).float(), truth

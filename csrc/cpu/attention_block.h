@@ -168,6 +168,7 @@ struct Slice {
   float* total;             // [d, kSlice] sum over the finished softmax groups, where there are several
   float* max;               // [kSlice] log2 units
   float* sum;               // [kSlice] Σ 2^(logit - max)
+  uint32_t beyond;          // bit per query: fp32 cannot hold its logits or sums
 };
 
 // What the slice has summed so far, for a maximum that has moved.

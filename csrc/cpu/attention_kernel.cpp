@@ -15,6 +15,7 @@
 
 #include "cpu/attention_block.h"
 #include "cpu/attention_tiles.h"
+#include "cpu/attention_wide.h"
 #include "cpu/scratch.h"
 #include "cpu/transpose.h"
 #include "params.h"
@@ -29,6 +30,7 @@ constexpr int kMaxSlices = 32;            // slices in a tile
 constexpr size_t kTileBytes = 384 << 10;  // of queries and outputs in a tile: they share the L2 cache with a block
 constexpr float kLog2E = 1.44269504088896340736f;
 constexpr double kLn2 = 0.693147180559945309417;
+constexpr float kFar = 0x1p120f;  // logits beyond this, in log2 units, come near fp32's end
 
 // ---- packing ----
 
@@ -131,6 +133,10 @@ class Attention {
     for (int s = 0; s < slices; ++s) load_queries(tile, h, s, scratch.slices[s]);
     KeyList list;
     bool first = true;
+    auto finish = [&](int group) {
+      for (int s = 0; s < slices; ++s) finish_group(tile, s, scratch, group, list.live);
+      list.live = false;
+    };
     auto attend_list = [&] {
       if (list.count == 0) return;
       const Block<C> block = pack_block(list, scratch);
@@ -147,7 +153,7 @@ class Attention {
       const AttentionSource& source = p.source[i];
       if (i > 0 && source.softmax_group != p.source[i - 1].softmax_group) {
         attend_list();
-        for (int s = 0; s < slices; ++s) finish_group(tile, s, scratch, p.source[i - 1].softmax_group);
+        finish(p.source[i - 1].softmax_group);
         first = true;
       }
       const int64_t row = source.rows ? source.rows[tile.b] : source.r == 1 ? 0 : tile.b;
@@ -169,9 +175,10 @@ class Attention {
       }
     }
     attend_list();
+    finish(p.softmax_groups - 1);
     for (int s = 0; s < slices; ++s) {
-      finish_group(tile, s, scratch, p.softmax_groups - 1);
       store_out(tile, h, s, scratch.slices[s]);
+      if (scratch.slices[s].beyond) store_wide(tile, h, s, scratch.slices[s].beyond);
     }
   }
 
@@ -195,7 +202,7 @@ class Attention {
   }
 
   // Lanes past the end of the tile repeat its last query.
-  void load_queries(const QueryTile& tile, int64_t h, int slice, const Slice<C>& s) const {
+  void load_queries(const QueryTile& tile, int64_t h, int slice, Slice<C>& s) const {
     const S* base = static_cast<const S*>(p.query) + tile.b * p.query_stride[0] + h * p.query_stride[2];
     auto row = [&](int64_t lane) {
       const int position = std::min(slice * kSlice + int(lane), tile.count - 1);
@@ -211,6 +218,7 @@ class Attention {
         for (int lane = 0; lane < kSlice; ++lane) s.query[d / 2 * kSlice + lane] = row(lane)[d - 1].bits;
     }
     if (p.softmax_groups > 1) std::fill_n(s.total, d * kSlice, 0.0f);
+    s.beyond = 0;
     start_group(s);
   }
 
@@ -234,8 +242,15 @@ class Attention {
       return x ? x[b * stride[0] + h * stride[1]] : otherwise;
     };
     const float scale = p.scale * per_head(source.logit_scale, source.logit_scale_stride, 1.0f) * kLog2E;
-    const float shift = per_head(source.logit_bias, source.logit_bias_stride, 0.0f) * kLog2E;
+    const float shift = to_log2(per_head(source.logit_bias, source.logit_bias_stride, 0.0f), 0.0f);
     return {scale, shift, source.key_bias || !(scale > 0)};  // unbiased: max and the factor commute
+  }
+
+  // A bias in log2 units, plus the shift of its source. What is finite stays finite: a key with a bias of finfo.min has
+  // a low weight and is not hidden.
+  static float to_log2(float bias, float shift) {
+    const float x = bias * kLog2E + shift;
+    return std::isfinite(bias) && std::isfinite(shift) ? std::clamp(x, -FLT_MAX, FLT_MAX) : x;
   }
 
   // The keys of the next block: short sources share one.
@@ -243,6 +258,7 @@ class Attention {
     const S *key[C::kBlock], *value[C::kBlock];
     Logits logits{};
     int count = 0;
+    bool live = false;  // whether the group has had a key whose bias is not -inf
   };
 
   // Appends keys k .. k + n of a source's row, for head h.
@@ -257,10 +273,8 @@ class Attention {
       const int64_t token = index ? index[i] : i;
       list.key[list.count] = keys + token * source.key_stride[1];
       list.value[list.count] = values + (moved ? moved[token] : token) * source.value_stride[1];
-      const float x = bias ? bias[token] : 0.0f;
-      // finfo.min, times log2(e), would become -inf and hide a key that only has a low weight
-      const bool hidden = list.logits.shift == -INFINITY;
-      biases[list.count] = hidden ? -INFINITY : x > -INFINITY ? std::max(x * kLog2E + list.logits.shift, -FLT_MAX) : x;
+      biases[list.count] = bias ? to_log2(bias[token], list.logits.shift) : list.logits.shift;
+      list.live |= biases[list.count] != -INFINITY;
     }
   }
 
@@ -292,9 +306,10 @@ class Attention {
             list.logits.shift};
   }
 
-  // Divides by the sum and multiplies by the group's weight; where several groups are added, into total.
-  void finish_group(const QueryTile& tile, int slice, Scratch<C>& scratch, int group) const {
-    const Slice<C>& s = scratch.slices[slice];
+  // Divides by the sum and multiplies by the group's weight; where several groups are added, into total. Notes the
+  // queries that fp32 could not hold; `live`: whether the group has a key that is not hidden by its bias.
+  void finish_group(const QueryTile& tile, int slice, Scratch<C>& scratch, int group, bool live) const {
+    Slice<C>& s = scratch.slices[slice];
     float* factor = scratch.factor;
     for (int lane = 0; lane < kSlice; ++lane) factor[lane] = s.sum[lane] == 0 ? 0.0f : 1.0f / s.sum[lane];
     if (const float* weight = p.weight[group]) {
@@ -304,15 +319,20 @@ class Attention {
         factor[lane] *= weight[tile.b * stride[0] + query_at(tile, slice * kSlice + lane) * stride[1]];
     }
     const bool several = p.softmax_groups > 1;
+    Vec odd[2] = {};  // 0, or NaN in the lanes of results that are not finite
     for (int i = 0; i < d * kSlice; i += kSlice) {
       for (int j = i; j < i + kSlice; j += kLanes) {
         const Vec x = load(s.out + j) * load(factor + (j - i));
+        odd[j > i] += x * 0.0f;
         if (several)
           store(s.total + j, load(s.total + j) + x);
         else
           store(s.out + j, x);
       }
     }
+    for (int lane = 0; live && lane < kSlice; ++lane)
+      if (odd[lane / kLanes][lane % kLanes] != 0 || s.sum[lane] == 0 || std::fabs(s.max[lane]) > kFar)
+        s.beyond |= 1u << lane;
     if (several && group + 1 < p.softmax_groups) start_group(s);
   }
 
@@ -324,14 +344,36 @@ class Attention {
     columns_to_rows(result, kSlice, lanes, d, row);
     if (!p.lse) return;
     for (int lane = 0; lane < lanes; ++lane) {
-      const double top = s.max[lane] == -FLT_MAX ? -FLT_MAX : s.max[lane] * kLn2;  // the clamp of load_block, undone
-      const double lse = s.sum[lane] == 0 ? -INFINITY : top + std::log(double(s.sum[lane]));
-      const int64_t i = query_at(tile, slice * kSlice + lane);
-      const int64_t at = tile.b * p.lse_stride[0] + i * p.lse_stride[1] + h * p.lse_stride[2];
-      if (p.lse_is_double)
-        static_cast<double*>(p.lse)[at] = lse;
-      else
-        static_cast<float*>(p.lse)[at] = static_cast<float>(lse);
+      const double lse = s.sum[lane] == 0 ? -INFINITY : s.max[lane] * kLn2 + std::log(double(s.sum[lane]));
+      store_lse(tile.b, query_at(tile, slice * kSlice + lane), h, lse);
+    }
+  }
+
+  void store_lse(int64_t b, int64_t i, int64_t h, double lse) const {
+    const int64_t at = b * p.lse_stride[0] + i * p.lse_stride[1] + h * p.lse_stride[2];
+    if (p.lse_is_double)
+      static_cast<double*>(p.lse)[at] = lse;
+    else
+      static_cast<float*>(p.lse)[at] = finite_float(lse);
+  }
+
+  // The queries of a slice whose bits are set, computed anew in double.
+  void store_wide(const QueryTile& tile, int64_t h, int slice, uint32_t lanes) const {
+    const S* query = static_cast<const S*>(p.query) + tile.b * p.query_stride[0] + h * p.query_stride[2];
+    S* out = static_cast<S*>(p.out) + tile.b * p.out_stride[0] + h * p.out_stride[2];
+    double result[kMaxHeadDim];
+    for (int position = slice * kSlice; lanes && position < tile.count; ++position, lanes >>= 1) {
+      if (!(lanes & 1)) continue;
+      const int64_t i = query_at(tile, position);
+      auto weight_at = [&](int group) {
+        const float* weight = p.weight[group];
+        const int64_t* stride = p.weight_stride[group];
+        return weight ? double(weight[tile.b * stride[0] + i * stride[1]]) : 1.0;
+      };
+      WideQuery<S> wide(p, tile.b, h, tile.query_class, query + i * p.query_stride[1]);
+      const double lse = wide.attend(weight_at, result);
+      for (int c = 0; c < d; ++c) from_float(static_cast<float>(result[c]), out[i * p.out_stride[1] + c]);
+      if (p.lse) store_lse(tile.b, i, h, lse);
     }
   }
 };

@@ -58,15 +58,17 @@ Rows float_rows(const T* x, int64_t stride, int64_t m, int64_t d, float* copy) {
   return {copy, d};
 }
 
-// 2^x for x <= 0 to 8e-8: the maps are fp32 results themselves, so exp2 of simd.h (2e-7) is not enough. NaN stays NaN.
-LR_INLINE Vec exp2_fp32(Vec x) {
+// 2^(x - 16) for x <= 0 to 8e-8: the maps are fp32 results themselves, so exp2 of simd.h (2e-7) is not enough. 0 where
+// x is below -110, NaN stays NaN. 2^-16, so that the sum of up to 65,536 weighted values stays in fp32 where their mean
+// does.
+LR_INLINE Vec weight(Vec x) {
 #if defined(__AVX512F__)
-  const Vec f = _mm512_reduce_ps(x, 0), n = x - f;  // x - round(x), which is 0 for -Inf
+  const Vec f = _mm512_reduce_ps(x, 0), n = x - f - 16.0f;  // x - round(x), which is 0 for -Inf
 #else
-  const VecInt underflow = x < set1(-126.0f);
-  x = max(set1(-126.0f), x);
-  const Vec rounded = x + 12582912.0f;  // 1.5 * 2^23: the integer part lands in the low bits
-  const Vec f = x - (rounded - 12582912.0f);
+  const VecInt underflow = x < set1(-110.0f);
+  x = max(set1(-110.0f), x);
+  const Vec rounded = x + 12583023.0f;  // 1.5 * 2^23 + 127 - 16: the integer part, as an exponent, in the low bits
+  const Vec f = x - (rounded - 12583023.0f);
 #endif
   Vec p = f * 0.0001534581242594868f + 0.0013399930903688073f;
   p = p * f + 0.009618489071726799f;
@@ -77,7 +79,8 @@ LR_INLINE Vec exp2_fp32(Vec x) {
 #if defined(__AVX512F__)
   return _mm512_scalef_ps(p, n);
 #else
-  return (Vec)(((VecInt)p + ((VecInt)rounded << 23)) & ~underflow);
+  p *= (Vec)((VecBits)rounded << 23);
+  return (Vec)((VecInt)p & ~underflow);
 #endif
 }
 
@@ -149,8 +152,8 @@ LR_INLINE void value_channels(const float* value, int64_t stride, const float* p
   if constexpr (kChannels > 1) value_channels<kChannels / 2>(value, stride, p, keys, first, d, out, i);
 }
 
-// Scores [m, kQueries] -> 2^(factor * (score - most)), in place; returns 1 / sum in `inverse`. The difference comes
-// first: its rounding is relative to the difference, not to the score.
+// Scores [m, kQueries] -> 2^(factor * (score - most) - 16), in place; returns 1 / sum in `inverse`. The difference
+// comes first: its rounding is relative to the difference, not to the score.
 void exponentials(float* scores, int64_t m, float factor, const Vec (&most)[2], Vec (&inverse)[2]) {
   Vec total[2] = {};
   for (int64_t start = 0; start < m; start += kKeyBlock) {
@@ -159,7 +162,7 @@ void exponentials(float* scores, int64_t m, float factor, const Vec (&most)[2], 
 #pragma GCC unroll 2
       for (int v = 0; v < 2; ++v) {
         float* s = scores + j * kQueries + v * kLanes;
-        const Vec e = exp2_fp32((load(s) - most[v]) * factor);
+        const Vec e = weight((load(s) - most[v]) * factor);
         store(s, e);
         part[v] += e;
       }

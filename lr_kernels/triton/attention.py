@@ -1,7 +1,9 @@
 """multi_source_attention, forward: one launch for all sources, masks and query classes of a layer.
 
 A run-time loop over the sources picks pointers by a select chain, so there is one pipelined loop over key tiles however
-many sources there are, no pointer table on the device and no host synchronization. Scores live in log2 units.
+many sources there are, no pointer table on the device and no host synchronization. Logits are held in units of
+256 log2, so that no sum of finite biases leaves fp32; the exponents of a row are its logits times 256, or less: see
+_exponent_factor.
 Between softmax groups the running softmax starts anew and its result moves to a second fp32 accumulator. What a call
 does not have is None or a constant for the compiler; how its sources fall into groups and all values are run-time data.
 """
@@ -25,7 +27,6 @@ from .sources import (
     encode,
     key_entries,
     key_list,
-    key_shift,
     key_tokens,
     load_tile,
     per_head,
@@ -36,8 +37,31 @@ from .sources import (
     source_row,
     strided_tables,
     tables_of,
-    to_log2,
 )
+
+LOGIT_UNIT = LOG2E / 256
+QUERY_SHRINK = 1 / 16
+"""Of fp32 and bf16 queries: a score ⟨q, k⟩ of 16 times what fp32 holds is a logit that it holds, with most scales."""
+_LOGIT_UNIT = tl.constexpr(LOGIT_UNIT)
+_QUERY_SHRINK = tl.constexpr(QUERY_SHRINK)
+
+
+@triton.jit
+def _exponent_factor(top):
+    """(BM,) what turns the logits of a row into exponents of 2, a power of two: 256, and less where the largest logit,
+    `top`, is 2^28 log2 units or more. Neighbouring fp32 numbers are then at least 16 apart and only the largest logits
+    have a weight: a factor that brings top below 2^29 leaves them 32 apart, and no exponent overflows."""
+    exponent = tl.maximum(top.to(tl.int32, bitcast=True) & 0x7F800000, 147 << 23)
+    return ((135 << 23) - (exponent - (147 << 23))).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _key_shift(key_bias, bias, tokens, at, bias_count, beta):
+    """beta plus the bias of each key, (1, BN); without any bias beta alone."""
+    if key_bias is None:
+        return beta
+    else:
+        return (tl.load(bias + tokens, mask=at < bias_count, other=0.0) * _LOGIT_UNIT + beta)[None, :]
 
 
 @triton.jit
@@ -47,8 +71,9 @@ def _attend_tile(
     key_stride, value_stride, alpha, shift,  # shift: scalar, or (1, BN)
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr,
     NARROW: tl.constexpr, PER_PAIR: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    HEADROOM: tl.constexpr, WEIGHT: tl.constexpr,
 ):  # fmt: skip
-    """Add one tile of keys and values to the running softmax of BM queries."""
+    """Add one tile of keys and values to the running softmax of BM queries. top: the largest logit plus HEADROOM."""
     c0 = tl.arange(0, D0)
     if NARROW:  # the launcher knows that no token offset of a source reaches 2^31: half the address registers
         k_at = key + (tokens * (key_stride.to(tl.int32) * UNIT))[:, None]
@@ -64,17 +89,21 @@ def _attend_tile(
         k1 = load_tile(k_at + (D0 + c1)[None, :], ok, c1, D - D0, D1, MASKED, UPCAST)
         s = tl.dot(q1, tl.trans(k1), s, input_precision=PRECISION)
     v0 = load_tile(v_at + c0[None, :], ok, c0, W0, D0, MASKED, UPCAST)
-    if PER_PAIR or MASKED:  # bias per key, or an alpha that may be negative: one instruction more per pair
+    # min(): a live +inf gives NaN for its own row; max() drops NaN, which p carries on
+    if PER_PAIR or MASKED:  # any bias, or an alpha that may be negative: one instruction more per pair
         t = tl.fma(s, alpha, shift)
         if MASKED:
             t = tl.where(ok[None, :], t, -INF)
-        # min(): a live +inf gives NaN for its own row; max() drops NaN, which p carries on
-        new_top = tl.minimum(tl.maximum(top, tl.max(t, 1)), MAX)
-        p = tl.exp2(t - new_top[:, None])
+        new_top = tl.minimum(tl.maximum(top, tl.max(t, 1) + HEADROOM), MAX)
+        factor = _exponent_factor(new_top)
+        p = tl.exp2(t * factor[:, None] - (new_top * factor)[:, None])  # exact: the factor is a power of two
     else:
-        new_top = tl.minimum(tl.maximum(top, tl.max(s, 1) * alpha + shift), MAX)
-        p = tl.exp2(s * alpha - (new_top - shift)[:, None])
-    shrink = tl.exp2(top - new_top)
+        new_top = tl.minimum(tl.maximum(top, tl.max(s, 1) * alpha + HEADROOM), MAX)
+        factor = _exponent_factor(new_top)
+        p = tl.exp2(s * (alpha * factor)[:, None] - (new_top * factor)[:, None])
+    if WEIGHT != 1.0:
+        p *= WEIGHT
+    shrink = tl.exp2((top - new_top) * 256)
     # 8 partial sums per row stay inside a thread, which halves the shuffles of the loop
     total = total * shrink[:, None] + tl.sum(tl.reshape(p, (BM, BN // 8, 8)), 1)
     p = p.to(v0.dtype)
@@ -132,7 +161,7 @@ def multi_source_attention_forward_kernel(
     key_stride, value_stride,  # (row, key, head) x S, in units of UNIT elements
     index_stride, count_stride, value_index_stride, bias_stride,  # (class, row), same, (row, b), (row,)
     scale_stride, shift_stride, weight_stride,  # (start, b, h), same, (start, b, n)
-    N, H, classes, tiles_per_head, scale_log2,
+    N, H, classes, tiles_per_head, unit_scale,
     with_rows, with_index, with_bias, with_scale, with_shift,  # bit s: source s has it
     with_value_index, with_weight,  # the same, None where no source has it
     group_ends,  # bit s: source s is the last of its softmax group; None: one group
@@ -162,18 +191,29 @@ def multi_source_attention_forward_kernel(
         query_ok = slot < end
         query_order += b64 * order_b
     i = query_tokens(query_order, slot, query_ok)
+    unit_scale = tl.cast(unit_scale, tl.float32)  # the interpreter takes a tiny number for fp64
+
+    # fp16 has no room for smaller weights and queries, and no need: its values and scores stay far inside fp32.
+    # 2^-16 in every weight: the sum of up to 65,536 weighted values stays in fp32 where their mean does. In the
+    # exponent it costs nothing, but the exponent's rounding, which fp32 would show.
+    DTYPE: tl.constexpr = query.dtype.element_ty
+    HEADROOM: tl.constexpr = 0.0625 if DTYPE == tl.bfloat16 else 0.0
+    WEIGHT: tl.constexpr = 0.0000152587890625 if DTYPE == tl.float32 else 1.0
+    SHRINK: tl.constexpr = 1.0 if DTYPE == tl.float16 else _QUERY_SHRINK
 
     # The queries stay in registers or shared memory for all sources
     c0 = tl.arange(0, D0)
     W0: tl.constexpr = D0 if D1 > 0 else D
     q_at = query + (b64 * query_b + h64 * query_h) * UNIT + (i * query_n)[:, None] * UNIT
     q0 = load_tile(q_at + c0[None, :], query_ok, c0, W0, D0, True, UPCAST)
+    q0 = (q0 * SHRINK).to(q0.dtype)
     q1 = q0
     acc0 = tl.zeros([BM, D0], tl.float32)
     acc1 = 0.0
     if D1 > 0:
         c1 = tl.arange(0, D1)
         q1 = load_tile(q_at + (D0 + c1)[None, :], query_ok, c1, D - D0, D1, True, UPCAST)
+        q1 = (q1 * SHRINK).to(q1.dtype)
         acc1 = tl.zeros([BM, D1], tl.float32)
     top = tl.full([BM], -MAX, tl.float32)
     total = tl.zeros([BM, 8], tl.float32)
@@ -195,14 +235,12 @@ def multi_source_attention_forward_kernel(
             value_list = pick(value_index, s, S)
             value_list += row * pick_int(value_index_stride[0], s, S) + b64 * pick_int(value_index_stride[1], s, S)
         # logit = alpha · ⟨q, k⟩ + beta + bias
-        alpha = scale_log2
+        alpha = unit_scale
         if logit_scale is not None:
-            alpha = scale_log2 * per_head(logit_scale, scale_stride, with_scale, s, b64, h64, 1.0, S)
+            alpha = unit_scale * per_head(logit_scale, scale_stride, with_scale, s, b64, h64, 1.0, S)
         beta = 0.0
         if logit_bias is not None:
-            beta = to_log2(per_head(logit_bias, shift_stride, with_shift, s, b64, h64, 0.0, S))
-            # fp32 loses ⟨q, k⟩ beside such a bias; without this exp2(alpha · s) could overflow
-            alpha = tl.where(tl.abs(beta) > 1e30, 0.0, alpha)
+            beta = per_head(logit_bias, shift_stride, with_shift, s, b64, h64, 0.0, S) * _LOGIT_UNIT
         bias = None
         bias_count = 0
         if key_bias is not None:
@@ -224,19 +262,19 @@ def multi_source_attention_forward_kernel(
             tokens = key_tokens(key_index, entries, at, index_count)
             entries = key_entries(key_index, index, at + BN, index_count)
             value_tokens = _value_tokens(value_list, tokens, at, value_count, last)
-            shift = key_shift(key_bias, bias, tokens, at, bias_count, beta)
+            shift = _key_shift(key_bias, bias, tokens, at, bias_count, beta)
             acc0, acc1, top, total = _attend_tile(
                 q0, q1, acc0, acc1, top, total, k, v, tokens, value_tokens, query_ok, k_n, v_n, alpha, shift,
-                D, D0, D1, BM, BN, UNIT, NARROW, PER_PAIR, False, PRECISION, UPCAST,
+                D, D0, D1, BM, BN, UNIT, NARROW, PER_PAIR, False, PRECISION, UPCAST, HEADROOM, WEIGHT,
             )  # fmt: skip
         for j in tl.range(whole, count, BN):
             at = j + on
             tokens = key_tokens(key_index, key_entries(key_index, index, at, index_count), at, index_count)
             value_tokens = _value_tokens(value_list, tokens, at, value_count, last)
-            shift = key_shift(key_bias, bias, tokens, at, bias_count, beta)
+            shift = _key_shift(key_bias, bias, tokens, at, bias_count, beta)
             acc0, acc1, top, total = _attend_tile(
                 q0, q1, acc0, acc1, top, total, k, v, tokens, value_tokens, at < count, k_n, v_n, alpha, shift,
-                D, D0, D1, BM, BN, UNIT, NARROW, PER_PAIR, True, PRECISION, UPCAST,
+                D, D0, D1, BM, BN, UNIT, NARROW, PER_PAIR, True, PRECISION, UPCAST, HEADROOM, WEIGHT,
             )  # fmt: skip
 
         if group_ends is not None:
@@ -267,8 +305,9 @@ def multi_source_attention_forward_kernel(
         tl.store(o_at + (D0 + c1)[None, :], o1, mask=query_ok[:, None] & (c1[None, :] < D - D0))
     if lse is not None:
         wide = top.to(lse.dtype.element_ty)  # fp64 keeps the mass beside a huge top, as the backward pass needs
-        log2_mass = wide + tl.log2(mass).to(wide.dtype)
-        natural = tl.where(log2_mass <= -MAX, -MAX, log2_mass * 0.6931471805599453)
+        natural = wide * 177.445678223346 + tl.log2(mass / WEIGHT).to(wide.dtype) * 0.6931471805599453  # 256 ln 2, ln 2
+        far = (tl.abs(natural) == INF) & (mass < INF)  # -inf is for a query that sees nothing
+        natural = tl.where(far, tl.where(top > 0, MAX, -MAX), natural)
         tl.store(lse + b64 * lse_b + i * lse_n + h64 * lse_h, tl.where(mass == 0, -INF, natural), mask=query_ok)
 
 
@@ -320,8 +359,8 @@ def launch_arguments(
     order, starts = dense_last(tables.query_order), dense_last(tables.class_start)
     grouped = groups[0] != groups[-1]
     group_ends = sum(1 << s for s in range(S) if s == S - 1 or groups[s + 1] != groups[s]) if grouped else None
-    per_pair = bias is not None or scales is not None or not tables.scale > 0
-    biased = per_pair or shifts is not None or value_index is not None
+    per_pair = any(x is not None for x in (bias, scales, shifts)) or not tables.scale > 0
+    biased = per_pair or value_index is not None
     kind = "grouped" if grouped else "biased" if biased else "dense" if index is None else "gathered"
     classes = 1 if starts is None else starts.shape[1] - 1
     # 16-byte loads need every stride to be a multiple of 16 bytes; strides are then passed in those units
@@ -344,7 +383,8 @@ def launch_arguments(
         tuple(encode(x) for x in zip(*source_units[:S])), tuple(encode(x) for x in zip(*source_units[S:])),
         index_strides, count_strides, _value_index_strides(value_index, key), bias_strides,
         scale_strides, shift_strides, weight_strides,
-        N, H, classes, tiles_per_head, tables.scale * LOG2E,
+        N, H, classes, tiles_per_head,
+        tables.scale * LOGIT_UNIT / (1 if query.dtype == torch.float16 else QUERY_SHRINK),
         with_rows, with_index, with_bias, with_scale, with_shift,
         with_value_index or None, with_weight or None, group_ends,
         *query_strides, *out_strides, *((0, 0, 0) if lse is None else strides(lse, 0, 1, 2)),

@@ -8,8 +8,9 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from ..ops import AttentionTables
-from ..plan import AttentionPlan
+from ..plan import AttentionPlan, changed_mask
 from ..source import Source
+from ..tensors import is_plain
 from . import attention
 from .launch import INTERPRETED, architecture, check_grid, on_device
 from .replay import Recorder, record
@@ -90,7 +91,7 @@ def recordable(
             return None
         key.append(None)
     else:
-        if plan.query_groups is not query_groups or len(plan.key_masks) != len(sources):
+        if plan.query_groups is not query_groups or len(plan.key_masks) != len(sources) or changed_mask(plan):
             return None
         for x in (*plan.key_index, *plan.key_count, plan.query_order, plan.class_start):
             key.append(x is None)
@@ -120,7 +121,7 @@ def recordable(
         key.append(source.softmax_group)
     gradients = torch.is_grad_enabled()
     for x in tensors:
-        if x.__class__ not in _PLAIN or (gradients and x.requires_grad):
+        if x.__class__ not in _PLAIN or (gradients and x.requires_grad) or not is_plain(x):
             return None
         key += (x.shape, x.stride(), x.dtype, x.get_device())
     return Call(key, tensors, return_lse)

@@ -45,6 +45,9 @@ def attention_with_token_maps_forward_kernel(
     c0 = tl.arange(0, D0)
     W0: tl.constexpr = D0 if D1 > 0 else D
     mean = tl.zeros([BM, BT], tl.float32)
+    # 2^-16 in every weight, as in attention.py
+    HEADROOM: tl.constexpr = 16.0 if query.dtype.element_ty == tl.bfloat16 else 0.0
+    WEIGHT: tl.constexpr = 0.0000152587890625 if query.dtype.element_ty == tl.float32 else 1.0
     for h in range(H):
         h64 = tl.cast(h, tl.int64)
         q_at = query + (b * query_b + h64 * query_h) * UNIT + (i * query_n)[:, None] * UNIT
@@ -70,9 +73,9 @@ def attention_with_token_maps_forward_kernel(
                 k1 = load_tile(k_at + (D0 + c1)[None, :], ok, c1, D - D0, D1, True, UPCAST)
                 s = tl.dot(q1, tl.trans(k1), s, input_precision=PRECISION)
             s = tl.where(ok[None, :], s * scale_log2, -_INF)
-            new_top = tl.maximum(top, tl.max(s, 1))
+            new_top = tl.maximum(top, tl.max(s, 1) + HEADROOM)
             base = tl.where(new_top == -_INF, 0.0, new_top)
-            p = tl.exp2(s - base[:, None])
+            p = tl.exp2(s - base[:, None]) * WEIGHT
             shrink = tl.exp2(top - base)
             total = total * shrink + tl.sum(p, 1)
             top = new_top
@@ -97,7 +100,7 @@ def attention_with_token_maps_forward_kernel(
             k1 = load_tile(k_at + (D0 + c1)[None, :], chosen_ok, c1, D - D0, D1, True, UPCAST)
             s = tl.dot(q1, tl.trans(k1), s, input_precision=PRECISION)
         base = tl.where(top == -_INF, 0.0, top)
-        mean += tl.exp2(s * scale_log2 - base[:, None]) / total[:, None]
+        mean += tl.exp2(s * scale_log2 - base[:, None]) * WEIGHT / total[:, None]
     at = maps + b * maps_b + (i * maps_n)[:, None] + (t.to(tl.int64) * maps_t)[None, :]
     tl.store(at, mean / H, mask=query_ok[:, None] & (t < T)[None, :])
 

@@ -1,0 +1,120 @@
+// One query of multi_source_attention in double: for logits, and sums of weighted values, that fp32 cannot hold.
+// Included by attention_kernel.cpp, which takes few queries here: those whose fp32 result shows that it could not.
+#pragma once
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+
+#include "cpu/simd.h"
+#include "params.h"
+
+namespace lr::LR_ISA {
+namespace {
+
+constexpr int kMaxHeadDim = 256;
+
+// The softmax over the keys of one group so far.
+struct WideSoftmax {
+  double top = -INFINITY, sum = 0, out[kMaxHeadDim] = {};
+
+  template <class S>
+  void add(double logit, const S* value, int d) {
+    if (logit > top) {
+      const double shrink = std::exp(top - logit);  // 0 for the first key
+      top = logit;
+      sum *= shrink;
+      for (int c = 0; c < d; ++c) out[c] *= shrink;
+    }
+    // a logit of -inf has no weight, but a NaN in its value is seen; +inf and NaN make everything NaN
+    const double weight = logit == -INFINITY ? 0.0 : std::exp(logit - top);
+    sum += weight;
+    for (int c = 0; c < d; ++c) out[c] += weight * double(to_float(value[c]));
+  }
+};
+
+template <class S>
+class WideQuery {
+ public:
+  // query: [d]
+  WideQuery(const AttentionParams& params, int64_t batch, int64_t head, int64_t group, const S* query)
+      : p(params), b(batch), h(head), query_class(group), d(int(params.d)) {
+    for (int c = 0; c < d; ++c) q[c] = double(to_float(query[c]));
+  }
+
+  // result: [d], the groups' weighted sum; weight_at(g): the weight of group g, 1 where it has none. Returns the lse of
+  // the last group.
+  template <class Weight>
+  double attend(Weight weight_at, double* result) {
+    std::fill_n(result, d, 0.0);
+    double lse = -INFINITY;
+    for (int first = 0; first < p.sources;) {
+      const int group = p.source[first].softmax_group;
+      WideSoftmax softmax;
+      for (; first < p.sources && p.source[first].softmax_group == group; ++first) {
+        if (add_source(p.source[first], softmax)) continue;
+        std::fill_n(result, d, double(NAN));
+        return NAN;
+      }
+      const double factor = softmax.sum == 0 ? 0.0 : weight_at(group) / softmax.sum;
+      for (int c = 0; c < d; ++c) result[c] += softmax.out[c] * factor;
+      // sum is NaN beside a top of +inf
+      lse = softmax.top == INFINITY ? double(INFINITY) : softmax.top + std::log(softmax.sum);
+    }
+    return lse;
+  }
+
+ private:
+  const AttentionParams& p;
+  const int64_t b, h, query_class;
+  const int d;
+  double q[kMaxHeadDim];
+
+  // False where a logit is NaN: so is the result, then.
+  bool add_source(const AttentionSource& source, WideSoftmax& softmax) const {
+    const int64_t row = source.rows ? source.rows[b] : source.r == 1 ? 0 : b;
+    if (row < 0) return true;
+    const int32_t* index = nullptr;
+    int64_t count = source.m;
+    if (source.key_index) {
+      index = source.key_index + query_class * source.index_stride[0] + row * source.index_stride[1];
+      count = source.key_count[query_class * source.count_stride[0] + row * source.count_stride[1]];
+    }
+    auto per_head = [&](const float* x, const int64_t (&stride)[2], float otherwise) {
+      return double(x ? x[b * stride[0] + h * stride[1]] : otherwise);
+    };
+    const double scale = p.scale * per_head(source.logit_scale, source.logit_scale_stride, 1.0f);
+    const double shift = per_head(source.logit_bias, source.logit_bias_stride, 0.0f);
+    const S* keys = static_cast<const S*>(source.key) + row * source.key_stride[0] + h * source.key_stride[2];
+    const S* values = static_cast<const S*>(source.value) + row * source.value_stride[0] + h * source.value_stride[2];
+    const int32_t* moved = source.value_index;
+    if (moved) moved += row * source.value_index_stride[0] + b * source.value_index_stride[1];
+    const float* bias = source.key_bias ? source.key_bias + row * source.bias_stride : nullptr;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t token = index ? index[i] : i;
+      const double logit =
+          scale * score(keys + token * source.key_stride[1]) + shift + (bias ? double(bias[token]) : 0.0);
+      if (std::isnan(logit)) return false;
+      softmax.add(logit, values + (moved ? moved[token] : token) * source.value_stride[1], d);
+    }
+    return true;
+  }
+
+  double score(const S* key) const {
+    constexpr int kParts = 8;  // one chain of additions would be eight times slower
+    double part[kParts] = {};
+    int c = 0;
+    for (; c + kParts <= d; c += kParts)
+      for (int i = 0; i < kParts; ++i) part[i] += q[c + i] * double(to_float(key[c + i]));
+    for (; c < d; ++c) part[0] += q[c] * double(to_float(key[c]));
+    for (int i = 1; i < kParts; ++i) part[0] += part[i];
+    return part[0];
+  }
+};
+
+// A double as a float that is finite where the double is: beyond the range, its end.
+inline float finite_float(double x) {
+  return float(std::isfinite(x) ? std::clamp(x, -double(FLT_MAX), double(FLT_MAX)) : x);
+}
+
+}  // namespace
+}  // namespace lr::LR_ISA
