@@ -276,7 +276,7 @@ def test_self_attention_takes_a_mask_per_key_too(pipe):
     layer = next(iter(attention_layers(pipe.unet, "self").values()))
     x, before = torch.randn(2, 64, 16), layer.processor
     expected = layer(x, attention_mask=(1 - mask["attention_mask"])[:, None] * -10000.0)
-    layer.set_processor(CustomAttnProcessor(plain))
+    layer.set_processor(CustomAttnProcessor(lambda query, key, value, *, key_bias: plain(query, key, value, key_bias)))
     torch.testing.assert_close(layer(x, attention_mask=(1 - mask["attention_mask"])[:, None] * -10000.0), expected)
     with pytest.raises(NotImplementedError, match=r"attention_mask: expected one per key, \(B, 1, M\)"):
         layer(x, attention_mask=torch.zeros(2, 64, 64))
@@ -284,8 +284,8 @@ def test_self_attention_takes_a_mask_per_key_too(pipe):
 
 
 def test_what_a_function_asks_for_is_decided_by_its_signature(pipe):
-    def method(query, key, value, step=None, layer="bound by a partial"):
-        assert step in range(2) and layer == "mine"
+    def method(query, key, value, grid="a default", *, step=None, layer="bound by a partial"):
+        assert step in range(2) and layer == "mine" and grid == "a default"
         return plain(query, key, value)
 
     with sharing(pipe, partial(method, layer="mine")):

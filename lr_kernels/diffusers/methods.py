@@ -6,6 +6,9 @@
 Each is a context manager made of `sharing` and a preset. `images` counts the pictures of one half of the guidance, all
 that the pipeline is asked for together; `halves` is 2 with guidance and 1 without. A UNet's batch of other rows is a
 ValueError that names `rows`. `layers`, `steps`: of `sharing`. `backend`: of `multi_source_attention`.
+
+In a compiled UNet plans of masks are made outside the graph, which breaks there. Shared group norms and matched
+features need a UNet that is not compiled.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -54,6 +57,7 @@ def masactrl(
         _check_masks("masactrl", masks, images)
         masks = masks.to(device)
 
+    @torch.compiler.disable
     @cache
     def plan(grid: tuple[int, int]) -> AttentionPlan:
         sides = token_mask(masks, grid).repeat(halves, 1)
@@ -134,9 +138,7 @@ def reference_only(
     """
     device, rows = _table("reference_only", pipe, [images] * images + [-1], halves)
     uncond = torch.arange(len(rows), device=device) < (images + 1 if halves == 2 else 0)
-    pixels = pipe.image_processor.preprocess(picture).to(device, pipe.vae.dtype)
-    with torch.no_grad():
-        latents = pipe.vae.encode(pixels).latent_dist.sample(generator) * pipe.vae.config.scaling_factor
+    latents = _encoded(pipe, picture, device, generator)
 
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return presets.reference_only(query, key, value, rows, uncond, fidelity, backend=backend)
@@ -172,6 +174,7 @@ def ip_adapter(
     if masks is not None:
         masks = [mask if mask is None or mask.dim() == 3 else mask[None] for mask in masks]
 
+    @torch.compiler.disable
     @cache
     def parts(grid: tuple[int, int], device: torch.device) -> list[Tensor | None] | None:
         if masks is None:
@@ -224,6 +227,7 @@ def consistory(
     found = SubjectMasks(pipe, prompts, subject_tokens, halves=halves)
     kept: dict[tuple[int, int], tuple[Tensor, AttentionPlan]] = {}
 
+    @torch.compiler.disable
     def plan(step: int, grid: tuple[int, int]) -> AttentionPlan:
         masks = found.masks(grid)
         if grid not in kept or kept[grid][0] is not masks:
@@ -262,6 +266,7 @@ def story_diffusion(
     drawn: dict[int, AttentionPlan] = {}
     of_step = -1
 
+    @torch.compiler.disable
     def plan(step: int, tokens: int, device: torch.device) -> AttentionPlan:
         nonlocal of_step
         if step != of_step:
@@ -287,6 +292,23 @@ def _table(op: str, pipe: DiffusionPipeline, rows: Sequence[int], halves: int) -
     check_integer(op, "images", len(rows), 1, "at least 1")
     device = pipe._execution_device
     return device, presets.guided_rows(rows, halves, device)
+
+
+@torch.no_grad()
+def _encoded(
+    pipe: DiffusionPipeline, picture: PipelineImageInput, device: torch.device, generator: torch.Generator | None
+) -> Tensor:
+    """Latents of a picture, as the UNet reads them."""
+    vae, dtype = pipe.vae, pipe.vae.dtype
+    overflows = dtype == torch.float16 and vae.config.force_upcast  # SDXL's
+    if overflows:
+        vae.to(torch.float32)
+    try:
+        pixels = pipe.image_processor.preprocess(picture).to(device, vae.dtype)
+        return vae.encode(pixels).latent_dist.sample(generator) * vae.config.scaling_factor
+    finally:
+        if overflows:
+            vae.to(dtype)
 
 
 def _check_masks(op: str, masks: Tensor, images: int) -> None:

@@ -127,8 +127,8 @@ class CustomAttnProcessor(_StockAttnProcessor):
 
     The function gets (query, key, value), with all rows of the UNet's batch, and returns the result, (B, N, H, D) like
     the query. In self-attention key and value are (B, N, H, D) too, in cross-attention the text's (B, M, H, D). What it
-    calls is usually `multi_source_attention` or one of `lr_kernels.presets`. It gets by keyword what it has a parameter
-    of that name for:
+    calls is usually `multi_source_attention` or one of `lr_kernels.presets`. It gets by keyword what it asks for by a
+    parameter of that name, keyword-only or without a default:
 
         step: int, the number of the step, from 0        (these three from `sharing` alone)
         layer: str, the name of the layer
@@ -256,11 +256,16 @@ KEYWORDS = ("step", "layer", "grid", "key_bias", "images")
 
 
 def asked(function: Callable[..., Tensor]) -> tuple[str, ...]:
-    """Those of `KEYWORDS` that a function has a parameter for, which a partial has not bound."""
+    """Those of `KEYWORDS` that are a function's keyword-only parameters, or others without a default. (What a partial
+    has bound, and a default as in `lambda q, k, v, layer=name: …`, are the function's own.)"""
     bound = function.keywords if isinstance(function, partial) else {}
-    kinds = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
-    takes = {parameter.name for parameter in signature(function).parameters.values() if parameter.kind in kinds}
-    return tuple(name for name in KEYWORDS if name in takes and name not in bound)
+
+    def is_asked(parameter: Parameter) -> bool:
+        own = parameter.name in bound or parameter.kind == Parameter.POSITIONAL_ONLY
+        return not own and (parameter.kind == Parameter.KEYWORD_ONLY or parameter.default is Parameter.empty)
+
+    parameters = signature(function).parameters
+    return tuple(name for name in KEYWORDS if name in parameters and is_asked(parameters[name]))
 
 
 class Buffer(Protocol):

@@ -68,6 +68,7 @@ def sharing(
 
     def before_pass(unet: nn.Module, args: tuple, kwargs: dict) -> None:
         nonlocal size
+        installation.verify()
         sample, timestep = pass_inputs(args, kwargs)
         if rows is not None and sample.shape[0] != rows:
             hint = "without guidance say halves=1; the pipeline repeats prompts for num_images_per_prompt"
@@ -82,7 +83,7 @@ def sharing(
 
     adapters = {n: x.processor for n, x in chosen.items() if isinstance(x.processor, IPAdapterAttnProcessor2_0)}
     processors = {name: CustomAttnProcessor(method, layer=name, run=run, adapter=adapters.get(name)) for name in chosen}
-    with install_processors(chosen, processors):
+    with install_processors(chosen, processors) as installation:
         hook = pipe.unet.register_forward_pre_hook(before_pass, with_kwargs=True)
         try:
             yield run
