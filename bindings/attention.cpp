@@ -74,6 +74,7 @@ lr::AttentionSource source_params(lr::Call& call, const lr::AttentionParams& p, 
   if (const MaybeTensor& key_bias = x.key_bias[i]) {
     const View bias = call.input(*key_bias, {"key_bias", i}, ScalarType::Float, {one_or(s.r), s.m}, 1);
     s.key_bias = bias.as<float>();
+    s.bias_rows = bias.size[0];
     s.bias_stride = bias.stride[0];
   }
   const auto per_head = [&](const MaybeTensor& table, const char* name, const float*& data, int64_t (&stride)[2]) {

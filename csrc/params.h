@@ -31,7 +31,7 @@ struct AttentionSource {
   int64_t index_stride[2];                              // class, row (0 where shared); keys are contiguous
   int64_t count_stride[2];                              // class, row (0 where shared)
   int64_t value_index_stride[2];                        // row, b: one of them is 0; keys are contiguous
-  int64_t bias_stride;                                  // row (0 where shared); keys are contiguous
+  int64_t bias_rows, bias_stride;                       // 1 or r; row (0 where shared); keys are contiguous
   int64_t logit_scale_stride[2], logit_bias_stride[2];  // b, h
   int32_t softmax_group;                                // from 0 on, ascending over the sources
 };

@@ -39,6 +39,21 @@ def test_28_gradients_match_the_formula(case, dtype):
     check_attention_backward(on("cpu"), attention_inputs(case, dtype))
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_28_a_bias_that_rows_share_in_memory_has_a_gradient_per_row(rows):
+    """A leaf that was expanded before it required gradients: its rows lie in one place, their gradients do not."""
+    torch.manual_seed(0)
+    query, source = torch.randn(3, 5, 2, 16), random_source(3, 7)
+    shared = torch.randn(1, 7).expand(rows, 7)
+    found = {}
+    for backend in ("cpu", "reference"):
+        bias = shared.detach().requires_grad_()
+        assert rows == 1 or bias.stride(0) == 0
+        out = multi_source_attention(query, [source._replace(key_bias=bias)], backend=backend)
+        (found[backend],) = torch.autograd.grad(out.square().sum(), bias)
+    torch.testing.assert_close(found["cpu"], found["reference"])
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
 def test_28_the_formula_is_the_derivative_of_the_reference(case):
     """The explicit backward formula against autograd through the reference, both in float64."""

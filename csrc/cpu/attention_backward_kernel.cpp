@@ -351,8 +351,7 @@ class Backward {
     add_outer(x.p, x.grad_out_rows, width, tile.slices, count, d, value_rows);
     add_outer(x.ds, x.query_rows, width, tile.slices, count, d, key_rows);
     if (grad_bias) {
-      const int64_t rows = source.bias_stride ? source.r : 1;
-      grad_bias += (h * rows + (source.bias_stride ? row : 0)) * source.m;
+      grad_bias += (h * source.bias_rows + (source.bias_rows > 1 ? row : 0)) * source.m;
       for (int i = 0; i < count; ++i) grad_bias[key_token(i)] += bias_sums[i];
     }
   }
@@ -431,7 +430,7 @@ std::vector<BatchRow> join_batch_rows(const AttentionBackwardParams& g) {
   for (int64_t b = 0; b < p.b; ++b) rows[b].leader = b;
   for (int i = 0; i < p.sources; ++i) {
     const AttentionSource& source = p.source[i];
-    const bool one = g.grad_key_bias[i] && source.bias_stride == 0;
+    const bool one = g.grad_key_bias[i] && source.bias_rows == 1;
     std::vector<BatchRow> reader(std::max<int64_t>(source.r, 1), BatchRow{-1});
     for (int64_t b = 0; b < p.b; ++b) {
       const int64_t row = source.rows ? source.rows[b] : source.r == 1 ? 0 : b;
