@@ -1,6 +1,7 @@
 """multi_source_attention: attention of one query over several sources of keys and values, never concatenated."""
 
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -8,7 +9,7 @@ from torch import Tensor
 from . import backends, reference
 from .attention_checks import OP, check, check_reference_memory
 from .attention_grad import attention_with_gradients
-from .checks import check_memory, fail, plain_number
+from .checks import check_memory, fail
 from .ops import AttentionTables, attention_op
 from .plan import AttentionPlan, plan_attention
 from .source import Source
@@ -60,10 +61,9 @@ def multi_source_attention(
     if not isinstance(query, Tensor):
         fail(OP, "query", "a tensor", type(query).__name__, error=TypeError)
     if scale is not None and not torch.compiler.is_compiling():
-        number = scale if type(scale) is float else plain_number(scale)
-        if number is None:
+        if not isinstance(scale, Real):
             fail(OP, "scale", "a number", type(scale).__name__, error=TypeError)
-        scale = float(number)
+        scale = float(scale)
     if torch.is_autocast_enabled(query.device.type):
         query, sources = _autocast(query, sources)
     call = None
