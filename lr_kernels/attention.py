@@ -1,6 +1,7 @@
 """multi_source_attention: attention of one query over several sources of keys and values, never concatenated."""
 
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from . import backends, reference
 from .attention_checks import OP, check, check_reference_memory, resolve
 from .attention_grad import Options, attention_with_gradients
 from .attention_tables import lay_out
-from .checks import check_memory, fail, plain_number
+from .checks import check_memory, fail
 from .ops import attention_op
 from .plan import AttentionPlan, plan_attention
 from .source import Source
@@ -69,10 +70,9 @@ def multi_source_attention(
     if query.is_meta:
         fail(OP, "query", "a tensor with data", "one on the device meta", "FakeTensorMode shows shapes without data")
     if scale is not None and not torch.compiler.is_compiling():
-        number = scale if type(scale) is float else plain_number(scale)
-        if number is None:
+        if not isinstance(scale, Real):
             fail(OP, "scale", "a number", type(scale).__name__, error=TypeError)
-        scale = float(number)
+        scale = float(scale)
         if not abs(scale) <= _MAX_SCALE:
             fail(OP, "scale", "a number that float32 holds", scale)
     if backends.transforms_active():

@@ -157,10 +157,36 @@ def test_ddim_runs_match_diffusers(prediction_type, eta, steps, spacing):
     following = s.timesteps - 1000 // steps
     keywords = {"guidance_scale": GUIDANCE, "eta": eta, "prediction_type": prediction_type}
     table = ddim_table(s, next_timesteps=following, **keywords)
-    if spacing == "leading":
-        assert torch.equal(table, ddim_table(s, **keywords))  # which goes to the next timestep of the list
+    assert torch.equal(table, ddim_table(s, **keywords))  # the default
     found = table_run(table, start, start, noise=noise if eta else None)
     check_runs(found, run(torch.float32), run(torch.float64))
+
+
+@pytest.mark.parametrize("spacing", ["linspace", "trailing"])
+def test_ddim_runs_from_pure_noise_match_diffusers(spacing):
+    config = {"timestep_spacing": spacing, "rescale_betas_zero_snr": True}
+    start = latents(1)[0]
+    low, exact = (
+        scheduler_run(ddim("v_prediction", 13, dtype, **config), start.to(dtype))
+        for dtype in (torch.float32, torch.float64)
+    )
+    table = ddim_table(ddim("v_prediction", 13, **config), guidance_scale=GUIDANCE, prediction_type="v_prediction")
+    check_runs(table_run(table, start, start), low, exact)
+
+
+def test_where_steps_go_is_asked_where_it_cannot_be_told():
+    s = ddim(steps=7, timestep_spacing="linspace")
+    s.timesteps = s.timesteps[2:]
+    with pytest.raises(
+        ValueError, match=r"next_timesteps: expected those of timesteps that are not evenly spaced, got"
+    ):
+        ddim_table(s, guidance_scale=GUIDANCE)
+    given = ddim_table(s, guidance_scale=GUIDANCE, next_timesteps=s.timesteps - 1000 // 7)
+    assert torch.equal(given, ddim_table(ddim(steps=7, timestep_spacing="linspace"), guidance_scale=GUIDANCE)[2:])
+    s = ddim(steps=7)  # evenly spaced
+    whole = ddim_table(s, guidance_scale=GUIDANCE)
+    s.timesteps = s.timesteps[2:]
+    assert torch.equal(ddim_table(s, guidance_scale=GUIDANCE), whole[2:])
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])

@@ -48,6 +48,7 @@ class PersonalizedPipeline(Switches):
     The scheduler is a `DDIMScheduler` without clipping, an `EulerDiscreteScheduler` or a `DPMSolverMultistepScheduler`
     of DPM-Solver++ 2M, with epsilon or v_prediction. What switches something on in `unet` (`enable_freeu`,
     `fuse_qkv_projections`) does so in both UNets, and `load_textual_inversion` gives an embedding to both models.
+    Adapters (`load_lora_weights`) are those of `unet` alone; `personalized_unet` has a method of its own for them.
     """
 
     stage: str | None = None

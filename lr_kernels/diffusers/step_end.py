@@ -29,7 +29,7 @@ class Told(NamedTuple):
 
 
 def tensor_inputs(
-    pipe: "PersonalizedPipeline", callback: Callback, names: Sequence[str], controlled: bool
+    pipe: "PersonalizedPipeline", callback: Callback, names: Sequence[str] | None, controlled: bool
 ) -> tuple[str, ...]:
     """The names of the tensors that a callback gets: those asked for, or those that an object of diffusers says.
 
@@ -37,6 +37,8 @@ def tensor_inputs(
     """
     if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
         names = callback.tensor_inputs
+    if names is None:
+        names = ()
     if isinstance(names, str) or not isinstance(names, Sequence):
         fail(OP, "callback_on_step_end_tensor_inputs", "a list of names", repr(names))
     allowed = [name for name in pipe._callback_tensor_inputs if controlled or name != "image"]
