@@ -1,8 +1,8 @@
 """The specification: every operator in plain PyTorch, the one place where shapes and formulas are defined.
 
 Low-precision inputs are computed in float32 and rounded once at the end (attention: in float64 where float32 cannot
-hold the logits); float64 stays float64, which makes this module the oracle of every test. Optimized backends are compared
-with it and never import it.
+hold the logits); float64 stays float64, which makes this module the oracle of every test. Optimized backends are
+compared with it and never import it.
 
 Sizes: B query rows, N queries, H heads, D head_dim; a source has R rows of M keys.
 """
