@@ -20,12 +20,12 @@ from lr_kernels.diffusers import (
     TokenMapAttnProcessor,
     attention_layers,
     install_processors,
+    layer_scale,
     route,
     routing,
     select_layers,
+    token_mask,
 )
-from lr_kernels.diffusers.install import layer_scale
-from lr_kernels.diffusers.routing import token_mask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -285,6 +285,8 @@ def test_a_small_subject_keeps_a_token():
     mask[1, :8] = True
     coarse = token_mask(mask, (4, 4))
     assert coarse.sum(1).tolist() == [1, 8, 0]
+    with pytest.raises(ValueError, match=r"token_mask: mask: expected shape \(B, height, width\), got \(16, 16\)"):
+        token_mask(mask[0], (4, 4))
 
 
 def test_importing_the_library_leaves_diffusers_alone():

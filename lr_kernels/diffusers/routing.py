@@ -266,9 +266,21 @@ def _per_subject(mask: Tensor) -> Tensor:
 
 
 def token_mask(mask: Tensor, grid: tuple[int, int]) -> Tensor:
-    """bool (B, height, width) -> bool (B, tokens): tokens that the mask covers by half.
+    """Masks of any size at a layer's tokens: those that the mask covers by half.
 
     Where none is, the most covered ones: a small subject would otherwise vanish and leave its queries without keys.
+
+    Args:
+        mask: bool (B, height, width).
+        grid: (rows, columns) of the layer's tokens, as from `layer_grid`.
+
+    Returns:
+        bool (B, rows · columns); a row is all False only where its mask is.
+
+    Raises:
+        ValueError: a mask of another rank.
     """
+    if mask.dim() != 3:
+        fail("token_mask", "mask", "shape (B, height, width)", tuple(mask.shape))
     area = F.adaptive_avg_pool2d(mask[:, None].float(), grid).flatten(1)
     return (area >= area.amax(1, keepdim=True).clamp(max=0.5)) & (area > 0)

@@ -51,8 +51,9 @@ def _weight(i: int, scale: float | Tensor, mask: Tensor | None, query: Tensor) -
     if mask is None:
         return scale
     check_mask("ip_adapter", f"masks[{i}]", mask, query.shape[0], query, soft=True)
-    per_row = isinstance(scale, Tensor) and scale.dim() == 1
-    return (mask.float() * (scale[:, None] if per_row else scale)).expand(query.shape[:2])
+    if isinstance(scale, Tensor) and scale.dim() == 1:
+        scale = scale[:, None]
+    return (mask.float() * scale).expand(query.shape[:2])
 
 
 def dream_matcher(

@@ -196,7 +196,7 @@ def _empty(side: Tensor, bit: int) -> Tensor:
     return torch.where(side.any(1, keepdim=True), 0, bit).expand(side.shape)
 
 
-def _evenly(key: Tensor, value: Tensor, rows: Tensor, groups: Tensor) -> Source:
+def _evenly(key: Tensor, value: Tensor, rows: Tensor, groups: Tensor | None) -> Source:
     """All values of a row with equal weights, for queries of these groups."""
     # a tensor, since on a GPU a call with numbers is laid out anew every time
     nothing = key.new_zeros((), dtype=torch.float32)
