@@ -294,9 +294,17 @@ def test_what_a_function_asks_for_is_decided_by_its_signature(pipe):
         ValueError, match=r"attention: expected .*, got one that asks for step, layer; install it by shar"
     ):
         CustomAttnProcessor(method)
-    with pytest.raises(TypeError, match=r"attention: expected a result of shape \(4, 64, 2, 8\), got NoneType"):
-        with sharing(pipe, lambda query, key, value: None):
+    with pytest.raises(TypeError, match=r"attention: expected a result of shape \(4, 64, 2, 8\), got str"):
+        with sharing(pipe, lambda query, key, value: "all of it"):
             draw(pipe)
+
+
+@pytest.mark.parametrize("kind", ["self", "cross"])
+def test_a_function_that_only_looks_on_changes_nothing(pipe, kind):
+    seen = []
+    with sharing(pipe, lambda query, key, value: seen.append(query.shape), kind=kind):
+        looked_on = draw(pipe)
+    assert seen and torch.equal(looked_on, draw(pipe))
 
 
 REFUSED = [

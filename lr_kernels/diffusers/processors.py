@@ -126,9 +126,10 @@ class CustomAttnProcessor(_StockAttnProcessor):
     """Self- or cross-attention by a function of your own, with everything around it as in AttnProcessor2_0.
 
     The function gets (query, key, value), with all rows of the UNet's batch, and returns the result, (B, N, H, D) like
-    the query. In self-attention key and value are (B, N, H, D) too, in cross-attention the text's (B, M, H, D). What it
-    calls is usually `multi_source_attention` or one of `lr_kernels.presets`. It gets by keyword what it asks for by a
-    parameter of that name, keyword-only or without a default:
+    the query; or None, where it only looks on and the layer goes on with its own attention. In self-attention key and
+    value are (B, N, H, D) too, in cross-attention the text's (B, M, H, D). What it calls is usually
+    `multi_source_attention` or one of `lr_kernels.presets`. It gets by keyword what it asks for by a parameter of that
+    name, keyword-only or without a default:
 
         step: int, the number of the step, from 0        (these three from `sharing` alone)
         layer: str, the name of the layer
@@ -150,7 +151,7 @@ class CustomAttnProcessor(_StockAttnProcessor):
 
     def __init__(
         self,
-        attention: Callable[..., Tensor] | None = None,
+        attention: Callable[..., Tensor | None] | None = None,
         *,
         layer: str | None = None,
         run: Pass | None = None,
@@ -213,16 +214,19 @@ class CustomAttnProcessor(_StockAttnProcessor):
     ) -> Tensor:
         if self.attention is None or not self.run.active:
             return super().attend(query, key, value, attention_mask, is_cross)
-        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        known = {name: getattr(self, f"_{name}")(query, attention_mask) for name in self.asks}
+        tokens_first = [x.transpose(1, 2) for x in (query, key, value)]
+        known = {name: getattr(self, f"_{name}")(tokens_first[0], attention_mask) for name in self.asks}
         if attention_mask is not None and "key_bias" not in known:
             hint = "let the function take key_bias, leave the mask out, or make the processor inactive"
             expected = "None while the processor is active"
             fail(type(self).__name__, "attention_mask", expected, "a tensor", hint, NotImplementedError)
-        out = self.attention(query, key, value, **known)
-        if not isinstance(out, Tensor) or out.shape != query.shape:
+        out = self.attention(*tokens_first, **known)
+        if out is None:
+            return super().attend(query, key, value, attention_mask, is_cross)
+        wanted = tokens_first[0].shape
+        if not isinstance(out, Tensor) or out.shape != wanted:
             got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-            fail(type(self).__name__, "attention", f"a result of shape {tuple(query.shape)}", got, error=TypeError)
+            fail(type(self).__name__, "attention", f"a result of shape {tuple(wanted)}", got, error=TypeError)
         return out.transpose(1, 2)
 
     def _step(self, query: Tensor, attention_mask: Tensor | None) -> int | None:
@@ -255,7 +259,7 @@ KEYWORDS = ("step", "layer", "grid", "key_bias", "images")
 """What a function of a `CustomAttnProcessor` may ask for."""
 
 
-def asked(function: Callable[..., Tensor]) -> tuple[str, ...]:
+def asked(function: Callable[..., Tensor | None]) -> tuple[str, ...]:
     """Those of `KEYWORDS` that are a function's keyword-only parameters, or others without a default. (What a partial
     has bound, and a default as in `lambda q, k, v, layer=name: …`, are the function's own.)"""
     bound = function.keywords if isinstance(function, partial) else {}
