@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,10 +74,12 @@ def _check(query: Tensor, sources: Sequence[Source], query_groups: Tensor | None
 
 def resolve(query: Tensor, sources: Sequence[Source]) -> tuple[Tensor, list[Source]]:
     """The same with the values of lazy tensors written out, for the kernels."""
-    return resolved(OP, "query", query), [
-        Source(*(resolved(OP, f"{name}[{i}]", x) if isinstance(x, Tensor) else x for name, x in zip(s._fields, s)))
-        for i, s in enumerate(sources)
-    ]
+    found = []
+    for i, source in enumerate(sources):
+        tensors = {name: x for name, x in zip(source._fields, source) if isinstance(x, Tensor)}
+        values: dict[str, Any] = {name: resolved(OP, f"{name}[{i}]", x) for name, x in tensors.items()}
+        found.append(source._replace(**values))
+    return resolved(OP, "query", query), found
 
 
 def _check_source(i: int, source: Source, query: Tensor, eager: bool) -> bool:

@@ -71,21 +71,24 @@ class _Attention(torch.autograd.Function):
             grad_out = torch.zeros_like(query)
         if _beyond_kernels(grad_out, grad_lse):
             call = (ctx.options, query, sources, query_groups)
-            grads = _gradients_of_reference(*call, grad_out, grad_lse, (ctx.needs_input_grad[1], *wanted))
-            return (None, grads[0], None, None, *grads[1:])
+            found = _gradients_of_reference(*call, grad_out, grad_lse, (ctx.needs_input_grad[1], *wanted))
+            return (None, found[0], None, None, *found[1:])
         plan = AttentionPlan((), (), None, tuple(rest[:count]), tuple(rest[count : 2 * count]), order, start)
         tables = lay_out(query, sources, plan, ctx.options.scale)
         places = sorted(range(count), key=lambda i: sources[i].softmax_group)  # of the sources, in the tables' order
         bias_wanted = tuple(wanted[i * _FIELDS + _DIFFERENTIABLE[2]] for i in places)
         if out is not None:
-            parts = _group_gradients(ctx.options.backend, query, tables, out, lse, grad_out, grad_lse, bias_wanted)
+            parts = list(
+                _group_gradients(ctx.options.backend, query, tables, out, lse, grad_out, grad_lse, bias_wanted)
+            )
         else:
             parts = _sum_of_groups(ctx.options.backend, query, tables, grad_out, grad_lse, bias_wanted)
         grads: list[Tensor | None] = [None] * len(wanted)
         for kind, field in enumerate(_DIFFERENTIABLE):
             for i, x in zip(places, parts[1 + kind * count :]):
                 if wanted[i * _FIELDS + field]:
-                    grads[i * _FIELDS + field] = x.to(sources[i][field].dtype)
+                    argument: Any = sources[i][field]
+                    grads[i * _FIELDS + field] = x.to(argument.dtype)
         return (None, parts[0], None, None, *grads)
 
 
@@ -119,9 +122,8 @@ def _gradients_of_reference(
     check_reference_memory(query, sources)
     with torch.enable_grad():
         # views: one tensor may be given in several places, each of which has its own gradient
-        query, *fields = (
-            x.view_as(x) if asked else x for x, asked in zip((query, *(x for s in sources for x in s)), wanted)
-        )
+        given: list[Any] = [query, *(x for s in sources for x in s)]
+        query, *fields = (x.view_as(x) if asked else x for x, asked in zip(given, wanted))
         results = reference.multi_source_attention(
             query, _sources(fields), query_groups=query_groups, scale=options.scale, return_lse=grad_lse is not None
         )

@@ -180,14 +180,15 @@ def check_lists(op: str, plan: AttentionPlan, keys: Sequence[int], query: Tensor
     ):
         given = [x for x in (mask, groups) if x is not None]
         rows = max((x.shape[0] for x in given), default=1)
-        for name, x, shape in (
+        lists_of_source: tuple[tuple[str, Tensor | None, tuple[int, ...]], ...] = (
             (f"key_index[{i}]", index, (classes, rows, keys[i])),
             (f"key_count[{i}]", count, (classes, rows)),
-        ):
+        )
+        for name, x, sizes in lists_of_source:
             if (x is not None) != bool(given):
                 fail(op, f"plan.{name}", "a tensor" if given else "None", type(x).__name__)
             if x is not None:
-                _check_list(op, name, x, shape, query)
+                _check_list(op, name, x, sizes, query)
 
 
 def _check_list(op: str, name: str, x: object, shape: tuple[int | None, ...], query: Tensor) -> None:
