@@ -190,6 +190,8 @@ def test_embeds_in_both_stages_are_those_of_the_texts(pipes, kind):
             "negative_prompt: expected None, since negative_prompt_embeds is given",
         ),
         ({"clip_skip": -1}, ValueError, "clip_skip: expected a number of layers"),
+        ({"clip_skip": 99}, ValueError, "clip_skip: expected at most "),
+        ({"guess_mode": True}, NotImplementedError, "guess_mode: expected None"),
         ({"guidance_rescale": "a"}, ValueError, "guidance_rescale: expected a finite number, got 'a'"),
         ({"cross_attention_kwargs": {"gligen": 1}}, NotImplementedError, "cross_attention_kwargs: expected {'scale'"),
         ({"ip_adapter_image": IMAGES}, NotImplementedError, "ip_adapter_image: expected None, got Tensor; the subject"),
@@ -279,3 +281,13 @@ def test_results_are_entries_too(pipe):
     assert out["seconds"] is out.seconds and set(out.seconds) >= {"layout", "retouch"}
     images, layouts = run(pipe, return_dict=False)
     assert torch.equal(images, out.images) and torch.equal(layouts, out.layout_images)
+
+
+def test_values_that_change_nothing_are_not_refused(pipe):
+    neutral = {"guess_mode": False, "control_guidance_start": 0.0, "control_guidance_end": 1.0}
+    alone = {"num_images_per_prompt": 1, "return_dict": True, **neutral}
+    assert torch.equal(run(pipe, **neutral).latents, run(pipe).latents)
+    layouts = [pipe.layout(PROMPTS, "a ball", **SHARED, latents=NOISE, **given).latents for given in ({}, alone)]
+    assert torch.equal(*layouts)
+    with pytest.raises(NotImplementedError, match=r"num_images_per_prompt: expected None, .*repeat the prompts"):
+        pipe.layout(PROMPTS, "a ball", **SHARED, num_images_per_prompt=2)

@@ -314,6 +314,9 @@ class PersonalizedPipeline(Switches):
             fail(OP, "unet", "a UNet", None, "pass the component")
         f, side = self.vae_scale_factor, self.unet.config.sample_size
         default = (side, side) if isinstance(side, int) else side
+        if default is None and latents is None and (height is None or width is None):
+            fail(OP, "height", "height and width, since the UNet has no sample_size", height)
+        default = (0, 0) if default is None else default
         if latents is not None:
             if not isinstance(latents, Tensor) or latents.dim() != 4 or not latents.is_floating_point():
                 got = f"{latents.dtype} " if isinstance(latents, Tensor) else ""
@@ -353,7 +356,7 @@ class PersonalizedPipeline(Switches):
         if self.controlnet is None:
             fail(OP, "control_image", "None, since the pipeline has no controlnet", type(image).__name__)
         height, width = (x * self.vae_scale_factor for x in size)
-        pixels = preprocess(image, height, width, "squeeze", normalize=False, name="control_image")
+        pixels = preprocess(image, height, width, "squeeze", normalize=False, opaque=True, name="control_image")
         if len(pixels) not in (1, count):
             fail(OP, "control_image", f"1 or {count} images, as there are prompts", len(pixels))
         pixels = pixels.expand(count, -1, -1, -1).to(self._execution_device, dtype)

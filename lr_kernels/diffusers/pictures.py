@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import PIL.Image
 import torch
-from PIL import ImageOps
+from PIL import ExifTags, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,6 +25,8 @@ WHITES = (1, 255, 65535)
 OVERSHOOT = 0.5
 """How far numbers may be outside [0, 1], as they are after sharp filters, before they are taken for another range."""
 LUMINANCE = (0.299, 0.587, 0.114)
+PROPORTIONS = 0.1
+"""How far the logarithms of two aspect ratios may be apart that are of one picture: masks are made at other sizes."""
 
 Image = PIL.Image.Image | np.ndarray | Tensor
 Size = tuple[int, int]
@@ -40,6 +42,7 @@ def preprocess(
     fit: str = "crop",
     *,
     normalize: bool = True,
+    opaque: bool = False,
     name: str = "image",
 ) -> Tensor:
     """Images of any kind and size -> fp32 (n, 3, height, width).
@@ -54,6 +57,7 @@ def preprocess(
             hold booleans, bytes, uint16, other integers (as "I"), or floating numbers in [0, 1]. Where floating ones
             are negative, all of the call's arrays and tensors of floating numbers are taken to be in [-1, 1].
         fit: one of `FITS`, for images of another aspect ratio.
+        opaque: the opacity is left out, and colours are what they are beneath it, as diffusers reads control images.
         normalize: False leaves the numbers as they are, in [0, 1], as ControlNets take them.
         name: of the argument in messages.
 
@@ -69,7 +73,7 @@ def preprocess(
     if not several:
         fail(OP, name, "at least one image", "none")
     _check_fit(fit)
-    read = [_read(image, name) for image in several]
+    read = [_read(image, opaque, name) for image in several]
     signed = any(isinstance(x, Tensor) and bool(x.min() < 0) for x in read)
     if signed and normalize:
         warnings.warn(f"lr_kernels.{OP}: {name}: negative numbers, so it is taken to be in [-1, 1]", stacklevel=2)
@@ -81,7 +85,14 @@ def preprocess(
     return torch.cat([batch.to(batches[0].device) for batch in batches])
 
 
-def as_mask(mask: Image, size: Size, fit: str, device: torch.device, name: str = "reference_mask") -> Tensor:
+def as_mask(
+    mask: Image,
+    size: Size,
+    fit: str,
+    device: torch.device,
+    name: str = "reference_mask",
+    picture: Image | None = None,
+) -> Tensor:
     """A mask of any kind and size -> bool (1, *size), True on the subject. May be empty.
 
     What is above half its range is the subject; the range ends at the smallest of 1, 255 and 65535 that no number
@@ -96,13 +107,17 @@ def as_mask(mask: Image, size: Size, fit: str, device: torch.device, name: str =
             much as it covers any, so that a small subject stays.
         fit: one of `FITS`, as for the image that the mask belongs to; a mask of the latents' own aspect ratio stays
             whole with each. What is padded is not of the subject.
+        picture: what the mask belongs to. None: not compared.
 
     Raises:
-        ValueError: a shape, a range of numbers, a mode or a fit that is none of these, NaN or Inf. TypeError: neither
-        an image, an array nor a tensor, or one of other things than real numbers.
+        ValueError: a shape, a range of numbers, a mode or a fit that is none of these, NaN or Inf; a mask that has the
+        proportions neither of its picture nor of the latents. TypeError: neither an image, an array nor a tensor, or
+        one of other things than real numbers.
     """
     _check_fit(fit)
     subject = _subject(mask, name)
+    if picture is not None:
+        _check_proportions(tuple(subject.shape), _sides(picture), size, name)
     rows, columns = _shown(tuple(subject.shape), size, fit)
     down, across = _overlaps(rows, subject.shape[0], size[0]), _overlaps(columns, subject.shape[1], size[1])
     covered = (down @ subject.double() @ across.T).round(decimals=9)  # half a token is a half, nothing is nothing
@@ -118,10 +133,10 @@ def one_by_one(images: Image | Sequence[Image]) -> list[Image]:
 # Reading
 
 
-def _read(image: Image, name: str) -> PIL.Image.Image | Tensor:
+def _read(image: Image, opaque: bool, name: str) -> PIL.Image.Image | Tensor:
     """A PIL image of mode RGB, or of mode F with white at 1; arrays and tensors as floating (n, 3 or 1, h, w)."""
     if isinstance(image, PIL.Image.Image):
-        return _read_pil(image, name)
+        return _read_pil(image, opaque, name)
     x = _planes(image, name)
     if _is_floating(image):
         _check_unit(x, name)
@@ -130,16 +145,22 @@ def _read(image: Image, name: str) -> PIL.Image.Image | Tensor:
     if x.shape[1] != 4:
         return x
     colours, opacity = x.split((3, 1), 1)
-    return colours * opacity + (1 - opacity)
+    return colours if opaque else colours * opacity + (1 - opacity)
 
 
-def _read_pil(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
+def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
+    """As its EXIF orientation turns it, in a mode that PIL converts."""
     image = ImageOps.exif_transpose(image)
+    return image.convert("LA") if image.mode == "La" else image
+
+
+def _read_pil(image: PIL.Image.Image, opaque: bool, name: str) -> PIL.Image.Image:
+    image = _upright(image)
     if _is_number_mode(image):
         array = np.asarray(image)
         x = _planes(array, name)
         return PIL.Image.fromarray((x / _white_of(array, x, name))[0, 0].float().numpy())
-    if image.has_transparency_data:
+    if image.has_transparency_data and not opaque:
         image = image.convert("RGBA")
         image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
@@ -165,7 +186,7 @@ def _subject(mask: Image, name: str) -> Tensor:
 
 def _mask_array(mask: PIL.Image.Image) -> np.ndarray:
     """What carries a PIL image's mask: (h, w), (h, w, 3), or (h, w, 4) with opacity."""
-    mask = ImageOps.exif_transpose(mask)
+    mask = _upright(mask)
     if _is_number_mode(mask):
         return np.asarray(mask)
     if mask.has_transparency_data:
@@ -212,6 +233,26 @@ def _is_floating(image: Image) -> bool:
     if isinstance(image, Tensor):
         return image.is_floating_point()
     return isinstance(image, np.ndarray) and image.dtype.kind == "f"
+
+
+def _sides(image: Image) -> Size:
+    """Height and width of one image, as its EXIF orientation turns it."""
+    if isinstance(image, PIL.Image.Image):
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        return image.size if turned else image.size[::-1]
+    channels_last = isinstance(image, np.ndarray) and image.ndim > 2
+    return tuple(image.shape[-3:-1] if channels_last else image.shape[-2:])
+
+
+def _check_proportions(mask: Size, picture: Size, latents: Size, name: str) -> None:
+    def fits(sides: Size) -> bool:
+        return abs(math.log(mask[0] * sides[1] / (mask[1] * sides[0]))) < PROPORTIONS
+
+    if not (fits(picture) or fits(latents)):
+        hint = (
+            "a mask is as the picture's EXIF orientation turns it: apply PIL.ImageOps.exif_transpose before making one"
+        )
+        fail(OP, name, f"the proportions of its picture, {picture[0]} x {picture[1]}", f"{mask[0]} x {mask[1]}", hint)
 
 
 # Ranges

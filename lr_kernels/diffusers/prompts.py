@@ -80,7 +80,8 @@ def check_texts(pipe: "PersonalizedPipeline", argument: str, texts: Sequence[str
     """Before anything is computed: warn of what the tokenizer cuts off, as the stock pipelines do.
 
     Raises:
-        ValueError: there is no text encoder or tokenizer; a token that the encoder has no embedding for.
+        ValueError: there is no text encoder or tokenizer; a clip_skip beyond its layers; a token that it has no
+            embedding for.
     """
     if not texts:
         return
@@ -91,6 +92,9 @@ def check_texts(pipe: "PersonalizedPipeline", argument: str, texts: Sequence[str
             if part is None:
                 hint = "pass the component, or embeddings in place of text where there are such arguments"
                 fail(OP, component, f"one, since {argument} is text", None, hint)
+        layers = getattr(encoder.config, "num_hidden_layers", None)
+        if layers is not None and (pipe.clip_skip or 0) > layers - pipe.pools:  # SDXL leaves one out by itself
+            fail(OP, "clip_skip", f"at most {layers - pipe.pools}, since {name} has {layers} layers", pipe.clip_skip)
         ids = tokenized(pipe, tokenizer, texts).input_ids
         whole = tokenizer(pipe.maybe_convert_prompt(list(texts), tokenizer)).input_ids
         length = tokenizer.model_max_length

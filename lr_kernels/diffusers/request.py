@@ -251,9 +251,10 @@ def _given_references(
     found = []
     for r, mask in enumerate(_masks(masks, count)):
         name = "reference_mask" if count == 1 else f"reference_mask[{r}]"
-        found.append(None if mask is None else as_mask(mask, size, settings.reference_fit, device, name))
+        found.append(None if mask is None else as_mask(mask, size, settings.reference_fit, device, name, images[r]))
         if mask is not None and not found[-1].any():
-            fail(OP, name, "a foreground", "none")
+            hint = "what is above half of the range of the numbers is the subject; of other numbers pass mask > 0"
+            fail(OP, name, "a foreground", "none", hint)
     shows = shown_subjects(shows, count, len(subjects))
     return References(pixels, prompts, found, shows, pipe.subject_tokens(prompts, subjects, list(shows)))
 
@@ -324,10 +325,12 @@ def _layout_masks(
 
 
 def _masks_of_images(masks: Image | list | Tensor) -> list[Image]:
-    """One mask, or those of several images: a list, an array (n, h, w, C), a tensor (n, h, w) or (n, C, h, w)."""
+    """One mask, or those of several images: a list, an array (n, h, w, C), or (n, h, w) with a width that is no number
+    of channels, a tensor (n, h, w) or (n, C, h, w)."""
     if isinstance(masks, (list, tuple)):
         return list(masks)
-    batched = 3 if isinstance(masks, Tensor) else 4
+    shape = tuple(getattr(masks, "shape", ()))
+    batched = 4 if len(shape) == 3 and shape[-1] in (1, 3, 4) and not isinstance(masks, Tensor) else 3
     return list(masks) if getattr(masks, "ndim", 0) >= batched else [masks]
 
 

@@ -30,8 +30,21 @@ _REFUSED = {
     "callback_steps": "pass callback_on_step_end",
     "image": "pass control_image",
     "controlnet_conditioning_scale": "pass control_scale",
+    "control_guidance_start": "the ControlNet acts in every step",
+    "control_guidance_end": "the ControlNet acts in every step",
+    "guess_mode": "the ControlNet sees the prompts of both halves of the guidance",
+    "num_images_per_prompt": "a stage takes one prompt per image: repeat the prompts",
+    "return_dict": "a stage returns its output: take .images",
 }
 """What the stock pipelines also take, and what serves here."""
+_AS_IF_LEFT_OUT = {
+    "control_guidance_start": 0,
+    "control_guidance_end": 1,
+    "guess_mode": False,
+    "num_images_per_prompt": 1,
+    "return_dict": True,
+}
+"""The values of those that change nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +93,7 @@ class StockArguments:
         """From a call's further keywords; `xl`: those of SDXL too."""
         known = {field.name for field in fields(cls)}
         for name, x in arguments.items():
-            if name in _REFUSED and x is not None:
+            if name in _REFUSED and x is not None and not (name in _AS_IF_LEFT_OUT and x == _AS_IF_LEFT_OUT[name]):
                 fail(OP, name, "None", type(x).__name__, _REFUSED[name], NotImplementedError)
             if name not in known and name not in _REFUSED:
                 fail(OP, name, "an argument that the method has", "an unknown one", error=TypeError)
