@@ -71,8 +71,8 @@ class _Attention(torch.autograd.Function):
             grad_out = torch.zeros_like(query)
         if _beyond_kernels(grad_out, grad_lse):
             call = (ctx.options, query, sources, query_groups)
-            grads = _gradients_of_reference(*call, grad_out, grad_lse, (ctx.needs_input_grad[1], *wanted))
-            return (None, grads[0], None, None, *grads[1:])
+            found = _gradients_of_reference(*call, grad_out, grad_lse, (ctx.needs_input_grad[1], *wanted))
+            return (None, found[0], None, None, *found[1:])
         plan = AttentionPlan((), (), None, tuple(rest[:count]), tuple(rest[count : 2 * count]), order, start)
         tables = lay_out(query, sources, plan, ctx.options.scale)
         places = sorted(range(count), key=lambda i: sources[i].softmax_group)  # of the sources, in the tables' order
@@ -84,8 +84,9 @@ class _Attention(torch.autograd.Function):
         grads: list[Tensor | None] = [None] * len(wanted)
         for kind, field in enumerate(_DIFFERENTIABLE):
             for i, x in zip(places, parts[1 + kind * count :]):
-                if wanted[i * _FIELDS + field]:
-                    grads[i * _FIELDS + field] = x.to(sources[i][field].dtype)
+                place = i * _FIELDS + field
+                if wanted[place]:
+                    grads[place] = x.to(rest[2 * count + place].dtype)
         return (None, parts[0], None, None, *grads)
 
 
@@ -119,15 +120,18 @@ def _gradients_of_reference(
     check_reference_memory(query, sources)
     with torch.enable_grad():
         # views: one tensor may be given in several places, each of which has its own gradient
-        query, *fields = (
-            x.view_as(x) if asked else x for x, asked in zip((query, *(x for s in sources for x in s)), wanted)
-        )
+        given: list[Any] = [query, *(x for s in sources for x in s)]
+        given = [x.view_as(x) if asked else x for x, asked in zip(given, wanted)]
         results = reference.multi_source_attention(
-            query, _sources(fields), query_groups=query_groups, scale=options.scale, return_lse=grad_lse is not None
+            given[0],
+            _sources(given[1:]),
+            query_groups=query_groups,
+            scale=options.scale,
+            return_lse=grad_lse is not None,
         )
-        outputs, grads = (results, grad_out) if grad_lse is None else (results, (grad_out, grad_lse))
-        inputs = [x for x, asked in zip((query, *fields), wanted) if asked]
-        found = iter(torch.autograd.grad(outputs, inputs, grads, create_graph=True, allow_unused=True))
+        grads = grad_out if grad_lse is None else (grad_out, grad_lse)
+        inputs = [x for x, asked in zip(given, wanted) if asked]
+        found = iter(torch.autograd.grad(results, inputs, grads, create_graph=True, allow_unused=True))
     return [next(found) if asked else None for asked in wanted]
 
 
@@ -138,7 +142,7 @@ def _sum_of_groups(
     grad_out: Tensor,
     grad_lse: Tensor | None,
     bias_wanted: tuple[bool, ...],
-) -> list[Tensor | None]:
+) -> tuple[Any, ...]:
     """The gradients of several softmax groups or of a weighted one: each has its own softmax, and its part of the sum
     is scaled by its weight; out and lse are computed again."""
     grad_query = torch.zeros_like(query)
@@ -155,7 +159,7 @@ def _sum_of_groups(
         grad_query = grad_query + grads[0]
         for i in range(3):
             parts[i] += grads[1 + i * len(members) : 1 + (i + 1) * len(members)]
-    return [grad_query, *parts[0], *parts[1], *parts[2]]
+    return (grad_query, *parts[0], *parts[1], *parts[2])
 
 
 def _group_tables(tables: AttentionTables, members: list[int]) -> AttentionTables:
