@@ -55,7 +55,9 @@ def multi_source_attention(
 
     Gradients: of query, key, value and key_bias on "cpu" and, without value_index, "triton" (P is computed again from
         the lse: no N x M memory; gradients of keys and values are summed in fp32 buffers of their shapes, in the same
-        order every time); of every floating argument on "reference".
+        order every time); of every floating argument on "reference". Gradients of gradients, forward mode and
+        torch.func: on "reference", which "auto" takes for them, with its N x M memory. torch.vmap over a tensor of the
+        call: on none.
 
     Raises:
         ValueError, TypeError: an argument that does not fit, named with its source: `key[2]: expected …, got …`.
