@@ -14,6 +14,7 @@ from . import ops
 _GIB = 2**30
 MAX_TOKENS = 2**31 - 1
 """What index tables of int32 can name."""
+FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 def fail(
@@ -21,6 +22,12 @@ def fail(
 ) -> NoReturn:
     """Raise `error` with the library's one message form."""
     raise error(f"lr_kernels.{op}: {argument}: expected {expected}, got {got}" + (f"; {hint}" if hint else ""))
+
+
+def check_sequence(op: str, argument: str, value: object) -> None:
+    """TypeError unless the value is a list, a tuple or another sequence of items."""
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        fail(op, argument, "a sequence", type(value).__name__, error=TypeError)
 
 
 def check_choice(op: str, argument: str, value: object, allowed: Sequence[object]) -> None:
