@@ -128,11 +128,7 @@ def multi_source_attention(
 
 
 def _autocast(query: Tensor, sources: Sequence[Source]) -> tuple[Tensor, list[Source]]:
-    dtype = torch.get_autocast_dtype(query.device.type)
-
-    def cast(x: Tensor) -> Tensor:  # what PyTorch's own autocast casts
-        return x.to(dtype) if x.dtype in backends.KERNEL_DTYPES else x
-
+    cast = backends.autocast
     return cast(query), [s._replace(key=cast(s.key), value=cast(s.value)) for s in sources]
 
 

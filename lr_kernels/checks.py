@@ -59,6 +59,16 @@ def check_integer(op: str, argument: str, value: object, lowest: int, expected: 
     return number
 
 
+def check_pair(op: str, argument: str, value: object, lowest: int, expected: str) -> tuple[int, int]:
+    """The value as two ints. ValueError unless it is a sequence of two integers, each at least the lowest."""
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
+        fail(op, argument, expected, repr(value))
+    if torch.compiler.is_compiling():  # sizes may be symbolic
+        return value[0], value[1]
+    first, second = (check_integer(op, argument, x, lowest, expected) for x in value)
+    return first, second
+
+
 def plain_number(value: object) -> int | float | None:
     """A real number of Python, NumPy or a tensor without dimensions as an int or a float; None for anything else, also
     for truth values."""
