@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from . import backends, reference
-from .attention_checks import OP, check, check_copies, check_reference_memory, check_types, resolve
+from .attention_checks import (
+    OP,
+    check,
+    check_copies,
+    check_gradient_memory,
+    check_reference_memory,
+    check_types,
+    resolve,
+)
 from .attention_grad import Options, attention_with_gradients
 from .attention_tables import lay_out
 from .checks import FLOAT32_MAX, check_memory, check_sequence, fail
@@ -115,6 +123,7 @@ def multi_source_attention(
     if plan is None:
         plan = plan_attention([s.key_mask for s in sources], [s.key_groups for s in sources], query_groups)
     if wanted:
+        check_gradient_memory(query, sources)
         options = Options(name, backend == "auto", scale, return_lse)
         return attention_with_gradients(options, query, sources, query_groups, plan)
     tables = lay_out(query, sources, plan, scale)

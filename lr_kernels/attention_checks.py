@@ -223,6 +223,12 @@ def check_copies(query: Tensor, sources: Sequence[Source]) -> None:
     check_memory(OP, "query", 2 * count, query.device)
 
 
+def check_gradient_memory(query: Tensor, sources: Sequence[Source]) -> None:
+    """The gradients of keys and values are summed in float32 buffers of their shapes, then cast."""
+    count = sum(s.key.numel() + s.value.numel() for s in sources)
+    check_memory(OP, "key", (4 + query.element_size()) * count, query.device)
+
+
 def check_reference_memory(query: Tensor, sources: Sequence[Source]) -> None:
     """The reference stores the scores, and about three times over: scores, their concatenation, probabilities."""
     batch, tokens, heads, _ = query.shape

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import NoReturn
@@ -60,13 +60,15 @@ def check_integer(op: str, argument: str, value: object, lowest: int, expected: 
 
 
 def check_pair(op: str, argument: str, value: object, lowest: int, expected: str) -> tuple[int, int]:
-    """The value as two ints. ValueError unless it is a sequence of two integers, each at least the lowest."""
-    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
+    """The value as two ints. ValueError unless it holds two integers, each at least the lowest."""
+    pair = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else ()
+    if len(pair) != 2:
         fail(op, argument, expected, repr(value))
     if torch.compiler.is_compiling():  # sizes may be symbolic
-        return value[0], value[1]
-    first, second = (check_integer(op, argument, x, lowest, expected) for x in value)
-    return first, second
+        return pair
+    if not all(isinstance(x, Integral) and x >= lowest for x in pair):
+        fail(op, argument, expected, repr(value))
+    return int(pair[0]), int(pair[1])
 
 
 def plain_number(value: object) -> int | float | None:
@@ -103,6 +105,8 @@ def check_entries(op: str, argument: str, table: torch.Tensor, low: int, high: i
     if table.device.type != "cpu" or table.numel() == 0:
         return
     if not torch.compiler.is_compiling():
+        if table.numel() >= _GIB // 16:  # looking at an expanded table copies it, and the kernels take a copy of int32
+            check_memory(op, argument, (table.element_size() + 4) * table.numel(), table.device)
         lowest, highest = (int(x) for x in torch.aminmax(table))
         if lowest < low or highest > high:
             fail(op, argument, expected or f"{low} to {high}", f"{lowest} to {highest}")

@@ -123,7 +123,7 @@ def _check_radius(radius: float | Sequence[float] | Tensor, target: Tensor) -> f
             fail(_OP, "radius", f"a number, shape () or ({batch},)", f"shape {tuple(radius.shape)}")
         if radius.device != target.device:
             fail(_OP, "radius", str(target.device), radius.device)
-        check_memory(_OP, "radius", 8 * radius.numel(), radius.device)
+        check_memory(_OP, "radius", 4 * 8 * radius.numel(), radius.device)  # float64, and what follows from it
         radius = radius.detach().reshape(-1).double()
         if radius.device.type == "cpu" and radius.numel() and not torch.compiler.is_compiling():
             low, high = (x.item() for x in radius.aminmax())

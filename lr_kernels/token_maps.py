@@ -95,7 +95,7 @@ def _check_size(query: Tensor, key: Tensor, token_indices: Tensor, backend: str)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, token_indices: Tensor, autocast: bool) -> None:
-    """Shapes, dtypes and devices of every argument, in the order of the signature; autocast makes one dtype of several."""
+    """Shapes, dtypes and devices of every argument, in the order of the signature; autocast joins dtypes."""
     if query.dim() != 4:
         fail(_OP, "query", "shape (batch, tokens, heads, head_dim)", tuple(query.shape))
     if not query.is_floating_point():
