@@ -1,13 +1,11 @@
 """adain: give queries, keys, values or latents the per-channel token statistics of a reference."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from . import backends
 from . import reference as specification
-from .checks import check_memory, fail, one_of
+from .checks import check_memory, check_number, fail, one_of
 from .tensors import resolved, resolved_or_none
 
 _OP = "adain"
@@ -54,8 +52,9 @@ def adain(
     mask, reference_mask = (
         resolved_or_none(_OP, label, table) for label, table in (("mask", mask), ("reference_mask", reference_mask))
     )
-    _check(x, reference, mask, reference_mask, eps)
-    check_memory(_OP, "x", x.numel() * x.element_size(), x.device)
+    eps = _check(x, reference, mask, reference_mask, eps)
+    copied = sum(m.numel() for m in (mask, reference_mask) if m is not None and m.stride(1) != 1)
+    check_memory(_OP, "x", x.numel() * x.element_size() + copied, x.device)
     name = backends.choose(_OP, backend, x.device, x.dtype, backends.forward_only(x, reference), "x")
     if name == "reference":
         check_memory(_OP, "backend 'reference'", 4 * 8 * (x.numel() + reference.numel()), x.device)
@@ -76,8 +75,8 @@ def _dense(mask: Tensor | None) -> Tensor | None:
     return mask if mask is None or mask.stride(1) == 1 else mask.contiguous()
 
 
-def _check(x: Tensor, reference: Tensor, mask: Tensor | None, reference_mask: Tensor | None, eps: float) -> None:
-    """Shapes, dtypes and devices of every argument, in the order of the signature."""
+def _check(x: Tensor, reference: Tensor, mask: Tensor | None, reference_mask: Tensor | None, eps: float) -> float:
+    """Shapes, dtypes and devices of every argument, in the order of the signature; returns eps."""
     if x.dim() != 4:
         fail(_OP, "x", "shape (batch, tokens, heads, channels)", tuple(x.shape))
     if not x.is_floating_point():
@@ -102,5 +101,7 @@ def _check(x: Tensor, reference: Tensor, mask: Tensor | None, reference_mask: Te
             fail(_OP, name, f"shape ({batch} or 1, {count})", tuple(table.shape))
         if table.device != x.device:
             fail(_OP, name, str(x.device), table.device)
-    if not (eps > 0 and math.isfinite(eps)):
+    number = check_number(_OP, "eps", eps, "a number above 0", low=0)
+    if number == 0:
         fail(_OP, "eps", "a number above 0", eps)
+    return number

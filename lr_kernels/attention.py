@@ -7,15 +7,21 @@ import torch
 from torch import Tensor
 
 from . import backends, reference
-from .attention_checks import OP, check, check_reference_memory, resolve
+from .attention_checks import (
+    OP,
+    check,
+    check_copies,
+    check_gradient_memory,
+    check_reference_memory,
+    check_types,
+    resolve,
+)
 from .attention_grad import Options, attention_with_gradients
 from .attention_tables import lay_out
-from .checks import check_memory, fail
+from .checks import FLOAT32_MAX, check_memory, check_sequence, fail
 from .ops import attention_op
 from .plan import AttentionPlan, plan_attention
 from .source import Source
-
-_MAX_SCALE = torch.finfo(torch.float32).max
 
 
 def multi_source_attention(
@@ -74,14 +80,22 @@ def multi_source_attention(
     if scale is not None and not torch.compiler.is_compiling():
         if not isinstance(scale, Real):
             fail(OP, "scale", "a number", type(scale).__name__, error=TypeError)
-        scale = float(scale)
-        if not abs(scale) <= _MAX_SCALE:
+        if not abs(scale) <= FLOAT32_MAX:
             fail(OP, "scale", "a number that float32 holds", scale)
-    if backends.transforms_active():
+        scale = float(scale)
+    if not isinstance(sources, (list, tuple)):
+        check_sequence(OP, "sources", sources)
+    if not isinstance(return_lse, bool):
+        fail(OP, "return_lse", "True or False", repr(return_lse), error=TypeError)
+    transforms, autocast = backends.transforms_active(), torch.is_autocast_enabled(query.device.type)
+    if transforms or autocast:
+        check_types(query, sources)
+    if transforms:
         fields = {f"{name}[{i}]": x for i, s in enumerate(sources) for name, x in zip(Source._fields, s)}
         backends.refuse_vmap(OP, {"query": query, **fields, "query_groups": query_groups})
         plan = None  # the reference needs none, and inside a transform its masks may be wrapped: other tensors
-    if torch.is_autocast_enabled(query.device.type):
+    if autocast:
+        check_copies(query, sources)
         query, sources = _autocast(query, sources)
     call = None
     if query.is_cuda and backend in ("auto", "triton") and not torch.compiler.is_compiling():
@@ -111,6 +125,7 @@ def multi_source_attention(
     if plan is None:
         plan = plan_attention([s.key_mask for s in sources], [s.key_groups for s in sources], query_groups)
     if wanted:
+        check_gradient_memory(query, sources)
         options = Options(name, backend == "auto", scale, return_lse)
         return attention_with_gradients(options, query, sources, query_groups, plan)
     tables = lay_out(query, sources, plan, scale)
@@ -124,11 +139,7 @@ def multi_source_attention(
 
 
 def _autocast(query: Tensor, sources: Sequence[Source]) -> tuple[Tensor, list[Source]]:
-    dtype = torch.get_autocast_dtype(query.device.type)
-
-    def cast(x: Tensor) -> Tensor:  # what PyTorch's own autocast casts
-        return x.to(dtype) if x.dtype in backends.KERNEL_DTYPES else x
-
+    cast = backends.autocast
     return cast(query), [s._replace(key=cast(s.key), value=cast(s.value)) for s in sources]
 
 

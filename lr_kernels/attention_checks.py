@@ -1,5 +1,6 @@
 """The arguments of multi_source_attention: shapes, dtypes and devices, each error naming its argument and source."""
 
+import math
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -7,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import MAX_TOKENS, check_entries, check_memory, fail, has_shape, one_of
-from .plan import AttentionPlan, as_made, changed_mask, check_lists, check_masks
+from .checks import FLOAT32_MAX, MAX_TOKENS, check_entries, check_memory, fail, has_shape, one_of
+from .plan import AttentionPlan, as_made, changed_mask, check_lists, check_masks, check_parts
 from .source import Source
-from .tensors import check_dense, is_plain, resolved
+from .tensors import check_dense, is_plain, resolved, within_float32
 
 OP = "multi_source_attention"
 MAX_SOURCES = 16
 MAX_HEAD_DIM = 256
+_REAL_TABLES = ("key_bias", "logit_scale", "logit_bias", "weight")
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -25,11 +27,19 @@ def check(query: Tensor, sources: Sequence[Source], query_groups: Tensor | None,
         return _check(query, sources, query_groups, plan)
     except RuntimeError:  # a nested tensor has no shape
         check_dense(OP, "query", query)
-        for i, source in enumerate(sources):
-            for name, x in zip(Source._fields, source):
-                if isinstance(x, Tensor):
-                    check_dense(OP, f"{name}[{i}]", x)
+        check_types(query, sources)
         raise
+
+
+def check_types(query: Tensor, sources: Sequence[Source]) -> None:
+    """What the cast of autocast and the transforms of torch.func rely on."""
+    check_dense(OP, "query", query)
+    for i, source in enumerate(sources):
+        if not isinstance(source, Source):
+            fail(OP, f"sources[{i}]", "a Source", type(source).__name__, error=TypeError)
+        for name, x in zip(Source._fields, source):
+            if isinstance(x, Tensor) or name in ("key", "value"):
+                check_dense(OP, f"{name}[{i}]", x)
 
 
 def _check(query: Tensor, sources: Sequence[Source], query_groups: Tensor | None, plan: AttentionPlan | None) -> bool:
@@ -73,11 +83,13 @@ def _check(query: Tensor, sources: Sequence[Source], query_groups: Tensor | None
 
 
 def resolve(query: Tensor, sources: Sequence[Source]) -> tuple[Tensor, list[Source]]:
-    """The same with the values of lazy tensors written out, for the kernels."""
+    """The same with the values of lazy tensors written out and float64 tables within float32, for the kernels."""
     found = []
     for i, source in enumerate(sources):
         tensors = {name: x for name, x in zip(source._fields, source) if isinstance(x, Tensor)}
         values: dict[str, Any] = {name: resolved(OP, f"{name}[{i}]", x) for name, x in tensors.items()}
+        if query.dtype != torch.float64:
+            values |= {name: within_float32(values[name]) for name in _REAL_TABLES if name in values}
         found.append(source._replace(**values))
     return resolved(OP, "query", query), found
 
@@ -139,9 +151,11 @@ def _check_source(i: int, source: Source, query: Tensor, eager: bool) -> bool:
         strength = getattr(source, name)
         if strength is not None:
             lazy |= _check_strength(f"{name}[{i}]", strength, eager)
-    if source.key_bias is not None and not source.key_bias.is_floating_point():
-        hint = "a mask goes to key_mask" if source.key_bias.dtype == torch.bool else ""
-        fail(OP, f"key_bias[{i}]", "a floating dtype", source.key_bias.dtype, hint, TypeError)
+    if source.key_bias is not None:
+        if not source.key_bias.is_floating_point():
+            hint = "a mask goes to key_mask" if source.key_bias.dtype == torch.bool else ""
+            fail(OP, f"key_bias[{i}]", "a floating dtype", source.key_bias.dtype, hint, TypeError)
+        lazy |= source.key_bias.dtype == torch.float64
     if isinstance(source.weight, Tensor) and not has_shape(source.weight, (), (batch,), (batch, query.shape[1])):
         fail(OP, f"weight[{i}]", f"a scalar, ({batch},) or ({batch}, {query.shape[1]})", tuple(source.weight.shape))
     tables = (("key_mask", source.key_mask), ("key_groups", source.key_groups), ("key_bias", source.key_bias))
@@ -163,18 +177,32 @@ def _check_stride(name: str, x: Tensor, eager: bool) -> None:
 
 
 def _check_strength(name: str, x: object, eager: bool) -> bool:
-    """A number or a tensor of real numbers; returns whether it is lazy."""
+    """A number that float32 holds, infinite or NaN, or a tensor of real numbers; returns whether `resolve` changes
+    it."""
     if type(x) is float or type(x) is int:
+        if not -FLOAT32_MAX <= x <= FLOAT32_MAX:
+            _check_beyond(name, x)
         return False
     if isinstance(x, Tensor):
+        if x.is_meta:
+            fail(OP, name, "a tensor with data", "one on the device meta")
         if x.dtype.is_complex or x.dtype == torch.bool:
             fail(OP, name, "a floating or integer dtype", x.dtype, error=TypeError)
         if eager and not is_plain(x):
             check_dense(OP, name, x)
             return True
-    elif not isinstance(x, Real):
+        return x.dtype == torch.float64
+    if not isinstance(x, Real):
         fail(OP, name, "a number or a tensor", type(x).__name__, error=TypeError)
+    if not -FLOAT32_MAX <= x <= FLOAT32_MAX:
+        _check_beyond(name, x)
     return False
+
+
+def _check_beyond(name: str, x: Real | float) -> None:
+    """A number that is not within float32: only the infinities and NaN keep their meaning there."""
+    if x == x and x != math.inf and x != -math.inf:
+        fail(OP, name, "a number that float32 holds", x)
 
 
 def _check_value_index(i: int, source: Source, query: Tensor) -> None:
@@ -187,6 +215,18 @@ def _check_value_index(i: int, source: Source, query: Tensor) -> None:
     if index.device != query.device:
         fail(OP, f"value_index[{i}]", str(query.device), index.device)
     check_entries(OP, f"value_index[{i}]", index, 0, tokens - 1)
+
+
+def check_copies(query: Tensor, sources: Sequence[Source]) -> None:
+    """Refuse the copies that autocast makes of query, keys and values where they are beyond the memory."""
+    count = query.numel() + sum(s.key.numel() + s.value.numel() for s in sources)
+    check_memory(OP, "query", 2 * count, query.device)
+
+
+def check_gradient_memory(query: Tensor, sources: Sequence[Source]) -> None:
+    """The gradients of keys and values are summed in float32 buffers of their shapes, then cast."""
+    count = sum(s.key.numel() + s.value.numel() for s in sources)
+    check_memory(OP, "key", (4 + query.element_size()) * count, query.device)
 
 
 def check_reference_memory(query: Tensor, sources: Sequence[Source]) -> None:
@@ -210,6 +250,9 @@ def _check_plan(
     """A plan belongs to the very masks it was built from, as they were then."""
     if not isinstance(plan, AttentionPlan):
         fail(OP, "plan", "an AttentionPlan from plan_attention", type(plan).__name__, error=TypeError)
+    made = eager and as_made(plan)
+    if not made:
+        check_parts(OP, plan)
     if len(plan.key_masks) != len(sources):
         fail(OP, "plan", f"a plan for {len(sources)} sources", f"one for {len(plan.key_masks)}")
     for i, source in enumerate(sources):
@@ -221,5 +264,5 @@ def _check_plan(
         changed = changed_mask(plan)
         if changed is not None:
             fail(OP, "plan", f"a plan of {changed} as it is now", "one built before it changed", "build the plan anew")
-        if not as_made(plan):
+        if not made:
             check_lists(OP, plan, [s.key.shape[1] for s in sources], query)

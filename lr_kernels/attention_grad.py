@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from . import backends, reference
-from .attention_checks import OP, check_reference_memory
+from .attention_checks import OP, check, check_reference_memory
 from .attention_tables import lay_out
 from .ops import AttentionTables, attention_backward_op, attention_op
 from .plan import AttentionPlan
 from .source import Source
+from .tensors import written_out
 
 _FIELDS = len(Source._fields)
 _DIFFERENTIABLE = tuple(map(Source._fields.index, ("key", "value", "key_bias")))
@@ -67,8 +68,8 @@ class _Attention(torch.autograd.Function):
         count = len(rest) // (2 + _FIELDS)
         sources = _sources(rest[2 * count :])
         wanted = ctx.needs_input_grad[4:]
-        if grad_out is None:
-            grad_out = torch.zeros_like(query)
+        grad_out = torch.zeros_like(query) if grad_out is None else written_out(grad_out)
+        grad_lse = None if grad_lse is None else written_out(grad_lse)
         if _beyond_kernels(grad_out, grad_lse):
             call = (ctx.options, query, sources, query_groups)
             found = _gradients_of_reference(*call, grad_out, grad_lse, (ctx.needs_input_grad[1], *wanted))
@@ -119,8 +120,9 @@ def _gradients_of_reference(
             f"lr_kernels.{OP}: gradients of gradients (create_graph=True), torch.vmap over the backward pass: "
             f"not supported by backend {name!r}; supported by 'reference', which \"auto\" takes for them"
         )
+    check(query, sources, query_groups, None)  # an index may have changed since where autograd cannot see it
     check_reference_memory(query, sources)
-    with torch.enable_grad():
+    with torch.enable_grad(), torch.autocast(query.device.type, enabled=False):
         # views: one tensor may be given in several places, each of which has its own gradient
         given: list[Any] = [query, *(x for s in sources for x in s)]
         query, *fields = (x.view_as(x) if asked else x for x, asked in zip(given, wanted))

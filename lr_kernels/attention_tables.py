@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .checks import check_memory
 from .ops import AttentionTables
 from .plan import AttentionPlan
 from .source import Source
@@ -23,11 +24,11 @@ def lay_out(query: Tensor, sources: Sequence[Source], plan: AttentionPlan, scale
     return AttentionTables(
         [s.key for s in sources],
         [s.value for s in sources],
-        [_table(s.rows, torch.int32) for s in sources],
+        [_table("rows", s.rows, torch.int32) for s in sources],
         index,
         count,
-        [_table(s.value_index, torch.int32) for s in sources],
-        [_table(s.key_bias, torch.float32) for s in sources],
+        [_table("value_index", s.value_index, torch.int32) for s in sources],
+        [_table("key_bias", s.key_bias, torch.float32) for s in sources],
         [_per_head(s.logit_scale, query) for s in sources],
         [_per_head(s.logit_bias, query) for s in sources],
         plan.query_order,
@@ -38,10 +39,12 @@ def lay_out(query: Tensor, sources: Sequence[Source], plan: AttentionPlan, scale
     )
 
 
-def _table(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def _table(name: str, x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """In the kernels' dtype and contiguous in the last dimension; as it is where it is so already."""
     if x is None:
         return None
+    if x.dtype != dtype or x.stride(-1) != 1:
+        check_memory("multi_source_attention", name, 2 * dtype.itemsize * x.numel(), x.device)
     x = x.to(dtype)
     return x if x.stride(-1) == 1 else x.contiguous()
 

@@ -50,6 +50,11 @@ def unavailable(backend: str, op: str, device_type: str | None = None) -> str | 
     return None
 
 
+def autocast(x: torch.Tensor) -> torch.Tensor:
+    """x in autocast's dtype, where PyTorch's own autocast casts it."""
+    return x.to(torch.get_autocast_dtype(x.device.type)) if x.dtype in KERNEL_DTYPES else x
+
+
 def forward_mode_active() -> bool:
     """Whether dual tensors can exist."""
     return forward_ad._current_level >= 0 and not torch.compiler.is_compiling()

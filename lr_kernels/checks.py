@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import NoReturn
@@ -14,6 +14,7 @@ from . import ops
 _GIB = 2**30
 MAX_TOKENS = 2**31 - 1
 """What index tables of int32 can name."""
+FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 def fail(
@@ -21,6 +22,12 @@ def fail(
 ) -> NoReturn:
     """Raise `error` with the library's one message form."""
     raise error(f"lr_kernels.{op}: {argument}: expected {expected}, got {got}" + (f"; {hint}" if hint else ""))
+
+
+def check_sequence(op: str, argument: str, value: object) -> None:
+    """TypeError unless the value is a list, a tuple or another sequence of items."""
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        fail(op, argument, "a sequence", type(value).__name__, error=TypeError)
 
 
 def check_choice(op: str, argument: str, value: object, allowed: Sequence[object]) -> None:
@@ -50,6 +57,18 @@ def check_integer(op: str, argument: str, value: object, lowest: int, expected: 
     if not isinstance(number, int) or not lowest <= number <= highest:
         fail(op, argument, expected, repr(value))
     return number
+
+
+def check_pair(op: str, argument: str, value: object, lowest: int, expected: str) -> tuple[int, int]:
+    """The value as two ints. ValueError unless it holds two integers, each at least the lowest."""
+    pair = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else ()
+    if len(pair) != 2:
+        fail(op, argument, expected, repr(value))
+    if torch.compiler.is_compiling():  # sizes may be symbolic
+        return pair
+    if not all(isinstance(x, Integral) and x >= lowest for x in pair):
+        fail(op, argument, expected, repr(value))
+    return int(pair[0]), int(pair[1])
 
 
 def plain_number(value: object) -> int | float | None:
@@ -86,6 +105,8 @@ def check_entries(op: str, argument: str, table: torch.Tensor, low: int, high: i
     if table.device.type != "cpu" or table.numel() == 0:
         return
     if not torch.compiler.is_compiling():
+        if table.numel() >= _GIB // 16:  # looking at an expanded table copies it, and the kernels take a copy of int32
+            check_memory(op, argument, (table.element_size() + 4) * table.numel(), table.device)
         lowest, highest = (int(x) for x in torch.aminmax(table))
         if lowest < low or highest > high:
             fail(op, argument, expected or f"{low} to {high}", f"{lowest} to {highest}")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import backends
 from . import reference as specification
-from .checks import MAX_TOKENS, check_memory, check_number, fail, one_of
+from .checks import MAX_TOKENS, check_memory, check_number, check_pair, fail, one_of
 from .tensors import resolved
 
 _OP = "correspondence"
@@ -123,6 +123,7 @@ def _check_radius(radius: float | Sequence[float] | Tensor, target: Tensor) -> f
             fail(_OP, "radius", f"a number, shape () or ({batch},)", f"shape {tuple(radius.shape)}")
         if radius.device != target.device:
             fail(_OP, "radius", str(target.device), radius.device)
+        check_memory(_OP, "radius", 4 * 8 * radius.numel(), radius.device)  # float64, and what follows from it
         radius = radius.detach().reshape(-1).double()
         if radius.device.type == "cpu" and radius.numel() and not torch.compiler.is_compiling():
             low, high = (x.item() for x in radius.aminmax())
@@ -147,9 +148,11 @@ def _columns(grid: tuple[int, int] | None, tokens: int, radius: float | Tensor) 
         if isinstance(radius, Tensor) or radius > 0:
             fail(_OP, "grid", "(rows, columns) for a radius above 0", None)
         return 1
-    if len(grid) != 2 or min(grid) < 0 or grid[0] * grid[1] != tokens:
-        fail(_OP, "grid", f"(rows, columns) of {tokens} tokens", tuple(grid))
-    return max(1, grid[1])
+    expected = f"(rows, columns) of {tokens} tokens"
+    rows, columns = check_pair(_OP, "grid", grid, 0, expected)
+    if rows * columns != tokens:
+        fail(_OP, "grid", expected, (rows, columns))
+    return max(1, columns)
 
 
 def _squared(radius: float | Tensor, device: torch.device) -> Tensor:

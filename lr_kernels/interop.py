@@ -16,6 +16,7 @@ from .checks import fail, one_of
 from .extras import require
 from .plan import plan_attention
 from .source import Source
+from .tensors import check_dense, within_float32
 
 
 def scaled_dot_product_attention(
@@ -47,8 +48,12 @@ def scaled_dot_product_attention(
             gradients.
     """
     op = "scaled_dot_product_attention"
-    _refuse(op, dropout_p=dropout_p, is_causal=is_causal)
+    _check_mask_type(op, "attn_mask", attn_mask)
     _check_dimensions(op, query, key, value, "2, 3 or 4 dimensions", (2, 3, 4))
+    _refuse(op, dropout_p=dropout_p, is_causal=is_causal and not query.shape[-2] == key.shape[-2] == 1)
+    if enable_gqa and query.dim() == 3:  # PyTorch counts the first of three dimensions as heads here
+        query, key, value = (x[None] for x in (query, key, value))
+        return scaled_dot_product_attention(query, key, value, attn_mask, 0.0, False, scale, True)[0]
     if query.dim() < 4:
         heads = query.dim() - 2  # where the dimension of heads goes
         query, key, value = (x.unsqueeze(heads) for x in (query, key, value))
@@ -56,8 +61,23 @@ def scaled_dot_product_attention(
             attn_mask = attn_mask.unsqueeze(heads)
         out = scaled_dot_product_attention(query, key, value, attn_mask, 0.0, False, scale, enable_gqa)
         return out.squeeze(heads)
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    query, key, value = (x.transpose(1, 2) for x in _broadcast(query, key, value, attn_mask))
     return attend(op, query, key, value, attn_mask, scale, enable_gqa).transpose(1, 2)
+
+
+def _broadcast(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Batches of 1, and heads of 1 in key and value, expanded to those of the other tensors as PyTorch does; where
+    only the query has several rows, the operator reads the one row of the others itself."""
+    sizes = [x.shape[0] for x in (query, key, value)]
+    masked = mask is not None and mask.dim() == 4
+    batch = max(1, *sizes, mask.shape[0] if masked else 1) if 0 not in sizes else 0
+    if sizes[0] == 1 != batch:
+        query = query.expand(batch, -1, -1, -1)
+    if max(sizes[1:]) > 1 or (masked and mask.shape[0] > 1):
+        key, value = (x.expand(batch, -1, -1, -1) if x.shape[0] == 1 != batch else x for x in (key, value))
+    heads = query.shape[1]
+    key, value = (x.expand(-1, heads, -1, -1) if x.shape[1] == 1 != heads else x for x in (key, value))
+    return query, key, value
 
 
 def memory_efficient_attention(
@@ -90,6 +110,7 @@ def memory_efficient_attention(
     """
     name = "memory_efficient_attention"
     _refuse(name, p=p, op=op)
+    check_dense(name, "query", query)
     if output_dtype not in (None, query.dtype):
         _not_implemented(name, "output_dtype", f"None or {query.dtype}", output_dtype)
     if attn_bias is not None and not isinstance(attn_bias, Tensor):
@@ -136,6 +157,8 @@ def transformers_attention(
     name = "transformers_attention"
     causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
     _refuse(name, **{argument: x for argument, x in kwargs.items() if argument not in _CHANGE_NOTHING})
+    _check_mask_type(name, "attention_mask", attention_mask)
+    _check_dimensions(name, query, key, value, "4 dimensions", (4,))
     _refuse(name, dropout=dropout, is_causal=bool(causal) and query.shape[2] > 1 and attention_mask is None)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     return attend(name, query, key, value, attention_mask, scaling, gqa=True, mask_name="attention_mask"), None
@@ -184,6 +207,8 @@ def attend(
     if query.shape[0] == 1 and key.shape[0] > 1:
         query = query.expand(key.shape[0], -1, -1, -1)
     columns, value_columns = query.shape[3], value.shape[3]
+    if columns == 0:
+        fail(op, "query", "head_dim of at least 1", 0)
     if key.shape[3] != columns:
         fail(op, "key", f"head_dim {columns}, as query has", key.shape[3])
     if value_columns < columns:
@@ -199,7 +224,8 @@ def attend(
             source = source._replace(key_mask=per_key)
             plan = plan_attention([per_key])
         elif per_key.is_floating_point():
-            source = source._replace(key_bias=per_key.float())
+            bias = per_key if query.dtype == torch.float64 else within_float32(per_key).float()
+            source = source._replace(key_bias=bias)
         else:
             fail(op, mask_name, "bool or a floating dtype", per_key.dtype, error=TypeError)
     found = multi_source_attention(query, [source], scale=scale, plan=plan, return_lse=return_lse)
@@ -231,10 +257,17 @@ def _per_key(op: str, name: str, mask: Tensor, shape: tuple[int, ...]) -> Tensor
     return mask[:, 0, 0].expand(mask.shape[0], shape[3])
 
 
+def _check_mask_type(op: str, name: str, mask: object) -> None:
+    if mask is not None:
+        check_dense(op, name, mask)
+
+
 def _check_dimensions(op: str, query: Tensor, key: Tensor, value: Tensor, expected: str, allowed: tuple) -> None:
+    check_dense(op, "query", query)
     if query.dim() not in allowed:
         fail(op, "query", expected, query.dim())
     for name, x in (("key", key), ("value", value)):
+        check_dense(op, name, x)
         if x.dim() != query.dim():
             fail(op, name, f"{query.dim()} dimensions, as query has", x.dim())
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import backends, reference
-from .checks import check_memory, fail
+from .checks import check_integer, check_memory, check_number, check_pair, fail
 from .tensors import resolved
 
 _OP = "subject_mask"
@@ -62,7 +62,8 @@ def subject_mask(
 
         op = torch.ops.lr_kernels.subject_mask_triton
     level = None if threshold == "otsu" else float(threshold)
-    op(maps.detach().float().contiguous(), level, None if quantile is None else float(quantile), smoothing, out)
+    side = int(smoothing)
+    op(maps.detach().float().contiguous(), level, None if quantile is None else float(quantile), side, out)
     return out
 
 
@@ -74,19 +75,19 @@ def _check(
         fail(_OP, "maps", "shape (batch, layers, height, width) with at least one map", tuple(maps.shape))
     if not maps.is_floating_point():
         fail(_OP, "maps", "a floating dtype", maps.dtype, error=TypeError)
-    height_width = tuple(maps.shape[2:] if size is None else size)
-    if len(height_width) != 2 or min(height_width) < 1:
-        fail(_OP, "size", "(height, width), each at least 1", height_width)
+    height_width = check_pair(
+        _OP, "size", maps.shape[2:] if size is None else size, 1, "(height, width), each at least 1"
+    )
     if isinstance(threshold, str):
         if threshold != "otsu":
             fail(_OP, "threshold", "'otsu' or a number in [0, 1]", repr(threshold))
-    elif not 0 <= threshold <= 1:
-        fail(_OP, "threshold", "'otsu' or a number in [0, 1]", threshold)
+    else:
+        threshold = check_number(_OP, "threshold", threshold, "'otsu' or a number in [0, 1]", 0, 1)
     if quantile is not None:
         if threshold != "otsu":
             fail(_OP, "quantile", "None beside a threshold", quantile, f"threshold is {threshold}: pass one of the two")
-        if not 0 <= quantile <= 1:
-            fail(_OP, "quantile", "a number in [0, 1]", quantile)
-    if smoothing % 2 == 0 or not 1 <= smoothing <= max(height_width):
-        fail(_OP, "smoothing", f"an odd number from 1 to {max(height_width)}, the mask's longer side", smoothing)
-    return height_width[0], height_width[1]
+        check_number(_OP, "quantile", quantile, "a number in [0, 1]", 0, 1)
+    expected = f"an odd number from 1 to {max(height_width)}, the mask's longer side"
+    if check_integer(_OP, "smoothing", smoothing, 1, expected, max(height_width)) % 2 == 0:
+        fail(_OP, "smoothing", expected, smoothing)
+    return height_width

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import backends, reference
-from .checks import check_memory, fail
+from .checks import check_memory, check_sequence, fail
 from .tensors import resolved
 
 _OP = "merge_attention_states"
@@ -36,6 +36,8 @@ def merge_attention_states(
         does not fit. RuntimeError: the named backend is not available. NotImplementedError: a named kernel backend
         where a gradient is required.
     """
+    for argument, parts in (("outs", outs), ("lses", lses)):
+        check_sequence(_OP, argument, parts)
     outs = [resolved(_OP, f"outs[{i}]", x) for i, x in enumerate(outs)]
     lses = [resolved(_OP, f"lses[{i}]", x) for i, x in enumerate(lses)]
     _check(outs, lses)

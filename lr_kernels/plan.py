@@ -4,7 +4,7 @@ Queries with the same group byte form a class. The kernels walk the queries clas
 keys it sees, so the work follows the visible share. Everything is built on the masks' device.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Integral
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .checks import check_memory, fail
+from .checks import check_memory, check_sequence, fail
 from .tensors import check_dense, resolved_or_none
 
 
@@ -37,9 +37,9 @@ class PlanStamp:
     """What `plan_attention` made a plan from, and what of it: to see that neither has changed since. A copy of a plan
     (copy, pickle) holds other masks and has no stamp."""
 
-    def __init__(self, masks: Sequence[tuple[str, Tensor]], lists: tuple) -> None:
+    def __init__(self, masks: Sequence[tuple[str, Tensor]], parts: tuple) -> None:
         self.masks = [(name, mask, _Kept(mask)) for name, mask in masks]
-        self.lists = lists
+        self.parts = parts
 
     def __reduce__(self) -> tuple:
         return type(None), ()
@@ -88,8 +88,16 @@ def plan_attention(
         TypeError: a mask that is not bool, groups that are not uint8.
 
     The plan is of the masks as they are now. A call refuses it once one of them was changed in place (a view shares the
-    count of changes of its base), or was given other data; only changes of inference tensors are not seen.
+    count of changes of its base), or was given other data. Changes that PyTorch does not count are not seen: of
+    inference tensors, through `.data`, and of a NumPy array that shares the memory; build the plan anew after them.
     """
+    check_sequence("plan_attention", "key_masks", key_masks)
+    if key_groups is not None:
+        check_sequence("plan_attention", "key_groups", key_groups)
+    if query_groups is not None and not isinstance(query_groups, Tensor):
+        fail("plan_attention", "query_groups", "a tensor or None", type(query_groups).__name__, error=TypeError)
+    if query_classes is not None and not isinstance(query_classes, Iterable):
+        fail("plan_attention", "query_classes", "integers from 0 to 255", repr(query_classes), error=TypeError)
     key_groups = [None] * len(key_masks) if key_groups is None else key_groups
     if len(key_groups) != len(key_masks):
         fail("plan_attention", "key_groups", f"{len(key_masks)} entries", len(key_groups))
@@ -107,19 +115,20 @@ def plan_attention(
     classes: Sequence[int] = ()
     if query_groups is not None:
         classes = query_groups.unique().tolist() if query_classes is None else query_classes
-        classes = sorted({int(c) if isinstance(c, Integral) else c for c in classes})
         for c in classes:
-            if not isinstance(c, int) or not 0 <= c <= 255:
+            if not isinstance(c, Integral) or not 0 <= c <= 255:
                 fail("plan_attention", "query_classes", "integers from 0 to 255", c)
+        classes = sorted({int(c) for c in classes})
         classes = classes or [0]  # no queries at all
         _check_list_memory(masks, query_groups, len(classes))
         query_order, class_start = _order_queries(query_groups, classes)
     else:
         _check_list_memory(masks, None, 1)
     lists = [visible_lists(mask, groups, classes) for mask, groups in zip(key_masks, key_groups)]
-    made = (tuple(index for index, _ in lists), tuple(count for _, count in lists), query_order, class_start)
+    index, count = tuple(index for index, _ in lists), tuple(count for _, count in lists)
+    made = (tuple(key_masks), tuple(key_groups), query_groups, index, count, query_order, class_start)
     stamp = PlanStamp(masks, made) if eager and all(_has_memory(x) for _, x in masks) else None
-    return AttentionPlan(tuple(key_masks), tuple(key_groups), query_groups, *made, stamp)
+    return AttentionPlan(*made, stamp)
 
 
 def _has_memory(x: Tensor) -> bool:
@@ -145,13 +154,30 @@ def changed_mask(plan: AttentionPlan) -> str | None:
 
 
 def as_made(plan: AttentionPlan) -> bool:
-    """Whether the lists are those that `plan_attention` made."""
-    if plan.stamp is None:
+    """Whether the masks and the lists are those that `plan_attention` was given and made."""
+    if plan.stamp.__class__ is not PlanStamp:
         return False
-    index, count, order, start = plan.stamp.lists
+    masks, groups, queries, index, count, order, start = plan.stamp.parts
     return (
-        plan.key_index is index and plan.key_count is count and plan.query_order is order and plan.class_start is start
+        plan.key_masks is masks
+        and plan.key_groups is groups
+        and plan.query_groups is queries
+        and plan.key_index is index
+        and plan.key_count is count
+        and plan.query_order is order
+        and plan.class_start is start
     )
+
+
+def check_parts(op: str, plan: AttentionPlan) -> None:
+    """TypeError where a plan that was put together by hand holds what is none of its parts."""
+    for name in ("key_masks", "key_groups", "key_index", "key_count"):
+        if not isinstance(getattr(plan, name), (list, tuple)):
+            fail(op, f"plan.{name}", "a tuple", type(getattr(plan, name)).__name__, error=TypeError)
+    if plan.stamp is not None and not isinstance(plan.stamp, PlanStamp):
+        fail(op, "plan.stamp", "that of plan_attention or None", type(plan.stamp).__name__, error=TypeError)
+    if len(plan.key_groups) != len(plan.key_masks):
+        fail(op, "plan.key_groups", f"{len(plan.key_masks)} entries", len(plan.key_groups))
 
 
 def check_lists(op: str, plan: AttentionPlan, keys: Sequence[int], query: Tensor) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .checks import fail
+from .tensors import without_autocast
 
 if TYPE_CHECKING:
     from .source import Source
@@ -68,6 +69,7 @@ def _row_of(table: Tensor, rows: Tensor) -> Tensor:
     return table[rows.clamp(min=0)] if table.shape[0] > 1 else table.expand(len(rows), *table.shape[1:])
 
 
+@without_autocast
 def multi_source_attention(
     query: Tensor,
     sources: "Sequence[Source]",
@@ -172,9 +174,9 @@ def _joint_softmax(
         blank = query.new_full((*query.transpose(1, 2).shape[:3],), -math.inf)
         return _Softmax(torch.zeros_like(query), blank, torch.ones_like(query[..., 0], dtype=torch.bool), blank, blank)
     s, value = torch.cat([x.scores for x in parts], -1), torch.cat([x.value for x in parts], 1)
-    lse = s.logsumexp(-1)
-    blind = (lse == -math.inf)[..., None]
-    p = torch.where(blind, 0, s.masked_fill(blind, 0).softmax(-1))
+    top, mass, blind = _log_sum(s, -1)
+    lse = torch.where(blind, -math.inf, top + mass)
+    p = torch.where(blind[..., None], 0, s.masked_fill(blind[..., None], 0).softmax(-1))
     finite = value.isfinite()
     out = torch.einsum("bhnm,bmhd->bnhd", p, torch.where(finite, value, 0))
     visible = torch.cat([x.visible for x in parts], -1)
@@ -182,8 +184,18 @@ def _joint_softmax(
     if not finite.all():
         reached = torch.einsum("bnm,bmhd->bnhd", visible.to(dtype), (~finite).to(dtype)) > 0
         out = out.masked_fill(reached, math.nan)
-    top = s.detach().amax(-1)
-    return _Softmax(out, lse, held, top, (s.detach() - top[..., None]).logsumexp(-1))
+    return _Softmax(out, lse, held, top, mass.detach())
+
+
+def _log_sum(x: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """top and mass, whose sum is log Σ exp(x), and where all x are -inf: there both mean nothing. The gradient through
+    mass is the softmax also where top is huge, and finite everywhere: that of torch.logsumexp is exp(x - lse), where
+    rounding and -inf have their way."""
+    top = x.detach().amax(dim)
+    blind = top == -math.inf
+    top = torch.where(top.isfinite(), top, 0)
+    x = x.masked_fill(blind.unsqueeze(dim), 0)
+    return top, (x - top.unsqueeze(dim)).logsumexp(dim), blind
 
 
 class SourceGradients(NamedTuple):
@@ -192,6 +204,7 @@ class SourceGradients(NamedTuple):
     key_bias: Tensor | None
 
 
+@without_autocast
 def multi_source_attention_backward(
     grad_out: Tensor,
     query: Tensor,
@@ -246,6 +259,7 @@ def multi_source_attention_backward(
     return grad_query.to(query.dtype), grads
 
 
+@without_autocast
 def merge_attention_states(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Join softmaxes over disjoint key sets: outs K x (B, N, H, D), lses K x (B, N, H) -> (out, lse).
 
@@ -253,13 +267,15 @@ def merge_attention_states(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tu
     """
     dtype = _compute_dtype(outs[0].dtype)
     stacked = torch.stack([x.to(dtype) for x in lses])
-    lse = stacked.logsumexp(0)
-    share = torch.where(lse == -math.inf, 0, (stacked - lse).exp())
+    top, mass, blind = _log_sum(stacked, 0)
+    lse = torch.where(blind, -math.inf, top + mass)
+    share = torch.where(blind, 0, (stacked.masked_fill(blind, 0) - top - mass).exp())
     parts = torch.stack([x.to(dtype) for x in outs])
     parts = torch.where((share > 0)[..., None] | parts.isnan(), parts, 0)
     return (share[..., None] * parts).sum(0).to(outs[0].dtype), lse
 
 
+@without_autocast
 def attention_with_token_maps(
     query: Tensor, key: Tensor, value: Tensor, token_indices: Tensor, *, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -437,6 +453,7 @@ def _token_statistics(x: Tensor, mask: Tensor | None, eps: float) -> tuple[Tenso
     return count, mean, (variance + eps).sqrt()
 
 
+@without_autocast
 def cosine_similarity(target: Tensor, reference: Tensor) -> Tensor:
     """target (B, N, C), reference (B or 1, M, C) -> (B, N, M).
 
@@ -454,6 +471,7 @@ def _unit_vectors(x: Tensor) -> Tensor:
     return torch.where(largest == 0, 0, x / x.norm(dim=-1, keepdim=True))
 
 
+@without_autocast
 def correspondence(
     target: Tensor,
     reference: Tensor,

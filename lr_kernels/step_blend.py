@@ -1,12 +1,13 @@
 """step_blend: the next latents of a denoising step in one pass. The tables that drive it: coefficients.py."""
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
 from . import backends, ops, reference
-from .checks import check_memory, fail, one_of
+from .checks import check_memory, check_sequence, fail, one_of
 from .coefficients import COLUMNS
 from .tensors import check_dense, is_plain, resolved, resolved_or_none
 
@@ -72,12 +73,21 @@ def step_blend(
         RuntimeError: the named backend is not available; the coefficients need a noise or history that is None.
         A GPU is not asked for the step and the coefficients: where they do not fit, the result is NaN.
     """
+    if not isinstance(predictions, (list, tuple)):
+        check_sequence(_OP, "predictions", predictions)
     predictions = list(predictions)
     inputs = [sample, *predictions, coefficients]
     for x in (background, noise, history, mask, keep_rows):
         if x is not None:
             inputs.append(x)
     outputs = [x for x in (out, model_input, history_out) if x is not None]
+    for x in inputs + outputs:
+        if x.__class__ is not Tensor and not isinstance(x, Tensor):
+            _name_other(
+                sample=sample, coefficients=coefficients, mask=mask, background=background, noise=noise,
+                history=history, keep_rows=keep_rows, out=out, model_input=model_input, history_out=history_out,
+                **{f"predictions[{i}]": x for i, x in enumerate(predictions)},
+            )  # fmt: skip
     device, training = sample.device, torch.is_grad_enabled()
     lacking = backends.forward_only(*inputs) if training or backends.forward_mode_active() else None
     if backends.transforms_active():
@@ -156,6 +166,15 @@ def step_blend(
     return out
 
 
+def _name_other(**arguments: object) -> None:
+    """TypeError that names the argument that is no tensor."""
+    for name, x in arguments.items():
+        if x is None and name not in ("sample", "coefficients") and not name.startswith("predictions"):
+            continue
+        if not isinstance(x, Tensor):
+            fail(_OP, name, "a tensor", type(x).__name__, error=TypeError)
+
+
 def _counter(step: Tensor | int, device: torch.device) -> Tensor | None:
     """The step as the kernels on a GPU read it, where it is that already."""
     if not isinstance(step, Tensor) or device.type != "cuda":
@@ -201,6 +220,8 @@ def _dense_rows(x: Tensor) -> Tensor:
 
 def _split_step(step: int | Tensor, coefficients: Tensor) -> tuple[int, Tensor | None]:
     """The step as an int, inside the schedule, or as an int32 (1,) tensor that is not looked at: (0, tensor)."""
+    if isinstance(step, Integral) and not isinstance(step, bool):  # NumPy's too
+        step = int(step)
     if type(step) is not int:  # most calls pass an int, and isinstance with Tensor is slow
         if not isinstance(step, Tensor):
             fail(_OP, "step", "an int or an integer tensor", type(step).__name__, error=TypeError)

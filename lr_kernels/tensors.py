@@ -1,10 +1,18 @@
 """Tensors as the kernels read them: dense, and with their values in memory."""
 
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.masked import MaskedTensor
 
-from .checks import fail
+from .checks import FLOAT32_MAX, fail
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 def is_plain(x: Tensor) -> bool:
@@ -23,6 +31,8 @@ def check_dense(op: str, argument: str, x: object) -> None:
         fail(op, argument, "a dense tensor", "a nested tensor", "pad it and pass a mask")
     if x.layout is not torch.strided:
         fail(op, argument, "a dense tensor", f"layout {x.layout}", "call .to_dense()")
+    if isinstance(x, MaskedTensor):
+        fail(op, argument, "a dense tensor", "a MaskedTensor", "pass its data, and its mask as a mask")
     if isinstance(x, FakeTensor) and not torch._C._len_torch_dispatch_stack():
         fail(op, argument, "a tensor with data", "a FakeTensor outside its mode")
 
@@ -32,11 +42,40 @@ def resolved(op: str, argument: str, x: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return x
     check_dense(op, argument, x)
+    return written_out(x)
+
+
+def written_out(x: Tensor) -> Tensor:
+    """x with its values in memory: itself, or a copy where it is a lazy negative or zero."""
+    if torch.compiler.is_compiling():
+        return x
     if x.is_neg():
         x = x.resolve_neg()
     return x.clone() if x._is_zerotensor() else x
 
 
+def within_float32(x: Tensor) -> Tensor:
+    """x as float32 can hold it: finite numbers of a float64 tensor beyond it become its largest or smallest one."""
+    if x.dtype != torch.float64:
+        return x
+    return torch.where(x.isinf(), x, x.clamp(-FLOAT32_MAX, FLOAT32_MAX))
+
+
 def resolved_or_none(op: str, argument: str, x: Tensor | None) -> Tensor | None:
     """`resolved` of an argument that may be None."""
     return None if x is None else resolved(op, argument, x)
+
+
+def without_autocast(operator: Callable[_P, _R]) -> Callable[_P, _R]:
+    """The operator in the precision that it states: autocast would round inside einsum and matmul."""
+
+    @functools.wraps(operator)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        first = next(iter((*args, *kwargs.values())))
+        device = (first if isinstance(first, Tensor) else first[0]).device.type  # type: ignore[index]
+        if device == "meta" or not torch.is_autocast_enabled(device):
+            return operator(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return operator(*args, **kwargs)
+
+    return run

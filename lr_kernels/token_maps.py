@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import backends, reference
-from .checks import MAX_TOKENS, check_entries, check_memory, fail
+from .checks import FLOAT32_MAX, MAX_TOKENS, check_entries, check_memory, check_number, fail
 from .tensors import resolved
 
 _OP = "attention_with_token_maps"
@@ -49,12 +49,16 @@ def attention_with_token_maps(
     """
     query, key, value = resolved(_OP, "query", query), resolved(_OP, "key", key), resolved(_OP, "value", value)
     token_indices = resolved(_OP, "token_indices", token_indices)
-    if not query.is_meta and torch.is_autocast_enabled(query.device.type):
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if backends.transforms_active():
         backends.refuse_vmap(_OP, {"token_indices": token_indices})
-    _check(query, key, value, token_indices)
+    if scale is not None and not torch.compiler.is_compiling():
+        expected = "a number that float32 holds"
+        scale = check_number(_OP, "scale", scale, expected, -FLOAT32_MAX, FLOAT32_MAX)
+    autocast = not query.is_meta and torch.is_autocast_enabled(query.device.type)
+    _check(query, key, value, token_indices, autocast)
+    if autocast:
+        check_memory(_OP, "query", 2 * (query.numel() + key.numel() + value.numel()), query.device)
+        query, key, value = (backends.autocast(x) for x in (query, key, value))
     name = backends.choose(_OP, backend, query.device, query.dtype, backends.forward_only(query, key, value))
     _check_size(query, key, token_indices, name)
     if name == "reference":
@@ -84,13 +88,14 @@ def _check_size(query: Tensor, key: Tensor, token_indices: Tensor, backend: str)
     """Refuse results, and the probabilities of the reference backend, beyond the memory."""
     batch, tokens, heads, _ = query.shape
     needed = query.numel() * query.element_size() + 4 * batch * tokens * token_indices.shape[-1]
+    needed += 4 * token_indices.numel()
     if backend == "reference":
         needed += 3 * 8 * batch * heads * tokens * key.shape[1]
     check_memory(_OP, "query", needed, query.device)
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor, token_indices: Tensor) -> None:
-    """Shapes, dtypes and devices of every argument, in the order of the signature."""
+def _check(query: Tensor, key: Tensor, value: Tensor, token_indices: Tensor, autocast: bool) -> None:
+    """Shapes, dtypes and devices of every argument, in the order of the signature; autocast joins dtypes."""
     if query.dim() != 4:
         fail(_OP, "query", "shape (batch, tokens, heads, head_dim)", tuple(query.shape))
     if not query.is_floating_point():
@@ -103,7 +108,8 @@ def _check(query: Tensor, key: Tensor, value: Tensor, token_indices: Tensor) -> 
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.dim() != 4 or (x.shape[0], x.shape[2], x.shape[3]) != (batch, heads, head_dim):
             fail(_OP, name, f"shape ({batch}, keys, {heads}, {head_dim})", tuple(x.shape))
-        if x.dtype != query.dtype:
+        castable = autocast and query.dtype in backends.KERNEL_DTYPES and x.dtype in backends.KERNEL_DTYPES
+        if x.dtype != query.dtype and not castable:
             fail(_OP, name, str(query.dtype), x.dtype, "cast all tensors to one dtype", TypeError)
         if x.device != query.device:
             fail(_OP, name, str(query.device), x.device)

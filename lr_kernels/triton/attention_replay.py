@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from ..ops import AttentionTables
-from ..plan import AttentionPlan, changed_mask
+from ..plan import AttentionPlan, as_made, changed_mask
 from ..source import Source
 from ..tensors import is_plain
 from . import attention
@@ -91,6 +91,8 @@ def recordable(
             return None
         key.append(None)
     else:
+        if plan.__class__ is not AttentionPlan or not (plan.stamp is None or as_made(plan)):
+            return None
         if plan.query_groups is not query_groups or len(plan.key_masks) != len(sources) or changed_mask(plan):
             return None
         for x in (*plan.key_index, *plan.key_count, plan.query_order, plan.class_start):
