@@ -25,9 +25,12 @@ def guided_rows(rows: Sequence[int], halves: int = 2, device: torch.device | str
         ValueError: a number that is no image of a half; halves below 1.
     """
     check_integer("guided_rows", "halves", halves, 1, "the number of halves of the guidance, at least 1")
+    rows = rows.tolist() if hasattr(rows, "tolist") else rows
+    if not isinstance(rows, Sequence) or isinstance(rows, str):
+        fail("guided_rows", "rows", "a list of the images' numbers that are read", repr(rows))
     images = len(rows)
-    if any(not -1 <= row < images for row in rows):
-        fail("guided_rows", "rows", f"-1 or an image of a half, 0 to {images - 1}", list(rows))
+    expected = f"-1 or an image of a half, 0 to {images - 1}"
+    rows = [check_integer("guided_rows", "rows", row, -1, expected, images - 1) for row in rows]
     table = [row if row < 0 else half * images + row for half in range(halves) for row in rows]
     return torch.tensor(table, dtype=torch.int32, device=device)
 
