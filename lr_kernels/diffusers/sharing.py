@@ -95,7 +95,7 @@ def sharing(
 
 
 class Clock:
-    """The number of the step that a pass of a pipeline's UNet belongs to. `first`: a step that the schedule must have."""
+    """The number of the step that a pass of a pipeline's UNet belongs to; `first` is one that there must be."""
 
     def __init__(self, pipe: DiffusionPipeline, first: int = 0):
         self._pipe, self._first = pipe, first
@@ -111,8 +111,8 @@ class Clock:
             self._values = scheduler.timesteps.tolist()
             steps = -(-len(self._values) // order)
             if self._first >= steps:
-                hint = "choose earlier steps, or more num_inference_steps"
-                fail("sharing", "steps", f"some of 0 to {steps - 1} of the schedule", f"{self._first} as the first", hint)
+                expected, got = f"some of 0 to {steps - 1} of the schedule", f"{self._first} as the first"
+                fail("sharing", "steps", expected, got, "choose earlier steps, or more num_inference_steps")
         value = float(timestep.flatten()[0] if isinstance(timestep, Tensor) else timestep)
         places = [place for place, other in enumerate(self._values) if other == value]
         if not places:

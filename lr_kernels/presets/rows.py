@@ -1,11 +1,12 @@
 """The tables and masks that presets take: how a table is made, and the checks that blame the preset's own argument."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..checks import check_integer, fail, has_shape, one_of
+from ..checks import check_integer, fail, has_shape, one_of, plain_number
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -69,8 +70,12 @@ def check_mask(op: str, name: str, mask: Tensor, rows: int, query: Tensor, *, so
 def check_strength(op: str, name: str, x: object, query: Tensor, last: int) -> None:
     """A number, or a tensor (), (B,) or (B, last)."""
     batch = query.shape[0]
-    if isinstance(x, Tensor) and not has_shape(x, (), (batch,), (batch, last)):
-        fail(op, name, f"a number, a scalar, ({batch},) or ({batch}, {last})", tuple(x.shape))
+    expected = f"a number, a scalar, ({batch},) or ({batch}, {last})"
+    if isinstance(x, Tensor):
+        if not has_shape(x, (), (batch,), (batch, last)):
+            fail(op, name, expected, tuple(x.shape))
+    elif (number := plain_number(x)) is None or math.isnan(number):
+        fail(op, name, expected, repr(x))
 
 
 def check_halves(op: str, halves: int, batch: int) -> int:
