@@ -223,6 +223,29 @@ def test_gradient_checkpointing_computes_the_same(pipe):
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.parametrize("way", ["after the `with` block", "after a pass of another step"])
+def test_gradient_checkpointing_refuses_a_late_backward(way):
+    """The blocks would run again without the method, or with another step's."""
+    pipe = new_pipe()
+    pipe.scheduler.set_timesteps(4)
+    pipe.unet.train()
+    pipe.unet.enable_gradient_checkpointing()
+    x, text = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 16)
+    with sharing(pipe, first_row, steps=1):
+        first, second = (
+            pipe.unet(x, pipe.scheduler.timesteps[step], encoder_hidden_states=text, return_dict=False)[0].mean()
+            for step in (1, 0)
+        )
+        if "pass" in way:
+            with pytest.raises(
+                NotImplementedError, match=rf"sharing: backward: expected one right after its pass.*{way}"
+            ):
+                (first + second).backward()
+    if "pass" not in way:
+        with pytest.raises(NotImplementedError, match=rf"sharing: backward: expected one right after its pass.*{way}"):
+            second.backward()
+
+
 def test_the_grid_is_the_layers(pipe):
     """Also where a side is odd, so that the number of tokens does not tell."""
     found = {}

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import torch
 from diffusers import DiffusionPipeline
 from diffusers.models.attention_processor import Attention, IPAdapterAttnProcessor2_0
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ def sharing(
     repeated or start late (img2img keeps the numbers of the whole schedule). Outside the steps the layers are stock.
 
     With gradient checkpointing the blocks run again in the backward pass, in the step of the last forward pass: call
-    backward() within the `with` block and before the next pass, or the gradients are another function's.
+    backward() within the `with` block and before a pass of another step.
 
     Args:
         pipe: with `unet` and `scheduler`: StableDiffusionPipeline, SDXL's, their relatives. The UNet may be wrapped by
@@ -54,7 +55,8 @@ def sharing(
         ValueError: layers that do not exist, or are of another kind or UNet; in a pass: another batch than `rows`; a
             schedule that ends before the first of the steps; a timestep that the scheduler does not have.
         NotImplementedError: layers with a processor that is not stock, except a loaded IP-Adapter where the method
-            asks for images; a UNet that was compiled in place by its `compile()`.
+            asks for images; a UNet that was compiled in place by its `compile()`; with gradient checkpointing a
+            backward() after the block or after a pass of another step.
     """
     for name in ("unet", "scheduler"):
         if getattr(pipe, name, None) is None:
@@ -68,6 +70,7 @@ def sharing(
     scales = {name: layer_scale(pipe.unet, name) for name in chosen} if "grid" in asks else {}
     clock = Clock(pipe, _first(wanted))
     size: tuple[int, int] | None = None
+    ended = False
 
     def before_pass(unet: nn.Module, args: tuple, kwargs: dict) -> None:
         nonlocal size
@@ -84,14 +87,34 @@ def sharing(
             run.active = step in wanted
             run.step = step if "step" in asks else None
 
+    def after_pass(unet: nn.Module, args: tuple, out: object) -> None:
+        if not (torch.is_grad_enabled() and unet.training and getattr(unet, "is_gradient_checkpointing", False)):
+            return
+        result = out[0] if isinstance(out, tuple) else out.sample
+        state = run.active, run.step, run.grids
+
+        def before_backward(grad: Tensor) -> None:
+            if ended or state != (run.active, run.step, run.grids):
+                got = "one after the `with` block" if ended else "one after a pass of another step"
+                hint = "gradient checkpointing runs the blocks again, which would share otherwise"
+                fail(
+                    "sharing", "backward", "one right after its pass, within the `with` block", got, hint, RuntimeError
+                )
+
+        if result.requires_grad:
+            result.register_hook(before_backward)
+
     adapters = {n: x.processor for n, x in chosen.items() if isinstance(x.processor, IPAdapterAttnProcessor2_0)}
     processors = {name: CustomAttnProcessor(method, layer=name, run=run, adapter=adapters.get(name)) for name in chosen}
     with install_processors(chosen, processors) as installation:
-        hook = pipe.unet.register_forward_pre_hook(before_pass, with_kwargs=True)
+        hooks = [pipe.unet.register_forward_pre_hook(before_pass, with_kwargs=True)]
+        hooks.append(pipe.unet.register_forward_hook(after_pass))
         try:
             yield run
         finally:
-            hook.remove()
+            ended = True
+            for hook in hooks:
+                hook.remove()
 
 
 class Clock:
