@@ -18,14 +18,7 @@ from ..backends import KERNEL_DTYPES
 from ..checks import check_choice, check_integer, fail
 from ..plan import AttentionPlan, plan_attention
 from ..source import Source
-from .bank_values import (
-    MAX_TIMESTEP,
-    as_bias,
-    as_foreground,
-    as_table,
-    check_file,
-    check_numbers,
-)
+from .bank_values import MAX_TIMESTEP, as_bias, as_foreground, as_table, check_file, check_numbers
 from .install import layer_grid
 from .processors import AttentionState, _refuse_mask, _StockAttnProcessor
 from .routing import token_mask
@@ -393,6 +386,8 @@ class ReferenceBank(KeyValueBank):
                 about, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
         except SafetensorError as error:
             fail("ReferenceBank", "path", "a safetensors file", f"{path}: {error}")
+        if not about:
+            fail("ReferenceBank", "path", "a file that save() wrote", f"{path}: one without metadata")
         timesteps, signals, shows, words = (_field(path, about, name) for name in _FIELDS)
         if signals is not None and len(signals) != len(timesteps):
             fail("ReferenceBank", "signals", f"{len(timesteps)} in {path}, one per timestep", len(signals))

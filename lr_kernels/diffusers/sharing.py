@@ -98,7 +98,12 @@ def sharing(
                 got = "one after the `with` block" if ended else "one after a pass of another step"
                 hint = "gradient checkpointing runs the blocks again, which would share otherwise"
                 fail(
-                    "sharing", "backward", "one right after its pass, within the `with` block", got, hint, RuntimeError
+                    "sharing",
+                    "backward",
+                    "one right after its pass, within the `with` block",
+                    got,
+                    hint,
+                    NotImplementedError,
                 )
 
         if result.requires_grad:
