@@ -1,5 +1,6 @@
 """ReferenceBank: reading it is attending to the reference in the same batch; a file keeps it; stale is refused."""
 
+import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -173,8 +174,21 @@ def test_33_a_stale_bank_is_refused_by_name(unet):
     [(lambda bank: bank.read(3).__enter__(), "step: expected 0 to 2"),
      (lambda bank: ReferenceBank(TIMESTEPS, storage="disk"), "storage: expected one of"),
      (lambda bank: setattr(bank, "foreground", torch.ones(8, 8)), "foreground: expected bool"),
-     (lambda bank: ReferenceBank(TIMESTEPS).save("x"), "all 3 steps extracted")],
-    ids=["step", "storage", "foreground", "save"],
+     (lambda bank: ReferenceBank(TIMESTEPS).save("x"), "all 3 steps extracted"),
+     (lambda bank: bank.read("a").__enter__(), "step: expected 0 to 2, got 'a'"),
+     (lambda bank: bank.extract(0.5).__enter__(), "step: expected 0 to 2, got 0.5"),
+     (lambda bank: ReferenceBank([900, 500], signals=[0.1]), "signals: expected 2, one per timestep, got 1"),
+     (lambda bank: ReferenceBank([900, 500], signals=[0.1, 2]), "signals: expected numbers from 0 to 1, got 2"),
+     (lambda bank: ReferenceBank([float("nan")]), "timesteps: expected numbers from 0 to 1e[+]06, got nan"),
+     (lambda bank: ReferenceBank([]), "timesteps: expected a list of numbers, at least one"),
+     (lambda bank: ReferenceBank("ab"), "timesteps: expected a list of numbers"),
+     (lambda bank: ReferenceBank(5), "timesteps: expected a list of numbers"),
+     (lambda bank: setattr(bank, "rows", [0.5]), "rows: expected integers"),
+     (lambda bank: setattr(bank, "rows", "ab"), "rows: expected integers"),
+     (lambda bank: setattr(bank, "strength", float("nan")), "strength: expected a number"),
+     (lambda bank: setattr(bank, "strength", "a"), "strength: expected a number"),
+     (lambda bank: setattr(bank, "foreground", [[[True]]]), "foreground: expected bool"),
+     (lambda bank: setattr(bank, "foreground", np.ones((1, 8, 8))), "foreground: expected bool .*ndarray float64")],
 )  # fmt: skip
 def test_what_does_not_fit_is_named(use, message, unet):
     with pytest.raises(ValueError, match=message):
@@ -189,3 +203,25 @@ def test_two_banks_do_not_mix(unet):
     with install_processors(layers, second.processors(layers)), second.extract(0):
         predict(unet, *inputs(1, 9), TIMESTEPS[0])
     assert torch.equal(read(unet, first), expected)
+
+
+def test_plain_numbers_lists_and_arrays_are_taken(unet):
+    bank = filled(unet)
+    bank.rows, bank.strength = torch.tensor([0, -1], dtype=torch.int32), torch.tensor(-0.5)
+    bank.foreground = torch.ones(1, 8, 8, dtype=torch.bool)
+    expected = read(unet, bank)
+    bank.rows, bank.strength, bank.foreground = [0, -1], -0.5, np.ones((1, 8, 8), bool)
+    assert torch.equal(read(unet, bank), expected)
+    bank.foreground = torch.ones(3, 8, 8, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"ReferenceBank: foreground: expected 1 or 1 masks, one per row .*, got 3"):
+        read(unet, bank)
+
+
+def test_one_step_at_a_time_is_read_or_extracted(unet):
+    """All steps share one buffer per layer: another within would leave its own."""
+    bank = filled(unet)
+    for outer, inner in ((bank.read, bank.read), (bank.read, bank.extract), (bank.extract, bank.read)):
+        with pytest.raises(ValueError, match="ReferenceBank: step: expected one step at a time, got 1 within another"):
+            with outer(0), inner(1):
+                pass
+        assert bank.mode is None

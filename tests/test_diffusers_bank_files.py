@@ -126,3 +126,39 @@ def test_a_bank_of_another_model_is_refused(tmp_path):
     save_file({LAYER: STORED}, tmp_path / "bank", {"timesteps": json.dumps([900, 500])})
     with pytest.raises(ValueError, match="model: expected 'tiny', got ''"):
         ReferenceBank.load(tmp_path / "bank", model="tiny")
+
+
+@pytest.mark.parametrize(
+    ("field", "about"),
+    [("shows", {"shows": "[1]"}), ("shows", {"shows": "[0, 0, 0, 0, 0]"}), ("shows", {"shows": "[0, 0, 2]"}),
+     ("timesteps", {"timesteps": "[500, 900]"})],
+)  # fmt: skip
+def test_fields_that_do_not_fit_the_stored_are_named(tmp_path, field, about):
+    with pytest.raises(ValueError, match=f"lr_kernels.ReferenceBank: {field}: expected "):
+        load(tmp_path, **about)
+
+
+def test_a_pipelines_bank_has_half_as_many_masks_as_rows(tmp_path):
+    """Its references are in both halves of the guidance."""
+    both = {LAYER: torch.cat([STORED, STORED[:, :, :1]], 2), "foreground": FOREGROUND[:2].contiguous()}
+    assert load(tmp_path, both, shows="[0, 1]").rows_held == 4
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_keys_that_are_not_finite_are_named(tmp_path, value):
+    broken = STORED.clone()
+    broken[1, 0, 2, 3] = value
+    with pytest.raises(ValueError, match=f"ReferenceBank: {LAYER}: expected finite keys and values"):
+        load(tmp_path, {LAYER: broken})
+
+
+def test_paths_and_devices_that_are_none_are_named(tmp_path):
+    bank = load(tmp_path)
+    for path, message in ((tmp_path, "a safetensors file, got .*a folder"), (None, "the path of a file, got None")):
+        for use in (bank.save, ReferenceBank.load):
+            with pytest.raises(ValueError, match=f"ReferenceBank: path: expected {message}"):
+                use(path)
+    with pytest.raises(ValueError, match="ReferenceBank: path: expected a file in a folder that exists"):
+        bank.save(tmp_path / "none" / "bank")
+    with pytest.raises(ValueError, match="ReferenceBank: device: expected a device of this machine, got 'foo'"):
+        ReferenceBank.load(tmp_path / "bank", device="foo")

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -114,6 +115,8 @@ CHOICES = [
     (range(1, 3), range(2, 4), [1, 2], [2, 3]),
     ([0, 3], ["mid_block", 6], [0, 3], [2, 6]),
     ({1}, "up_blocks.1", [1], [5, 6]),
+    (torch.tensor(2), np.array([0, 2]), [2, 3], [0, 2]),
+    (np.array([1, 9]), torch.tensor(5), [1], [5, 6]),
 ]
 
 
@@ -128,8 +131,10 @@ def test_it_runs_in_the_steps_and_layers_that_are_said(pipe, steps, layers, expe
 def test_layers_of_select_layers_and_stock_outside_the_steps(pipe):
     expected = draw(pipe)
     layers = select_layers(pipe.unet, "self", [1])
-    with sharing(pipe, first_row, layers=layers, steps=4):
-        assert torch.equal(draw(pipe), expected)
+    stock = [predict(pipe.unet, t) for t in pipe.scheduler.timesteps]
+    with sharing(pipe, first_row, layers=layers, steps=3):
+        found = [predict(pipe.unet, t) for t in pipe.scheduler.timesteps]
+    assert all(map(torch.equal, found[:3], stock[:3])) and not torch.equal(found[3], stock[3])
     with sharing(pipe, first_row, layers=layers, steps=1):
         assert distance(draw(pipe), expected) > 10 * TOLERANCE
 
@@ -216,6 +221,29 @@ def test_gradient_checkpointing_computes_the_same(pipe):
             unet(x, pipe.scheduler.timesteps[1], encoder_hidden_states=text).sample.square().mean().backward()
         found.append(unet.conv_in.weight.grad.clone())
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("way", ["after the `with` block", "after a pass of another step"])
+def test_gradient_checkpointing_refuses_a_late_backward(way):
+    """The blocks would run again without the method, or with another step's."""
+    pipe = new_pipe()
+    pipe.scheduler.set_timesteps(4)
+    pipe.unet.train()
+    pipe.unet.enable_gradient_checkpointing()
+    x, text = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 16)
+    with sharing(pipe, first_row, steps=1):
+        first, second = (
+            pipe.unet(x, pipe.scheduler.timesteps[step], encoder_hidden_states=text, return_dict=False)[0].mean()
+            for step in (1, 0)
+        )
+        if "pass" in way:
+            with pytest.raises(
+                NotImplementedError, match=rf"sharing: backward: expected one right after its pass.*{way}"
+            ):
+                (first + second).backward()
+    if "pass" not in way:
+        with pytest.raises(NotImplementedError, match=rf"sharing: backward: expected one right after its pass.*{way}"):
+            second.backward()
 
 
 def test_the_grid_is_the_layers(pipe):
@@ -315,9 +343,31 @@ REFUSED = [
     (dict(steps=-1), r"steps: expected the first step, from 0, or .*got -1"),
     (dict(steps=[0.5]), r"steps: expected numbers of steps, from 0, got 0.5"),
     (dict(steps=[]), r"steps: expected the first step"),
+    (dict(steps=4), r"steps: expected some of 0 to 3 of the schedule, got 4 as the first; choose earlier steps"),
+    (dict(steps=[9, 7]), r"steps: expected some of 0 to 3 of the schedule, got 7 as the first"),
+    (dict(steps=range(7, 3, -1)), r"steps: expected some of 0 to 3 of the schedule, got 4 as the first"),
+    (dict(steps=range(3, -3, -1)), r"steps: expected numbers of steps, from 0, got -2"),
+    (dict(layers=np.array([0.5])), r"layers: expected numbers of layers .*got 0.5"),
+    (dict(layers={"x": 1}), r"layers: expected self-attention layers of pipe.unet by name, got 'x': int, .*select_la"),
+    (dict(layers=select_layers(tiny_unet(0), "self")), r"layers: expected self-attention layers of pipe.unet"),
     (dict(kind="both"), r"kind: expected one of self, cross, got 'both'"),
     (dict(rows=6), r"rows: expected a UNet's batch of 6 rows, got 4; without guidance say halves=1"),
 ]
+
+
+def test_layers_of_the_other_kind_are_refused(pipe):
+    with pytest.raises(ValueError, match=r"layers: expected self-attention layers of pipe.unet by name, got 'down_b"):
+        with sharing(pipe, first_row, layers=select_layers(pipe.unet, "cross")):
+            pass
+
+
+def test_the_first_step_is_compared_with_every_schedule():
+    """Heun's scheduler makes two passes per step: five of three steps."""
+    pipe = new_pipe(HeunDiscreteScheduler(), **ONE_LEVEL)
+    with sharing(pipe, first_row, steps=2):
+        draw(pipe, steps=3)
+        with pytest.raises(ValueError, match=r"steps: expected some of 0 to 1 of the schedule, got 2"):
+            draw(pipe, steps=2)
 
 
 @pytest.mark.parametrize(("arguments", "message"), REFUSED)

@@ -4,7 +4,9 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers.models.attention_processor import Attention
 from safetensors import SafetensorError, safe_open
@@ -16,6 +18,7 @@ from ..backends import KERNEL_DTYPES
 from ..checks import check_choice, check_integer, fail
 from ..plan import AttentionPlan, plan_attention
 from ..source import Source
+from .bank_values import MAX_TIMESTEP, as_bias, as_foreground, as_table, check_file, check_numbers
 from .install import layer_grid
 from .processors import AttentionState, _refuse_mask, _StockAttnProcessor
 from .routing import token_mask
@@ -85,6 +88,10 @@ class KeyValueBank:
             `Solver.signals`; None: not known, and timesteps alone say which step a bank has.
         storage: where all steps are: "device", that of the model, or "cpu": pinned memory, copied step by step.
         limit: bytes that the storage may take.
+
+    Raises:
+        ValueError: other timesteps or signals than finite numbers, at least one, from 0 to 1e6 and from 0 to 1; a step
+            that is extracted or read while another is.
     """
 
     def __init__(
@@ -98,8 +105,11 @@ class KeyValueBank:
         check_choice(self._op, "storage", storage, STORAGES)
         if limit is not None:
             check_integer(self._op, "limit", limit, 0, "a number of bytes, or None")
-        self.timesteps = [_number(t) for t in timesteps]
-        self.signals = None if signals is None else list(signals)
+        numbers = check_numbers(self._op, "timesteps", timesteps, MAX_TIMESTEP)
+        self.timesteps = [_number(t) for t in numbers]
+        self.signals = None if signals is None else check_numbers(self._op, "signals", signals, 1)
+        if self.signals is not None and len(self.signals) != len(numbers):
+            fail(self._op, "signals", f"{len(numbers)}, one per timestep", len(self.signals))
         self.storage, self.limit = storage, limit
         self.mode: str | None = None
         """None: the layers are stock; "extract": they write their keys and values; "cached": they read the bank's"""
@@ -173,7 +183,7 @@ class KeyValueBank:
     @contextlib.contextmanager
     def extract(self, step: int) -> Iterator[None]:
         """While it lasts the UNet runs on the rows that are kept; their keys and values become those of `step`."""
-        self._check_step(step)
+        step = self._check_step(step)
         for layer in self._layers.values():
             layer.written = None  # of a pass that failed
         with self._in_mode("extract"):
@@ -192,7 +202,7 @@ class KeyValueBank:
     @contextlib.contextmanager
     def read(self, step: int) -> Iterator[None]:
         """While it lasts every self-attention layer also attends to what the bank has of `step`."""
-        self._check_step(step)
+        step = self._check_step(step)
         if step not in self._filled:
             fail(self._op, "step", f"one that was extracted, {sorted(self._filled)}", step, "call extract() first")
         for name, current in self._buffers().items():
@@ -208,9 +218,13 @@ class KeyValueBank:
         finally:
             self.mode = before
 
-    def _check_step(self, step: int) -> None:
-        if not 0 <= step < len(self.timesteps):
-            fail(self._op, "step", f"0 to {len(self.timesteps) - 1}", step)
+    def _check_step(self, step: int) -> int:
+        """A step of the bank's while none is extracted or read: all share one buffer per layer."""
+        last = len(self.timesteps) - 1
+        step = check_integer(self._op, "step", step, 0, f"0 to {last}", last)
+        if self.mode is not None:
+            fail(self._op, "step", "one step at a time", f"{step} within another", "leave the other with block first")
+        return step
 
     def _allocate(self, name: str, current: Tensor) -> Tensor:
         needed = self.nbytes + len(self.timesteps) * current.nbytes
@@ -239,11 +253,8 @@ class ReferenceBank(KeyValueBank):
         storage: str = "device",
         limit: int | None = None,
     ) -> None:
-        self.rows: Tensor | None = None
-        """int32 (B,): the bank's row that each row reads, -1: none. Default: row b, or the only one. (n, B): n of the
-        bank's rows at once, in one softmax"""
-        self.strength: Tensor | None = None
-        """added to the logits of the bank's keys, () or (B,); with rows (n, B) also (n, B)"""
+        self._rows: Tensor | None = None
+        self._strength: Tensor | None = None
         self.shows: tuple[int, ...] | None = None
         """which subject each reference shows, where the pipeline made the bank"""
         self.words: list[list[str]] | None = None
@@ -256,14 +267,35 @@ class ReferenceBank(KeyValueBank):
         self._plans: dict[tuple[int, int], AttentionPlan] = {}  # by tokens, and rows read at once
 
     @property
+    def rows(self) -> Tensor | None:
+        """int32 (B,), or a list: the bank's row that each row reads, -1: none. Default: row b, or the only one. (n, B):
+        n of the bank's rows at once, in one softmax."""
+        return self._rows
+
+    @rows.setter
+    def rows(self, rows: Tensor | Sequence[int] | None) -> None:
+        self._rows = None if rows is None else as_table("ReferenceBank", rows, self._device())
+
+    @property
+    def strength(self) -> Tensor | None:
+        """A number, or a tensor () or (B,); with rows (n, B) also (n, B): added to the logits of the bank's keys."""
+        return self._strength
+
+    @strength.setter
+    def strength(self, strength: float | Tensor | None) -> None:
+        self._strength = None if strength is None else as_bias("ReferenceBank", strength, self._device())
+
+    def _device(self) -> torch.device:
+        return next((x.device for x in self._buffers().values()), torch.device("cpu"))
+
+    @property
     def foreground(self) -> Tensor | None:
-        """bool (1 or rows, height, width): the tokens that are read; None: all."""
+        """bool (1 or rows, height, width), also an array: the tokens that are read; None: all."""
         return self._foreground
 
     @foreground.setter
-    def foreground(self, mask: Tensor | None) -> None:
-        if mask is not None and (mask.dim() != 3 or mask.dtype != torch.bool):
-            fail("ReferenceBank", "foreground", "bool (1 or rows, height, width)", f"{mask.dtype} {tuple(mask.shape)}")
+    def foreground(self, mask: Tensor | np.ndarray | None) -> None:
+        mask = None if mask is None else as_foreground("ReferenceBank", mask, self._device())
         self._foreground, self._plans = mask, {}
 
     @contextlib.contextmanager
@@ -290,6 +322,9 @@ class ReferenceBank(KeyValueBank):
         found = [Source(*key_value, rows, logit_bias=bias) for rows, bias in zip(tables, biases)]
         if self._foreground is None:
             return found, None
+        if len(self._foreground) not in (1, self.rows_held):
+            expected = f"1 or {self.rows_held} masks, one per row that the bank holds"
+            fail("ReferenceBank", "foreground", expected, len(self._foreground))
         plan = self._plans[key.shape[1], len(tables)]
         return [source._replace(key_mask=plan.key_masks[1]) for source in found], plan
 
@@ -311,6 +346,11 @@ class ReferenceBank(KeyValueBank):
             fail("ReferenceBank", "model", "a string", type(model).__name__)
         if len(self._filled) != len(self.timesteps):
             fail("ReferenceBank", "bank", f"all {len(self.timesteps)} steps extracted", sorted(self._filled))
+        check_file("ReferenceBank", path)
+        if not Path(path).parent.is_dir():
+            fail("ReferenceBank", "path", "a file in a folder that exists", str(path))
+        if self.timesteps != sorted(self.timesteps, reverse=True):
+            fail("ReferenceBank", "timesteps", "falling ones, as of a schedule", self.timesteps)
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # copies into pinned memory may be under way
         tensors = {name: x.cpu().contiguous() for name, x in self._stored.items()}
@@ -331,14 +371,23 @@ class ReferenceBank(KeyValueBank):
         """A saved bank.
 
         Raises:
-            ValueError: no safetensors file, or one whose fields are not those of a bank, each named; `model` is given
-                and is not what the bank was computed with.
+            ValueError: no safetensors file, or one whose fields are not those of a bank, each named, also numbers that
+                are not finite; a device that is none; `model` is given and is not what the bank was computed with.
+            FileNotFoundError: no such file.
         """
+        check_file("ReferenceBank", path)
+        check_choice("ReferenceBank", "storage", storage, STORAGES)
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, TypeError) as error:  # builds without CUDA raise AssertionError
+            fail("ReferenceBank", "device", "a device of this machine", f"{device!r}: {str(error).splitlines()[0]}")
         try:
             with safe_open(path, "pt") as file:
                 about, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
         except SafetensorError as error:
             fail("ReferenceBank", "path", "a safetensors file", f"{path}: {error}")
+        if not about:
+            fail("ReferenceBank", "path", "a file that save() wrote", f"{path}: one without metadata")
         timesteps, signals, shows, words = (_field(path, about, name) for name in _FIELDS)
         if signals is not None and len(signals) != len(timesteps):
             fail("ReferenceBank", "signals", f"{len(timesteps)} in {path}, one per timestep", len(signals))
@@ -347,16 +396,25 @@ class ReferenceBank(KeyValueBank):
             fail("ReferenceBank", "model", repr(model), repr(found), "the bank belongs to another model")
         bank = cls(timesteps, signals=signals, storage=storage)
         bank.shows, bank.words = None if shows is None else tuple(shows), words
+        if timesteps != sorted(timesteps, reverse=True):
+            fail("ReferenceBank", "timesteps", f"falling ones in {path}", timesteps)
         foreground = tensors.pop("foreground", None)
         _check_stored(path, tensors, len(timesteps))
         for name, x in tensors.items():
             bank._stored[name] = x.to(device) if storage == "device" else x
             bank.layer(name).buffer = torch.empty(x.shape[1:], dtype=x.dtype, device=device)
+        rows = bank.rows_held
+        # A pipeline keeps its references once as the unconditional half and once as the conditional one.
+        counts = (rows, rows // 2) if rows % 2 == 0 else (rows,)
         if foreground is not None:
             bank.foreground = foreground.to(device)
-            if len(foreground) not in (1, bank.rows_held) or foreground.numel() == 0:
-                expected = f"1 or {bank.rows_held} masks in {path}, one per row"
+            if len(foreground) not in (1, *counts) or foreground.numel() == 0:
+                expected = f"1 or {rows} masks in {path}, one per row"
                 fail("ReferenceBank", "foreground", expected, tuple(foreground.shape))
+        if shows is not None and len(shows) not in counts:
+            fail("ReferenceBank", "shows", f"{rows} in {path}, one per row, or half as many with guidance", len(shows))
+        if shows is not None and words is not None and max(shows) >= len(words):
+            fail("ReferenceBank", "shows", f"subjects 0 to {len(words) - 1} in {path}", max(shows))
         bank._filled = set(range(len(bank.timesteps)))
         return bank
 
@@ -370,7 +428,7 @@ def _between(low: float, high: float) -> Callable[[object], bool]:
 
 
 _FIELDS: dict[str, tuple[bool, Callable[[object], bool], str]] = {
-    "timesteps": (False, _list_of(_between(0, 1e6)), "a list of timesteps"),
+    "timesteps": (False, _list_of(_between(0, MAX_TIMESTEP)), "a list of timesteps"),
     "signals": (True, _list_of(_between(0, 1)), "a list of numbers from 0 to 1"),
     "shows": (True, _list_of(lambda x: type(x) is int and x >= 0), "a list of subjects' numbers"),
     "words": (True, _list_of(_list_of(lambda x: isinstance(x, str))), "a list of each subject's words"),
@@ -404,6 +462,8 @@ def _check_stored(path: str | PathLike, tensors: Mapping[str, Tensor], steps: in
         if x.dtype not in (*KERNEL_DTYPES, torch.float64) or x.dtype != first.dtype:
             expected = f"{first.dtype} as the other layers" if x.dtype != first.dtype else "a floating dtype"
             fail("ReferenceBank", name, f"{expected} in {path}", x.dtype)
+        if not bool(x.isfinite().all()):
+            fail("ReferenceBank", name, f"finite keys and values in {path}", "NaN or infinity")
 
 
 class BankAttnProcessor(_StockAttnProcessor):

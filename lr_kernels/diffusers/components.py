@@ -18,6 +18,7 @@ from ..checks import check_integer, fail
 from .adapters import adapters_off, check_free
 from .component_checks import check_models, context_width
 from .condition import Condition, Control, predict
+from .latents import as_latents, latent_statistics
 from .matching import FeatureRecorder
 from .output import Costs
 from .pictures import Image, preprocess
@@ -215,8 +216,7 @@ class PersonalizedPipeline(Switches):
             pixels = pixels.to(self._execution_device, self.vae.dtype)
             encoded = self.vae.encode(pixels)  # distributions, but those of tiny autoencoders
             latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
-        mean, scale = self._latent_statistics(latents)
-        return (latents - mean) * scale
+        return as_latents(self.vae, latents)
 
     def decode(
         self, latents: Tensor, output_type: str, costs: Costs, generator: Generator = None
@@ -225,20 +225,11 @@ class PersonalizedPipeline(Switches):
         if output_type == "latent":
             return latents, None
         with costs.of("decode"):
-            mean, scale = self._latent_statistics(latents)
+            mean, scale = latent_statistics(self.vae, latents)
             with self.vae_precision():
                 latents = (latents / scale + mean).to(self.vae.dtype)
                 pixels = self.vae.decode(latents, return_dict=False, **self.vae_keywords(generator))[0]
             return self.finish(pixels, output_type)
-
-    def _latent_statistics(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
-        """Mean of what the VAE makes, and what it is multiplied by: (made - mean) * scale are latents."""
-        config = self.vae.config
-        mean, deviation = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
-        if mean is None or deviation is None:
-            return 0.0, config.scaling_factor
-        mean, deviation = (like.new_tensor(x).view(1, -1, 1, 1) for x in (mean, deviation))
-        return mean, config.scaling_factor / deviation
 
     @torch.no_grad()
     def subject_maps(

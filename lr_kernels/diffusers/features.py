@@ -8,7 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from ..checks import check_number, fail
+from ..checks import check_integer, check_number, fail
 from .sharing import check_not_compiled, pass_inputs
 
 EPS = 1e-6
@@ -27,6 +27,7 @@ def shared_group_norms(unet: nn.Module, rows: Tensor) -> Iterator[None]:
         ValueError: another batch. NotImplementedError: a compiled UNet, which would not notice.
     """
     _check_plain("shared_group_norms", unet)
+    rows = _table("shared_group_norms", rows)
 
     def before(norm: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         x = args[0]
@@ -67,6 +68,12 @@ def reference_adain(
     _check_plain(op, unet)
     check_number(op, "fidelity", fidelity, "a number in [0, 1]", 0, 1)
     check_number(op, "weight", weight, "a number in [0, 2]", 0, 2)
+    rows = _table(op, rows)
+    if uncond is not None:
+        fits = isinstance(uncond, Tensor) and uncond.dtype == torch.bool and uncond.shape == rows.shape
+        if not fits:
+            got = f"{uncond.dtype} {tuple(uncond.shape)}" if isinstance(uncond, Tensor) else type(uncond).__name__
+            fail(op, "uncond", f"bool ({len(rows)},), one entry per row of the batch", got)
 
     def match(x: Tensor) -> Tensor:
         reference = _read(op, rows, x)
@@ -74,7 +81,7 @@ def reference_adain(
         deviation = variance.clamp(min=EPS).sqrt()
         matched = (x - mean) / deviation * deviation[reference] + mean[reference]
         if uncond is not None:
-            share = torch.where(uncond, fidelity, 0.0).to(x.dtype)[:, None, None, None]
+            share = torch.where(uncond.to(x.device), fidelity, 0.0).to(x.dtype)[:, None, None, None]
             matched = share * x + (1 - share) * matched
         follows = reference != torch.arange(len(x), device=x.device)
         return torch.where(follows[:, None, None, None], matched, x)
@@ -101,7 +108,7 @@ def _matched_modules(unet: nn.Module, weight: float) -> list[nn.Module]:
 
 @contextmanager
 def noised_rows(
-    pipe: DiffusionPipeline, latents: Tensor, rows: Sequence[int], generator: torch.Generator | None = None
+    pipe: DiffusionPipeline, latents: Tensor, rows: Sequence[int] | Tensor, generator: torch.Generator | None = None
 ) -> Iterator[None]:
     """While it lasts, rows of the UNet's batch are given pictures, noised anew to the level of every pass, whatever the
     pipeline has there: references to read. The pipeline's own results of these rows mean nothing.
@@ -111,17 +118,32 @@ def noised_rows(
             all rows of the batch. generator: of the noise, which the halves of the guidance share.
 
     Raises:
-        ValueError: another batch; latents of another size.
+        ValueError: rows of no picture; latents that are not finite; in a pass: another batch; latents of another size.
     """
-    check_not_compiled("noised_rows", pipe.unet)
+    op = "noised_rows"
+    check_not_compiled(op, pipe.unet)
+    if not isinstance(latents, Tensor) or latents.dim() != 4 or not latents.is_floating_point() or not len(latents):
+        got = f"{latents.dtype} {tuple(latents.shape)}" if isinstance(latents, Tensor) else type(latents).__name__
+        fail(op, "latents", "floating (n, C, h, w), at least one picture", got)
+    if not bool(latents.isfinite().all()):
+        fail(op, "latents", "finite numbers", "NaN or infinity")
+    entries = rows.tolist() if hasattr(rows, "tolist") else rows
+    expected = f"a list of one entry per row of the batch, -1 or a picture, 0 to {len(latents) - 1}"
+    if not isinstance(entries, Sequence) or isinstance(entries, str):
+        fail(op, "rows", expected, repr(rows))
+    rows = [check_integer(op, "rows", row, -1, expected, len(latents) - 1) for row in entries]
+    # Models of inpainting have more inputs than latents: a mask and the masked picture.
+    wanted = getattr(getattr(pipe.unet, "config", None), "out_channels", latents.shape[1])
+    if latents.shape[1] != wanted:
+        fail(op, "latents", f"{wanted} channels, as the UNet's latents", latents.shape[1])
 
     def before_pass(unet: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         sample, timestep = pass_inputs(args, kwargs)
         if len(rows) != sample.shape[0]:
-            fail("noised_rows", "rows", f"one entry for each of {sample.shape[0]} rows", len(rows))
+            fail(op, "rows", f"one entry for each of {sample.shape[0]} rows", len(rows))
         channels = latents.shape[1]
         if latents.shape[2:] != sample.shape[2:] or channels > sample.shape[1]:
-            fail("noised_rows", "latents", f"those of size {tuple(sample.shape[2:])}", tuple(latents.shape))
+            fail(op, "latents", f"those of size {tuple(sample.shape[2:])}", tuple(latents.shape))
         clean = latents.to(sample)
         device = clean.device if generator is None else generator.device
         noise = torch.randn(clean.shape, generator=generator, dtype=clean.dtype, device=device).to(clean.device)
@@ -146,6 +168,16 @@ def _check_plain(op: str, unet: nn.Module) -> None:
     """NotImplementedError for a model with compiled parts: they do not notice hooks."""
     if any(hasattr(x, "_orig_mod") or x._compiled_call_impl is not None for x in unet.modules()):
         fail(op, "unet", "one without compiled parts", "a compiled one", "compile later", NotImplementedError)
+
+
+def _table(op: str, rows: Tensor | Sequence[int]) -> Tensor:
+    """The table of rows with its numbers checked: once, before the passes."""
+    entries = rows.tolist() if hasattr(rows, "tolist") else rows
+    if not isinstance(entries, Sequence) or isinstance(entries, str) or not len(entries):
+        fail(op, "rows", "a table of one entry per row of the batch, at least one", repr(rows), "see guided_rows")
+    expected = f"-1 or a row of the batch, 0 to {len(entries) - 1}"
+    entries = [check_integer(op, "rows", row, -1, expected, len(entries) - 1) for row in entries]
+    return rows if isinstance(rows, Tensor) else torch.tensor(entries)
 
 
 def _read(op: str, rows: Tensor, x: Tensor) -> Tensor:

@@ -23,7 +23,20 @@ from torch import Tensor
 from .. import presets
 from ..checks import check_integer, check_number, fail
 from ..plan import AttentionPlan
+from ..presets.shared import MAX_OTHERS
 from .features import noised_rows, reference_adain, shared_group_norms
+from .latents import as_latents
+from .method_checks import (
+    as_mask,
+    check_anchors,
+    check_backend,
+    check_images,
+    check_later,
+    check_list,
+    check_seed,
+    check_strength,
+    stacked_masks,
+)
 from .processors import Pass
 from .routing import token_mask
 from .sharing import Layers, sharing
@@ -38,7 +51,7 @@ def masactrl(
     images: int,
     *,
     source: int = 0,
-    masks: Tensor | None = None,
+    masks: Tensor | Sequence[Tensor] | None = None,
     layers: Layers | None = 10,
     steps: Steps = 4,
     halves: int = 2,
@@ -48,14 +61,16 @@ def masactrl(
 
     Args:
         source: the number of the image that is read and left as it is.
-        masks: bool (images, height, width), at any size: the subject of every image, which reads the source's subject
-            and whose surroundings read the source's; the authors' mask-guided form. Default: none.
+        masks: bool (images, height, width), or a list of (height, width), at any size: the subject of every image,
+            which reads the source's subject and whose surroundings read the source's; the authors' mask-guided form.
+            Default: none.
         layers: from 10 on, which is for Stable Diffusion 1 and 2; the authors take 44 of 70 for SDXL.
     """
-    device, rows = _table("masactrl", pipe, [source] * images, halves)
+    images = check_images("masactrl", images, backend)
+    source = check_integer("masactrl", "source", source, 0, f"an image, 0 to {images - 1}", images - 1)
+    device, rows = _table(pipe, [source] * images, halves)
     if masks is not None:
-        _check_masks("masactrl", masks, images)
-        masks = masks.to(device)
+        masks = stacked_masks("masactrl", masks, images).to(device)
 
     @torch.compiler.disable
     @cache
@@ -96,7 +111,13 @@ def style_aligned(
         shift, scale: of `presets.style_aligned`.
         group_norms: whether they see the reference too, see `shared_group_norms`; in all steps and layers.
     """
-    _, rows = _table("style_aligned", pipe, [reference] * images, halves)
+    op = "style_aligned"
+    images = check_images(op, images, backend)
+    reference = check_integer(op, "reference", reference, 0, f"an image, 0 to {images - 1}", images - 1)
+    _, rows = _table(pipe, [reference] * images, halves)
+    for name, x in (("shift", shift), ("scale", scale)):
+        if x is not None:
+            check_strength(op, name, x)
 
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return presets.style_aligned(query, key, value, rows, shift, scale, backend=backend)
@@ -130,13 +151,15 @@ def reference_only(
             image = pipe([prompt, prompt]).images[0]
 
     Args:
-        picture: as diffusers takes them, of the size of the images.
+        picture: one, as diffusers takes them, of the size of the images.
         images: without the picture.
         fidelity: the original's `style_fidelity`.
         adain: whether features are matched to the picture's, see `reference_adain`; in all steps.
         generator: of the picture's noise.
     """
-    device, rows = _table("reference_only", pipe, [images] * images + [-1], halves)
+    images = check_images("reference_only", images, backend)
+    check_number("reference_only", "fidelity", fidelity, "a number in [0, 1]", 0, 1)
+    device, rows = _table(pipe, [images] * images + [-1], halves)
     uncond = torch.arange(len(rows), device=device) < (images + 1 if halves == 2 else 0)
     latents = _encoded(pipe, picture, device, generator)
 
@@ -171,8 +194,13 @@ def ip_adapter(
         masks: one per image: bool or float (height, width) or (1 or B, height, width), at any size; None: everywhere.
             A token takes the mean of its part.
     """
+    check_backend("ip_adapter", backend)
+    scales = check_list("ip_adapter", "scales", scales)
+    for i, scale in enumerate(scales):
+        check_strength("ip_adapter", f"scales[{i}]", scale)
     if masks is not None:
-        masks = [mask if mask is None or mask.dim() == 3 else mask[None] for mask in masks]
+        masks = check_list("ip_adapter", "masks", masks, len(scales))
+        masks = [x if x is None else as_mask("ip_adapter", f"masks[{i}]", x) for i, x in enumerate(masks)]
 
     @torch.compiler.disable
     @cache
@@ -222,8 +250,12 @@ def consistory(
         dropout: share of a subject's tokens that are hidden at random, anew in each step. seed: of that.
     """
     check_number("consistory", "dropout", dropout, "a number in [0, 1]", 0, 1)
-    images = len(prompts)
-    _, rows = _table("consistory", pipe, [-1] * images, halves)
+    if not isinstance(prompts, Sequence) or isinstance(prompts, str):
+        fail("consistory", "prompts", "a list of prompts, one per image", repr(prompts))
+    images = check_images("consistory", len(prompts), backend)
+    anchors, seed = check_anchors(anchors, images), check_seed("consistory", seed)
+    check_later("consistory", steps)
+    _, rows = _table(pipe, [-1] * images, halves)
     found = SubjectMasks(pipe, prompts, subject_tokens, halves=halves)
     kept: dict[tuple[int, int], tuple[Tensor, AttentionPlan]] = {}
 
@@ -262,7 +294,8 @@ def story_diffusion(
         share: of the tokens that are drawn. seed: of that; a step's draw is the same in every run and layer of a size.
     """
     check_number("story_diffusion", "share", share, "a number in [0, 1]", 0, 1)
-    _, rows = _table("story_diffusion", pipe, [-1] * images, halves)
+    images, seed = check_images("story_diffusion", images, backend, MAX_OTHERS), check_seed("story_diffusion", seed)
+    _, rows = _table(pipe, [-1] * images, halves)
     drawn: dict[int, AttentionPlan] = {}
     of_step = -1
 
@@ -287,9 +320,8 @@ def story_diffusion(
         yield run
 
 
-def _table(op: str, pipe: DiffusionPipeline, rows: Sequence[int], halves: int) -> tuple[torch.device, Tensor]:
+def _table(pipe: DiffusionPipeline, rows: Sequence[int], halves: int) -> tuple[torch.device, Tensor]:
     """The device of the UNet's inputs, and the table of rows there."""
-    check_integer(op, "images", len(rows), 1, "at least 1")
     device = pipe._execution_device
     return device, presets.guided_rows(rows, halves, device)
 
@@ -299,21 +331,23 @@ def _encoded(
     pipe: DiffusionPipeline, picture: PipelineImageInput, device: torch.device, generator: torch.Generator | None
 ) -> Tensor:
     """Latents of a picture, as the UNet reads them."""
-    vae, dtype = pipe.vae, pipe.vae.dtype
-    overflows = dtype == torch.float16 and vae.config.force_upcast  # SDXL's
+    vae = getattr(pipe, "vae", None)
+    if vae is None or getattr(vae.config, "scaling_factor", None) is None:
+        fail("reference_only", "pipe", "a pipeline with an autoencoder of images", f"one with {type(vae).__name__}")
+    dtype = vae.dtype
+    overflows = dtype == torch.float16 and getattr(vae.config, "force_upcast", False)  # SDXL's
     if overflows:
         vae.to(torch.float32)
     try:
         pixels = pipe.image_processor.preprocess(picture).to(device, vae.dtype)
-        return vae.encode(pixels).latent_dist.sample(generator) * vae.config.scaling_factor
+        if len(pixels) != 1:
+            fail("reference_only", "picture", "one picture", len(pixels), "noised_rows takes several")
+        encoded = vae.encode(pixels)  # a distribution, but that of tiny autoencoders
+        made = encoded.latent_dist.sample(generator) if hasattr(encoded, "latent_dist") else encoded.latents
     finally:
         if overflows:
             vae.to(dtype)
-
-
-def _check_masks(op: str, masks: Tensor, images: int) -> None:
-    if masks.dim() != 3 or masks.shape[0] != images or masks.dtype != torch.bool:
-        fail(op, "masks", f"bool ({images}, height, width)", f"{masks.dtype} {tuple(masks.shape)}")
+    return as_latents(vae, made)
 
 
 def _generator(seed: int, step: int) -> torch.Generator:

@@ -37,8 +37,9 @@ def ip_adapter(
     """
     masks = [None] * len(images) if masks is None else masks
     for name, x in (("scales", scales), ("masks", masks)):
-        if not isinstance(x, Sequence | Tensor) or len(x) != len(images):
-            fail("ip_adapter", name, f"a list of {len(images)}, one per image", x if isinstance(x, float) else len(x))
+        sized = isinstance(x, Sequence) or (isinstance(x, Tensor) and x.dim() > 0)
+        if not sized or len(x) != len(images):
+            fail("ip_adapter", name, f"a list of {len(images)}, one per image", len(x) if sized else repr(x))
     sources = [Source(*text, key_bias=key_bias)]
     for i, ((key, value), scale, mask) in enumerate(zip(images, scales, masks)):
         sources.append(Source(key, value, softmax_group=i + 1, weight=_weight(i, scale, mask, query)))

@@ -1,11 +1,12 @@
 """The tables and masks that presets take: how a table is made, and the checks that blame the preset's own argument."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..checks import check_integer, fail, has_shape, one_of
+from ..checks import check_integer, fail, has_shape, one_of, plain_number
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -25,9 +26,12 @@ def guided_rows(rows: Sequence[int], halves: int = 2, device: torch.device | str
         ValueError: a number that is no image of a half; halves below 1.
     """
     check_integer("guided_rows", "halves", halves, 1, "the number of halves of the guidance, at least 1")
+    rows = rows.tolist() if hasattr(rows, "tolist") else rows
+    if not isinstance(rows, Sequence) or isinstance(rows, str):
+        fail("guided_rows", "rows", "a list of the images' numbers that are read", repr(rows))
     images = len(rows)
-    if any(not -1 <= row < images for row in rows):
-        fail("guided_rows", "rows", f"-1 or an image of a half, 0 to {images - 1}", list(rows))
+    expected = f"-1 or an image of a half, 0 to {images - 1}"
+    rows = [check_integer("guided_rows", "rows", row, -1, expected, images - 1) for row in rows]
     table = [row if row < 0 else half * images + row for half in range(halves) for row in rows]
     return torch.tensor(table, dtype=torch.int32, device=device)
 
@@ -66,8 +70,12 @@ def check_mask(op: str, name: str, mask: Tensor, rows: int, query: Tensor, *, so
 def check_strength(op: str, name: str, x: object, query: Tensor, last: int) -> None:
     """A number, or a tensor (), (B,) or (B, last)."""
     batch = query.shape[0]
-    if isinstance(x, Tensor) and not has_shape(x, (), (batch,), (batch, last)):
-        fail(op, name, f"a number, a scalar, ({batch},) or ({batch}, {last})", tuple(x.shape))
+    expected = f"a number, a scalar, ({batch},) or ({batch}, {last})"
+    if isinstance(x, Tensor):
+        if not has_shape(x, (), (batch,), (batch, last)):
+            fail(op, name, expected, tuple(x.shape))
+    elif (number := plain_number(x)) is None or math.isnan(number):
+        fail(op, name, expected, repr(x))
 
 
 def check_halves(op: str, halves: int, batch: int) -> int:

@@ -40,7 +40,8 @@ def style_aligned(
     """
     check_rows("style_aligned", "reference", reference, query)
     for name, x in (("shift", shift), ("scale", scale)):
-        check_strength("style_aligned", name, x, query, query.shape[2])
+        if x is not None:
+            check_strength("style_aligned", name, x, query, query.shape[2])
     own = torch.arange(query.shape[0], device=query.device)
     reference = torch.where(reference < 0, own, reference.long())
     follows = (reference != own)[:, None].expand(query.shape[:2])
