@@ -27,7 +27,7 @@ FACTORS = st.sampled_from([0.0, 1.0, -0.5]) | st.floats(0.01, 2)
 LARGEST = torch.finfo(torch.float32).max
 EXTREME = st.sampled_from([-LARGEST, -3e38, -1e30, -1e5, 1e5, 1e30, 3e38, LARGEST])
 FAR = st.sampled_from([-LARGEST, -3e38, -1e30, 1e30])
-"""Biases of gradients. Logits near 1e5 are rounded to 1/128, by the kernels in log2 units and by the reference in natural
+"""Biases of gradients. Logits near 1e5 are rounded to 1/128, by the kernels in log2 units, by the reference in natural
 ones: two roundings of P, of which neither is the other's measure."""
 NOT_FINITE = st.sampled_from([-math.inf, -math.inf, math.inf, math.nan])
 GAINS = {torch.float32: (1e19, 1e37), torch.bfloat16: (1e19, 1e37), torch.float16: (1e3, 1e4)}
@@ -43,7 +43,7 @@ class Draw:
     def __init__(self, data: st.DataObject, finite: bool = False) -> None:
         self.data = data
         self.finite = finite
-        """For gradients: no NaN, no Inf but a bias of -inf, no factors whose products leave fp32, and scores of ordinary
+        """For gradients: no NaN, no Inf but a bias of -inf, no factors whose products leave fp32, scores of ordinary
         size. P is computed again beside an lse that was rounded apart, so its error grows with the scores; that of the
         reference, whose P is one softmax, does not."""
         self.chosen: list = []
