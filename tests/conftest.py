@@ -18,7 +18,7 @@ if not torch.cuda.is_available():
 
 from triton.runtime import interpreter as _interpreter
 
-settings.register_profile("thorough", max_examples=4000)  # pytest --hypothesis-profile thorough
+settings.register_profile("thorough", max_examples=2000)  # pytest --hypothesis-profile thorough
 
 _POINTERS_AND_MASK = {"create_masked_load": (0, 1), "create_masked_store": (0, 2), "create_atomic_rmw": (1, 3)}
 """Places of the two arguments in the interpreter's builder functions."""

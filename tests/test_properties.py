@@ -1,8 +1,8 @@
 """multi_source_attention on the CPU backend, every argument drawn at random, against an oracle of its own: forward and
 backward, with numbers at the ends of fp32, lazy tensors and plans that have become stale.
 
-By default 30 draws of the forward and 9 of the backward pass, a handful of calls each; `make properties` makes 4,000
-and 1,200 (the profile "thorough" of conftest.py) and prints the number of calls.
+By default 30 draws of the forward and 9 of the backward pass, a handful of calls each; `make properties` makes 2,000
+and 900 (the profile "thorough" of conftest.py) and prints the number of calls.
 """
 
 import math
@@ -198,7 +198,7 @@ class Draw:
         return self(st.none() | FACTORS, "scale")
 
 
-THOROUGH = settings.default.max_examples >= 4000
+THOROUGH = settings.default.max_examples >= 2000
 SETTINGS = {
     "deadline": None,
     "derandomize": True,
@@ -212,7 +212,7 @@ def report():
     print("\ncalls compared:", dict(calls))
 
 
-@settings(**SETTINGS, max_examples=4000 if THOROUGH else 30)
+@settings(**SETTINGS, max_examples=2000 if THOROUGH else 30)
 @given(data=st.data())
 def test_01_any_call_matches_the_oracle(data):
     draw = Draw(data)
@@ -302,7 +302,7 @@ def repeated(inputs: AttentionInputs) -> AttentionInputs:
     return AttentionInputs(inputs.query.repeat(1, times, 1, 1), sources, groups)
 
 
-@settings(**SETTINGS, max_examples=1200 if THOROUGH else 9)
+@settings(**SETTINGS, max_examples=900 if THOROUGH else 9)
 @given(data=st.data())
 def test_28_the_gradients_of_any_call_match_the_oracle(data):
     draw = Draw(data, finite=True)
