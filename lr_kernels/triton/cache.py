@@ -43,8 +43,8 @@ def compile_once(kernel: JITFunction) -> None:
     """Make threads that call a kernel first at once compile and load it once; later calls are Triton's own.
 
     Triton looks a key up, compiles where it is missing and lets it be found before it is loaded, all without a lock. A
-    damaged entry of the cache is compiled again and replaced, with a RuntimeWarning. This is about what Triton 3.6 to 3.9
-    do inside; one that has no such step keeps its own ways.
+    damaged entry of the cache is compiled again and replaced, with a RuntimeWarning. This is about the inside of Triton
+    3.6 to 3.9; one that has no such step keeps its own ways.
     """
     if not hasattr(kernel, "_do_compile"):
         return
