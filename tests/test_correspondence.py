@@ -246,6 +246,8 @@ try:
     print("found", bool(consistent.all()))
 except MemoryError:
     print("MemoryError")
+except ValueError as error:
+    print(str(error).partition("got ")[2][:26])
 """
 
 
@@ -253,9 +255,10 @@ except MemoryError:
     ("arguments", "printed"),
     [
         ((20_000, 0, 64 << 20), "found True"),  # N x M similarities would be 1.6 GB
-        ((4, 1 << 26, 64 << 20), "MemoryError"),  # 8 bytes for each of 2^26 expanded reference tokens
+        ((4, 1 << 25, 64 << 20), "MemoryError"),  # 8 bytes for each of 2^25 expanded reference tokens
+        ((4, 1 << 28, 64 << 20), "one that needs 4.0 GiB, li"),
     ],
-    ids=["bounded", "refused"],
+    ids=["bounded", "lacking", "refused"],
 )
 def test_44_memory_is_bounded_and_its_lack_an_error(arguments, printed):
     command = [sys.executable, "-c", MEMORY, *map(str, arguments)]
