@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from lr_kernels import Source, multi_source_attention, plan_attention, step_blend, step_coefficients
-from lr_kernels.attention import _tables
+from lr_kernels.attention_tables import lay_out
 
 CALLS, ROUNDS = 2000, 15
 
@@ -46,7 +46,7 @@ def null_launch() -> Callable[[], object]:
     first = call()
     first._allocate(query)
     arguments, constants, programs = attention.launch_arguments(
-        query, _tables(query, sources, plan, None), first.out, None, 90
+        query, lay_out(query, sources, plan, None), first.out, None, 90
     )
     compiled = SimpleNamespace(
         function=None, packed_metadata=None, launch_metadata=lambda *_: None, run=lambda *_: None

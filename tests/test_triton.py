@@ -11,7 +11,7 @@ from triton._C.libtriton import native_specialize_impl
 from triton.backends.nvidia.compiler import CUDABackend
 
 from lr_kernels import Source, multi_source_attention, plan_attention, reference
-from lr_kernels.attention import _tables
+from lr_kernels.attention_tables import lay_out
 from lr_kernels.ops import AttentionTables
 from lr_kernels.testing import CASES, AttentionCase, assert_matches, attention_inputs, check_attention, strided_randn
 from lr_kernels.triton import attention, launch, tiles
@@ -378,7 +378,7 @@ def test_26_27_opcheck(softmax_groups, device):
     inputs = attention_inputs(replace(SMALL, softmax_groups=softmax_groups), torch.float32, device=device)
     query, sources = inputs.query, inputs.sources
     plan = plan_attention([s.key_mask for s in sources], [s.key_groups for s in sources], inputs.query_groups)
-    tables = _tables(query, sources, plan, 0.3)
+    tables = lay_out(query, sources, plan, 0.3)
     lse = None if len(tables.weight) > 1 else torch.full(query.shape[:3], math.nan, device=device)
     out = torch.full_like(query, math.nan, memory_format=torch.contiguous_format)
     torch.library.opcheck(OPS.multi_source_attention_triton.default, (query, *tables, out, lse))

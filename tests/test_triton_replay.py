@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lr_kernels import Source, multi_source_attention, plan_attention
-from lr_kernels.attention import _tables
+from lr_kernels.attention_tables import lay_out
 from lr_kernels.testing import CASES, attention_inputs
 from lr_kernels.triton import attention, attention_replay, replay
 
@@ -56,7 +56,7 @@ def as_pointers(x):
 def laid_out(call, query, sources, plan):
     if not hasattr(call, "out"):
         call._allocate(query)
-    tables = _tables(query, sources, plan, None)
+    tables = lay_out(query, sources, plan, None)
     arguments, constants, programs = attention.launch_arguments(query, tables, call.out, call.lse, 90)
     return arguments, constants, programs
 
