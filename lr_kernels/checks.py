@@ -25,8 +25,8 @@ def fail(
 
 
 def check_sequence(op: str, argument: str, value: object) -> None:
-    """TypeError unless the value is a list, a tuple or another sequence of items."""
-    if not isinstance(value, Sequence) or isinstance(value, str):
+    """TypeError unless the value is a list, a tuple, a tensor or another sequence of items."""
+    if not isinstance(value, Sequence | torch.Tensor) or isinstance(value, str):
         fail(op, argument, "a sequence", type(value).__name__, error=TypeError)
 
 
