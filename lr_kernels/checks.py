@@ -30,6 +30,12 @@ def check_sequence(op: str, argument: str, value: object) -> None:
         fail(op, argument, "a sequence", type(value).__name__, error=TypeError)
 
 
+def entries_of(values: object) -> Sequence | None:
+    """What a list, a tuple, an array or a tensor holds, as a sequence; None for anything else."""
+    entries = values.tolist() if hasattr(values, "tolist") else values
+    return entries if isinstance(entries, Sequence) and not isinstance(entries, str | bytes) else None
+
+
 def check_choice(op: str, argument: str, value: object, allowed: Sequence[object]) -> None:
     """ValueError unless the value is one of those allowed."""
     if not isinstance(value, Hashable) or value not in allowed:  # an array is not compared as a whole

@@ -9,15 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import check_number, fail, plain_number
+from ..checks import check_number, entries_of, fail, plain_number
 
 MAX_TIMESTEP = 1e6
 
 
 def check_numbers(op: str, name: str, values: Sequence[float] | Tensor, high: float) -> list[float]:
     """Numbers from 0 to `high`, at least one."""
-    entries = values.tolist() if hasattr(values, "tolist") else values
-    if not isinstance(entries, Sequence) or isinstance(entries, str | bytes) or not len(entries):
+    entries = entries_of(values)
+    if not entries:
         fail(op, name, "a list of numbers, at least one", repr(values))
     return [check_number(op, name, x, f"numbers from 0 to {high:g}", 0, high) for x in entries]
 

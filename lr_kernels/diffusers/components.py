@@ -18,7 +18,7 @@ from ..checks import check_integer, fail
 from .adapters import adapters_off, check_free
 from .component_checks import check_models, context_width
 from .condition import Condition, Control, predict
-from .latents import as_latents, latent_statistics
+from .latents import encoded, latent_statistics
 from .matching import FeatureRecorder
 from .output import Costs
 from .pictures import Image, preprocess
@@ -214,9 +214,7 @@ class PersonalizedPipeline(Switches):
         """Pixels (n, 3, height, width) in [-1, 1] -> clean latents (n, C, height/f, width/f)."""
         with self.vae_precision():
             pixels = pixels.to(self._execution_device, self.vae.dtype)
-            encoded = self.vae.encode(pixels)  # distributions, but those of tiny autoencoders
-            latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
-        return as_latents(self.vae, latents)
+            return encoded(self.vae, pixels, lambda distribution: distribution.mode())
 
     def decode(
         self, latents: Tensor, output_type: str, costs: Costs, generator: Generator = None

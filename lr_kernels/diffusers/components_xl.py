@@ -1,7 +1,7 @@
 """Stable Diffusion XL with a personalized model beside the vanilla one."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from .components import PersonalizedPipeline
 from .condition import Condition
+from .latents import upcast
 from .pictures import Image
 from .prompts import Embeds, TextReader, hidden_states
 
@@ -121,17 +122,9 @@ class PersonalizedStableDiffusionXLPipeline(PersonalizedPipeline, StableDiffusio
         times = self._get_add_time_ids(*sizes, embeds.tokens.dtype, embeds.pooled.shape[-1]).to(embeds.tokens.device)
         return told._replace(added={"text_embeds": embeds.pooled, "time_ids": times.expand(len(embeds.tokens), -1)})
 
-    @contextmanager
-    def vae_precision(self) -> Iterator[None]:
+    def vae_precision(self) -> AbstractContextManager:
         """In float32 where float16 would overflow."""
-        upcast = self.vae.dtype == torch.float16 and getattr(self.vae.config, "force_upcast", False)
-        if upcast:
-            self.vae.to(dtype=torch.float32)
-        try:
-            yield
-        finally:
-            if upcast:
-                self.vae.to(dtype=torch.float16)
+        return upcast(self.vae)
 
     def finish(self, pixels: Tensor, output_type: str) -> tuple[Image, None]:
         if self.watermark is not None:

@@ -8,7 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from ..checks import check_integer, check_number, fail
+from ..checks import check_integer, check_number, entries_of, fail
 from .sharing import check_not_compiled, pass_inputs
 
 EPS = 1e-6
@@ -127,9 +127,9 @@ def noised_rows(
         fail(op, "latents", "floating (n, C, h, w), at least one picture", got)
     if not bool(latents.isfinite().all()):
         fail(op, "latents", "finite numbers", "NaN or infinity")
-    entries = rows.tolist() if hasattr(rows, "tolist") else rows
+    entries = entries_of(rows)
     expected = f"a list of one entry per row of the batch, -1 or a picture, 0 to {len(latents) - 1}"
-    if not isinstance(entries, Sequence) or isinstance(entries, str):
+    if entries is None:
         fail(op, "rows", expected, repr(rows))
     rows = [check_integer(op, "rows", row, -1, expected, len(latents) - 1) for row in entries]
     # Models of inpainting have more inputs than latents: a mask and the masked picture.
@@ -172,8 +172,8 @@ def _check_plain(op: str, unet: nn.Module) -> None:
 
 def _table(op: str, rows: Tensor | Sequence[int]) -> Tensor:
     """The table of rows with its numbers checked: once, before the passes."""
-    entries = rows.tolist() if hasattr(rows, "tolist") else rows
-    if not isinstance(entries, Sequence) or isinstance(entries, str) or not len(entries):
+    entries = entries_of(rows)
+    if not entries:
         fail(op, "rows", "a table of one entry per row of the batch, at least one", repr(rows), "see guided_rows")
     expected = f"-1 or a row of the batch, 0 to {len(entries) - 1}"
     entries = [check_integer(op, "rows", row, -1, expected, len(entries) - 1) for row in entries]

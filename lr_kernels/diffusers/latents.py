@@ -1,7 +1,25 @@
 """What an autoencoder makes, as latents that a UNet reads."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
 from diffusers import ModelMixin
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
+
+
+@contextmanager
+def upcast(vae: ModelMixin) -> Iterator[None]:
+    """While it lasts a VAE whose float16 would overflow, as SDXL's, is in float32."""
+    overflows = vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
+    if overflows:
+        vae.to(dtype=torch.float32)
+    try:
+        yield
+    finally:
+        if overflows:
+            vae.to(dtype=torch.float16)
 
 
 def latent_statistics(vae: ModelMixin, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
@@ -14,7 +32,10 @@ def latent_statistics(vae: ModelMixin, like: Tensor) -> tuple[Tensor | float, Te
     return mean, config.scaling_factor / deviation
 
 
-def as_latents(vae: ModelMixin, made: Tensor) -> Tensor:
-    """What the VAE's encoder made, (n, C, h, w) -> latents."""
+def encoded(vae: ModelMixin, pixels: Tensor, choose: Callable[[DiagonalGaussianDistribution], Tensor]) -> Tensor:
+    """Pixels (n, 3, height, width) in [-1, 1] -> latents; `choose` takes them from the encoder's distribution, which
+    tiny autoencoders do not have."""
+    out = vae.encode(pixels)
+    made = choose(out.latent_dist) if hasattr(out, "latent_dist") else out.latents
     mean, scale = latent_statistics(vae, made)
     return (made - mean) * scale

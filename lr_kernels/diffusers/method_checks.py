@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends import BACKENDS
-from ..checks import check_choice, check_integer, fail, plain_number
+from ..checks import check_choice, check_integer, entries_of, fail, plain_number
 from ..presets.shared import MAX_OTHERS
 
 MAX_SEED = 2**53
@@ -33,10 +33,10 @@ def check_seed(op: str, seed: int) -> int:
 def check_anchors(anchors: Sequence[int], images: int) -> list[int]:
     """Different images of a half, at least one."""
     expected = f"a list of 1 to {MAX_OTHERS} of the images 0 to {images - 1}, each once"
-    anchors = anchors.tolist() if hasattr(anchors, "tolist") else anchors
-    if not isinstance(anchors, Sequence) or isinstance(anchors, str) or not 1 <= len(anchors) <= MAX_OTHERS:
+    entries = entries_of(anchors)
+    if entries is None or not 1 <= len(entries) <= MAX_OTHERS:
         fail("consistory", "anchors", expected, repr(anchors))
-    found = [check_integer("consistory", "anchors", x, 0, expected, images - 1) for x in anchors]
+    found = [check_integer("consistory", "anchors", x, 0, expected, images - 1) for x in entries]
     if len(set(found)) != len(found):
         fail("consistory", "anchors", expected, found)
     return found

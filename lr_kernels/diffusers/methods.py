@@ -25,7 +25,7 @@ from ..checks import check_integer, check_number, fail
 from ..plan import AttentionPlan
 from ..presets.shared import MAX_OTHERS
 from .features import noised_rows, reference_adain, shared_group_norms
-from .latents import as_latents
+from .latents import encoded, upcast
 from .method_checks import (
     as_mask,
     check_anchors,
@@ -334,20 +334,11 @@ def _encoded(
     vae = getattr(pipe, "vae", None)
     if vae is None or getattr(vae.config, "scaling_factor", None) is None:
         fail("reference_only", "pipe", "a pipeline with an autoencoder of images", f"one with {type(vae).__name__}")
-    dtype = vae.dtype
-    overflows = dtype == torch.float16 and getattr(vae.config, "force_upcast", False)  # SDXL's
-    if overflows:
-        vae.to(torch.float32)
-    try:
-        pixels = pipe.image_processor.preprocess(picture).to(device, vae.dtype)
-        if len(pixels) != 1:
-            fail("reference_only", "picture", "one picture", len(pixels), "noised_rows takes several")
-        encoded = vae.encode(pixels)  # a distribution, but that of tiny autoencoders
-        made = encoded.latent_dist.sample(generator) if hasattr(encoded, "latent_dist") else encoded.latents
-    finally:
-        if overflows:
-            vae.to(dtype)
-    return as_latents(vae, made)
+    pixels = pipe.image_processor.preprocess(picture)
+    if len(pixels) != 1:
+        fail("reference_only", "picture", "one picture", len(pixels), "noised_rows takes several")
+    with upcast(vae):
+        return encoded(vae, pixels.to(device, vae.dtype), lambda distribution: distribution.sample(generator))
 
 
 def _generator(seed: int, step: int) -> torch.Generator:

@@ -11,7 +11,7 @@ from PIL import ExifTags, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..checks import fail
+from ..checks import check_choice, fail
 from .routing import token_mask
 
 OP = "layout_retouch"
@@ -72,7 +72,7 @@ def preprocess(
     several = list(images) if isinstance(images, (list, tuple)) else [images]
     if not several:
         fail(OP, name, "at least one image", "none")
-    _check_fit(fit)
+    check_choice(OP, "fit", fit, FITS)
     read = [_read(image, opaque, name) for image in several]
     signed = any(isinstance(x, Tensor) and bool(x.min() < 0) for x in read)
     if signed and normalize:
@@ -114,7 +114,7 @@ def as_mask(
         proportions neither of its picture nor of the latents. TypeError: neither an image, an array nor a tensor, or
         one of other things than real numbers.
     """
-    _check_fit(fit)
+    check_choice(OP, "fit", fit, FITS)
     subject = _subject(mask, name)
     if picture is not None:
         _check_proportions(tuple(subject.shape), _sides(picture), size, name)
@@ -283,11 +283,6 @@ def _smallest_white(x: Tensor, name: str) -> int:
 
 
 # Fitting
-
-
-def _check_fit(fit: str) -> None:
-    if fit not in FITS:
-        fail(OP, "fit", "one of " + ", ".join(FITS), repr(fit))
 
 
 def _shown(given: Size, wanted: Size, fit: str) -> tuple[Span, Span]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..checks import check_integer, fail, has_shape, one_of, plain_number
+from ..checks import check_integer, entries_of, fail, has_shape, one_of, plain_number
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -26,13 +26,13 @@ def guided_rows(rows: Sequence[int], halves: int = 2, device: torch.device | str
         ValueError: a number that is no image of a half; halves below 1.
     """
     check_integer("guided_rows", "halves", halves, 1, "the number of halves of the guidance, at least 1")
-    rows = rows.tolist() if hasattr(rows, "tolist") else rows
-    if not isinstance(rows, Sequence) or isinstance(rows, str):
+    entries = entries_of(rows)
+    if entries is None:
         fail("guided_rows", "rows", "a list of the images' numbers that are read", repr(rows))
-    images = len(rows)
+    images = len(entries)
     expected = f"-1 or an image of a half, 0 to {images - 1}"
-    rows = [check_integer("guided_rows", "rows", row, -1, expected, images - 1) for row in rows]
-    table = [row if row < 0 else half * images + row for half in range(halves) for row in rows]
+    entries = [check_integer("guided_rows", "rows", row, -1, expected, images - 1) for row in entries]
+    table = [row if row < 0 else half * images + row for half in range(halves) for row in entries]
     return torch.tensor(table, dtype=torch.int32, device=device)
 
 
