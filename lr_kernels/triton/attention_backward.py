@@ -66,7 +66,7 @@ def attention_backward_query_kernel(
     out, lse,  # (B, N, H, D), fp64 (B, N, H) contiguous
     grad_query, terms,  # results: (B, N, H, D), and fp32 (B, N, H, 3): lse in two parts, <grad_out, out>; contiguous
     M, R, key_stride, value_stride, index_stride, count_stride, bias_stride, scale_stride, shift_stride,
-    N, H, classes, tiles_per_head, scale_log2, scale,
+    N, H, classes, tiles_per_head, scale,
     with_rows, with_index, with_bias, with_scale, with_shift,
     query_b, query_n, query_h, out_b, out_n, out_h, grad_b, grad_n, grad_h,  # in units of UNIT elements
     lse_b, lse_n, lse_h,  # of grad_lse
@@ -75,6 +75,7 @@ def attention_backward_query_kernel(
     UNIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """grad_query of BM queries of one class and head, and their terms for the other kernel."""
+    scale = tl.cast(scale, tl.float32)  # the interpreter takes a tiny number for fp64
     pid = tl.program_id(0)
     tile = pid % tiles_per_head
     h = pid // tiles_per_head % H
@@ -112,7 +113,7 @@ def attention_backward_query_kernel(
         top, rest = sums_again(
             q0, q1, key, rows, key_index, key_count, key_bias, logit_scale, logit_bias,
             M, R, key_stride, index_stride, count_stride, bias_stride, scale_stride, shift_stride,
-            with_rows, with_index, with_bias, with_scale, with_shift, scale_log2, b, h64, c64,
+            with_rows, with_index, with_bias, with_scale, with_shift, scale, b, h64, c64,
             S, D, D0, D1, BM, BN, UNIT, PRECISION, UPCAST,
         )  # fmt: skip
     tl.store(terms + places * 3, top, mask=query_ok)
@@ -135,7 +136,7 @@ def attention_backward_query_kernel(
         row, k, k_n, index, index_count, count, alpha, own, beta, bias, bias_count = source_logits(
             key, rows, key_index, key_count, key_bias, logit_scale, logit_bias,
             M, R, key_stride, index_stride, count_stride, bias_stride, scale_stride, shift_stride,
-            with_rows, with_index, with_bias, with_scale, with_shift, scale_log2, s, b, h64, c64, S, UNIT,
+            with_rows, with_index, with_bias, with_scale, with_shift, scale, s, b, h64, c64, S, UNIT,
         )  # fmt: skip
         factor = scale * own  # of the natural logit
         v_n = pick_int(value_stride[1], s, S)
@@ -184,7 +185,7 @@ def attention_backward_source_kernel(
     terms,  # fp32 (B, N, H, 3) contiguous, from the other kernel
     grad_key, grad_value,  # fp32 (R, M, H, D) contiguous, added to
     grad_key_bias,  # fp32 (H, R, M) contiguous, added to, or None
-    M, R, B, N, H, classes, key_tiles, scale_log2, scale,
+    M, R, B, N, H, classes, key_tiles, scale,
     key_b, key_n, key_h, value_b, value_n, value_h,  # in units of UNIT elements
     index_r, count_r, visible_c, visible_r, bias_r,
     query_b, query_n, query_h, grad_b, grad_n, grad_h,  # in units of UNIT elements
@@ -194,6 +195,7 @@ def attention_backward_source_kernel(
     UNIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """grad_key, grad_value and grad_key_bias of BN keys of one row of a source, one head; BM queries a step."""
+    scale = tl.cast(scale, tl.float32)  # the interpreter takes a tiny number for fp64
     pid = tl.program_id(0)
     tile = pid % key_tiles
     h = pid // key_tiles % H
@@ -239,16 +241,16 @@ def attention_backward_source_kernel(
         reads = True
         if rows is not None:
             reads = tl.load(rows + b) == r
-        alpha = scale_log2
+        alpha = scale * LOG2E
         factor = scale
         if logit_scale is not None:
             own = tl.load(logit_scale + scale_start + b64 * scale_b + h64 * scale_h)
-            alpha = scale_log2 * own
+            alpha *= own
             factor = scale * own
         shift = bias
         if logit_bias is not None:
             beta = to_log2(tl.load(logit_bias + shift_start + b64 * shift_b + h64 * shift_h))
-            alpha = tl.where(tl.abs(beta) > 1e30, 0.0, alpha)  # as in the forward pass
+            alpha = tl.where(tl.abs(beta) > 1e30, 0.0, alpha)  # fp32 loses ⟨q, k⟩ beside such a bias
             shift = bias + beta
         q = query + (b64 * query_b + h64 * query_h) * UNIT
         g = grad_out + (b64 * grad_b + h64 * grad_h) * UNIT
@@ -363,7 +365,7 @@ def query_launch(
         encode(k.shape[1] for k in key), encode(k.shape[0] for k in key),
         tuple(encode(x) for x in zip(*source_strides[:S])), tuple(encode(x) for x in zip(*source_strides[S:])),
         index_strides, count_strides, bias_strides, scale_strides, shift_strides,
-        N, H, classes, tiles_per_head, tables.scale * LOG2E, tables.scale,
+        N, H, classes, tiles_per_head, tables.scale,
         with_rows, with_index, with_bias, with_scale, with_shift,
         *query_strides, *out_strides, *grad_strides,
         *((0, 0, 0) if grad_lse is None else strides(grad_lse, 0, 1, 2)),
@@ -397,7 +399,7 @@ def source_launch(
         grad_out, grad_lse, query, key, value, tables.rows[s], index, count, visible, bias,
         None if scales is None else scales[0], None if shifts is None else shifts[0], order, starts,
         terms, grad_key, grad_value, grad_key_bias,
-        M, R, B, N, H, classes, key_tiles, tables.scale * LOG2E, tables.scale, *key_strides, *value_strides,
+        M, R, B, N, H, classes, key_tiles, tables.scale, *key_strides, *value_strides,
         *((0, 0) if index is None else (*strides(index, 0), *strides(count, 0))),
         *((0, 0) if visible is None else strides(visible, 0, 1)), 0 if bias is None else strides(bias, 0)[0],
         *query_strides, *grad_strides, *((0, 0, 0) if grad_lse is None else strides(grad_lse, 0, 1, 2)),

@@ -1,5 +1,7 @@
 """What the two kernels of the backward pass of attention do on the way."""
 
+import math
+
 import triton
 import triton.language as tl
 
@@ -19,7 +21,7 @@ from .sources import (
     to_log2,
 )
 
-COARSE = tl.constexpr(8192 * LOG2E)
+COARSE = tl.constexpr(8192 / math.log(2))
 """Beyond it lse is its maximum alone, and the log of the sum is lost beside it."""
 
 
@@ -85,7 +87,7 @@ def weights(t):
 def source_logits(
     key, rows, key_index, key_count, key_bias, logit_scale, logit_bias,
     M, R, key_stride, index_stride, count_stride, bias_stride, scale_stride, shift_stride,
-    with_rows, with_index, with_bias, with_scale, with_shift, scale_log2, s, b, h64, c64,
+    with_rows, with_index, with_bias, with_scale, with_shift, scale, s, b, h64, c64,
     S: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Source s as query row b and head h read it: its row, keys, their stride, list of keys, entries of it, number of
@@ -95,15 +97,15 @@ def source_logits(
     index, index_count, count = key_list(
         key_index, key_count, index_stride, count_stride, with_index, M, s, c64, row, reads, S
     )
-    alpha = scale_log2  # rounded as in the forward pass: P must fit its lse
+    alpha = scale * LOG2E  # rounded as in the forward pass: P must fit its lse
     own = 1.0
     if logit_scale is not None:
         own = per_head(logit_scale, scale_stride, with_scale, s, b64, h64, 1.0, S)
-        alpha = scale_log2 * own
+        alpha *= own
     beta = 0.0
     if logit_bias is not None:
         beta = to_log2(per_head(logit_bias, shift_stride, with_shift, s, b64, h64, 0.0, S))
-        alpha = tl.where(tl.abs(beta) > 1e30, 0.0, alpha)  # as in the forward pass
+        alpha = tl.where(tl.abs(beta) > 1e30, 0.0, alpha)  # fp32 loses ⟨q, k⟩ beside such a bias
     bias = count
     bias_count = 0
     if key_bias is not None:
@@ -119,7 +121,7 @@ def source_logits(
 def sums_again(
     q0, q1, key, rows, key_index, key_count, key_bias, logit_scale, logit_bias,
     M, R, key_stride, index_stride, count_stride, bias_stride, scale_stride, shift_stride,
-    with_rows, with_index, with_bias, with_scale, with_shift, scale_log2, b, h64, c64,
+    with_rows, with_index, with_bias, with_scale, with_shift, scale, b, h64, c64,
     S: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     UNIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -131,7 +133,7 @@ def sums_again(
         _, k, k_n, index, index_count, count, alpha, _, beta, bias, bias_count = source_logits(
             key, rows, key_index, key_count, key_bias, logit_scale, logit_bias,
             M, R, key_stride, index_stride, count_stride, bias_stride, scale_stride, shift_stride,
-            with_rows, with_index, with_bias, with_scale, with_shift, scale_log2, s, b, h64, c64, S, UNIT,
+            with_rows, with_index, with_bias, with_scale, with_shift, scale, s, b, h64, c64, S, UNIT,
         )  # fmt: skip
         for j in tl.range(0, count, BN, num_stages=1):
             at = j + on

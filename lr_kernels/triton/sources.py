@@ -10,8 +10,7 @@ from torch import Tensor
 
 from .launch import dense_last, strides
 
-LOG2E = 1.4426950408889634
-_LOG2E = tl.constexpr(LOG2E)
+LOG2E = tl.constexpr(1.4426950408889634)
 MAX = tl.constexpr(3.4028234663852886e38)
 INF = tl.constexpr(float("inf"))
 
@@ -53,7 +52,7 @@ def load_tile(
 @triton.jit
 def to_log2(x):
     """Natural-log weight -> log2 units. What is finite stays finite: finfo.min must not turn into -inf."""
-    y = tl.minimum(x * _LOG2E, MAX, propagate_nan=tl.PropagateNan.ALL)
+    y = tl.minimum(x * LOG2E, MAX, propagate_nan=tl.PropagateNan.ALL)
     y = tl.maximum(y, -MAX, propagate_nan=tl.PropagateNan.ALL)
     return tl.where(tl.abs(x) == INF, x, y)
 

@@ -133,7 +133,7 @@ _BLACKWELL_BACKWARD = (
     BackwardTiles(64, (64, 0), _K, _K),
     BackwardTiles(80, (64, 16), _L, _M),
     BackwardTiles(128, (128, 0), _L, _L),  # source at 32 x 64: 28 spills
-    BackwardTiles(256, (256, 0), (32, 32, 4, 2), _N),
+    BackwardTiles(256, (256, 0), _N, _N),
 )
 _FLOAT32_BACKWARD = (  # on sm_90 the query kernel has 4 spills at D 64, the source kernel 11 at 128
     BackwardTiles(64, (64, 0), (16, 16, 4, 1), (16, 16, 4, 2)),

@@ -4,6 +4,8 @@ A program owns a tile of queries and walks the heads, so the mean over heads is 
 (B, H, N, M) probabilities never exist. The chosen keys' logits are computed once more when their row sum is known.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from .arguments import check_token_maps
 from .launch import INTERPRETED, architecture, check_grid, dense_last, on_device, strides
-from .sources import LOG2E, dot_precision, load_tile
+from .sources import dot_precision, load_tile
 from .tiles import split_head_dim
 
 _INF = tl.constexpr(float("inf"))
@@ -143,7 +145,7 @@ def launch_arguments(
         unit = 1
     tokens = dense_last(token_indices)
     arguments = (
-        query, key, value, tokens, out, maps, N, M, H, T, tiles, blocks, scale * LOG2E,
+        query, key, value, tokens, out, maps, N, M, H, T, tiles, blocks, scale / math.log(2),
         *(x // unit for strides_ in dims for x in strides_), *strides(maps, 0, 1, 2), strides(tokens, 0)[0],
     )  # fmt: skip
     constants = {

@@ -1,0 +1,275 @@
+"""What the kernel of the forward pass of attention does on the way: the walk over all sources, and its steps.
+
+A walk in log2 units is fast and right for logits below 2^28. Where it meets larger ones, or its sums leave fp32, it
+says so, and a second walk holds the logits in units of 256 log2, in which no sum of finite biases leaves fp32.
+"""
+
+import triton
+import triton.language as tl
+
+from .sources import (
+    INF,
+    LOG2E,
+    MAX,
+    key_entries,
+    key_list,
+    key_tokens,
+    load_tile,
+    per_head,
+    pick,
+    pick_int,
+    query_tokens,
+    source_row,
+)
+
+_LN2 = tl.constexpr(0.6931471805599453)
+_FAR = tl.constexpr(2.0**28)
+"""Neighbouring fp32 numbers are 32 apart here: the rounding of a logit alone moves its weight by up to 2^16."""
+
+
+@triton.jit
+def _key_shift(key_bias, bias, tokens, at, bias_count, beta, TO_UNITS: tl.constexpr):
+    """beta plus the bias of each key, (1, BN); without any bias beta alone."""
+    if key_bias is None:
+        return beta
+    else:
+        return (tl.load(bias + tokens, mask=at < bias_count, other=0.0) * TO_UNITS + beta)[None, :]
+
+
+@triton.jit
+def _attend_tile(
+    q0, q1, acc0, acc1, top, total,  # (BM, D0), (BM, D1), (BM, D0), (BM, D1), (BM,), (BM, 8)
+    key, value, tokens, value_tokens, ok,  # pointers at (row, 0, head, 0); (BN,) to read; (BN,) which of them exist
+    key_stride, value_stride, alpha, shift,  # shift: scalar, or (1, BN)
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr,
+    NARROW: tl.constexpr, PER_PAIR: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    LOG2_UNITS: tl.constexpr, WEIGHT: tl.constexpr,
+):  # fmt: skip
+    """Add one tile of keys and values to the running softmax of BM queries; alpha, shift and top are in units of
+    LOG2_UNITS log2."""
+    c0 = tl.arange(0, D0)
+    if NARROW:  # the launcher knows that no token offset of a source reaches 2^31: half the address registers
+        k_at = key + (tokens * (key_stride.to(tl.int32) * UNIT))[:, None]
+        v_at = value + (value_tokens * (value_stride.to(tl.int32) * UNIT))[:, None]
+    else:
+        k_at = key + (tokens.to(tl.int64) * key_stride)[:, None] * UNIT
+        v_at = value + (value_tokens.to(tl.int64) * value_stride)[:, None] * UNIT
+    W0: tl.constexpr = D0 if D1 > 0 else D
+    k0 = load_tile(k_at + c0[None, :], ok, c0, W0, D0, False, UPCAST)
+    s = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
+    if D1 > 0:
+        c1 = tl.arange(0, D1)
+        k1 = load_tile(k_at + (D0 + c1)[None, :], ok, c1, D - D0, D1, False, UPCAST)
+        s = tl.dot(q1, tl.trans(k1), s, input_precision=PRECISION)
+    v0 = load_tile(v_at + c0[None, :], ok, c0, W0, D0, False, UPCAST)
+    if PER_PAIR:  # bias per key, or an alpha that may be negative: one instruction more per pair
+        t = tl.fma(s, alpha, shift)
+        if MASKED:
+            t = tl.where(ok[None, :], t, -INF)
+        # min(): a live +inf gives NaN for its own row; max() drops NaN, which p carries on
+        new_top = tl.minimum(tl.maximum(top, tl.max(t, 1)), MAX)
+        p = tl.exp2((t - new_top[:, None]) * LOG2_UNITS) * WEIGHT
+    else:
+        if MASKED:
+            s = tl.where(ok[None, :], s, -INF)
+        new_top = tl.minimum(tl.maximum(top, tl.max(s, 1) * alpha + shift), MAX)
+        p = tl.exp2(s * alpha - (new_top - shift)[:, None])
+    shrink = tl.exp2((top - new_top) * LOG2_UNITS)
+    # 8 partial sums per row stay inside a thread, which halves the shuffles of the loop
+    total = total * shrink[:, None] + tl.sum(tl.reshape(p, (BM, BN // 8, 8)), 1)
+    p = p.to(v0.dtype)
+    acc0 = tl.dot(p, v0, acc0 * shrink[:, None], input_precision=PRECISION)
+    if D1 > 0:
+        c1 = tl.arange(0, D1)
+        v1 = load_tile(v_at + (D0 + c1)[None, :], ok, c1, D - D0, D1, False, UPCAST)
+        acc1 = tl.dot(p, v1, acc1 * shrink[:, None], input_precision=PRECISION)
+    return acc0, acc1, new_top, total
+
+
+@triton.jit
+def _value_tokens(value_index, tokens, at, index_count, last):
+    """(BN,) tokens of the values that go with key tokens; index_count is 0 where this source has no value_index. An
+    entry outside [0, last] reads the nearest token inside."""
+    if value_index is None:
+        return tokens
+    else:
+        moved = at < index_count
+        found = tl.load(value_index + tokens, mask=moved, other=0)
+        return tl.where(moved, tl.minimum(tl.maximum(found, 0), last), tokens)
+
+
+@triton.jit
+def _group_factor(mass, weight, weight_stride, with_weight, s, b64, i, ok, S: tl.constexpr):
+    """(BM,) weight / mass of the softmax group that source s ends; 0 where a query saw no key."""
+    factor = tl.where(mass == 0, 0.0, 1.0 / mass)
+    if weight is not None:
+        has = ((with_weight >> s) & 1) != 0
+        place = pick_int(weight_stride[0], s, S) + b64 * pick_int(weight_stride[1], s, S)
+        places = place + i * pick_int(weight_stride[2], s, S)
+        factor *= tl.where(has, tl.load(pick(weight, s, S) + places, mask=ok, other=0.0), 1.0)
+    return factor
+
+
+@triton.jit
+def _leaves_fp32(acc0, acc1, top, keys, D1: tl.constexpr):
+    """Whether a row of the tile needs the second walk: its largest logit is far out, or its sum is not finite."""
+    bad = (tl.sum(acc0 * 0.0, 1) != 0) | ((tl.abs(top) >= _FAR) & (keys > 0))
+    if D1 > 0:
+        bad |= tl.sum(acc1 * 0.0, 1) != 0
+    return tl.max(bad.to(tl.int32), 0)
+
+
+@triton.jit
+def attend_queries(
+    call, first, end, b, h, c,
+    S: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    UNIT: tl.constexpr, NARROW: tl.constexpr, PER_PAIR: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """Up to BM queries of class c, from place `first` of the order to `end`, walk over their visible keys of all
+    sources and store output and lse -> not 0 if numbers left fp32 and the walk must be done again, WIDE."""
+    (
+        query, key, value, rows, key_index, key_count, value_index, key_bias, logit_scale, logit_bias, weight,
+        query_order, out, lse, M, R, V, key_stride, value_stride,
+        index_stride, count_stride, value_index_stride, bias_stride, scale_stride, shift_stride, weight_stride, scale,
+        with_rows, with_index, with_bias, with_scale, with_shift, with_value_index, with_weight, group_ends,
+        query_b, query_n, query_h, out_b, out_n, out_h, lse_b, lse_n, lse_h,
+    ) = call  # fmt: skip
+    DTYPE: tl.constexpr = query.dtype.element_ty
+    # fp16 has no room for smaller weights and queries, and no need: its values and scores stay far inside fp32. 2^-16
+    # in every weight: the sum of up to 65,536 weighted values stays in fp32 where their mean does. 1/16 in the queries:
+    # a score ⟨q, k⟩ of 16 times what fp32 holds is a logit that it holds, with most scales.
+    ROOM: tl.constexpr = WIDE and DTYPE != tl.float16
+    LOG2_UNITS: tl.constexpr = 256.0 if WIDE else 1.0
+    WEIGHT: tl.constexpr = 0.0000152587890625 if ROOM else 1.0
+    SHRINK: tl.constexpr = 0.0625 if ROOM else 1.0
+    TO_UNITS: tl.constexpr = LOG2E / LOG2_UNITS
+    b64 = b.to(tl.int64)
+    h64 = h.to(tl.int64)
+    c64 = tl.cast(c, tl.int64)
+
+    # The queries stay in registers or shared memory for all sources
+    slot = first + tl.arange(0, BM)
+    query_ok = slot < end
+    i = query_tokens(query_order, slot, query_ok)
+    c0 = tl.arange(0, D0)
+    W0: tl.constexpr = D0 if D1 > 0 else D
+    q_at = query + (b64 * query_b + h64 * query_h) * UNIT + (i * query_n)[:, None] * UNIT
+    q0 = load_tile(q_at + c0[None, :], query_ok, c0, W0, D0, True, UPCAST)
+    if ROOM:
+        q0 = (q0 * SHRINK).to(q0.dtype)
+    q1 = q0
+    if D1 > 0:
+        c1 = tl.arange(0, D1)
+        q1 = load_tile(q_at + (D0 + c1)[None, :], query_ok, c1, D - D0, D1, True, UPCAST)
+        if ROOM:
+            q1 = (q1 * SHRINK).to(q1.dtype)
+    acc0 = tl.zeros([BM, D0], tl.float32)
+    acc1 = 0.0
+    if D1 > 0:
+        acc1 = tl.zeros([BM, D1], tl.float32)
+    top = tl.full([BM], -MAX, tl.float32)
+    total = tl.zeros([BM, 8], tl.float32)
+    sum0, sum1 = acc0, acc1  # of the groups that are done
+    keys = 0  # of the group
+    far = 0
+
+    on = tl.arange(0, BN)
+    for s in range(S):
+        row, reads = source_row(rows, with_rows, R, s, b, S)
+        index, index_count, count = key_list(
+            key_index, key_count, index_stride, count_stride, with_index, M, s, c64, row, reads, S
+        )
+        value_list = None
+        value_count = 0
+        last = 0
+        if value_index is not None:
+            last = pick_int(V, s, S).to(tl.int32) - 1
+            count = tl.where(last < 0, 0, count)
+            value_count = tl.where(((with_value_index >> s) & 1) != 0, count, 0)
+            value_list = pick(value_index, s, S)
+            value_list += row * pick_int(value_index_stride[0], s, S) + b64 * pick_int(value_index_stride[1], s, S)
+        # logit = alpha · ⟨q, k⟩ + beta + bias
+        alpha = scale * (TO_UNITS / SHRINK)
+        if logit_scale is not None:
+            alpha *= per_head(logit_scale, scale_stride, with_scale, s, b64, h64, 1.0, S)
+        beta = 0.0
+        if logit_bias is not None:
+            beta = per_head(logit_bias, shift_stride, with_shift, s, b64, h64, 0.0, S) * TO_UNITS
+        bias = None
+        bias_count = 0
+        if key_bias is not None:
+            bias_count = tl.where(((with_bias >> s) & 1) != 0, count, 0)
+            bias = pick(key_bias, s, S) + row * pick_int(bias_stride[0], s, S)
+        k_n = pick_int(key_stride[1], s, S)
+        v_n = pick_int(value_stride[1], s, S)
+        k = pick(key, s, S)
+        k += (row * pick_int(key_stride[0], s, S) + h64 * pick_int(key_stride[2], s, S)) * UNIT
+        v = pick(value, s, S)
+        v += (row * pick_int(value_stride[0], s, S) + h64 * pick_int(value_stride[2], s, S)) * UNIT
+        keys += count
+
+        # Whole tiles, then the keys that are left: a loop of at most one turn, since straight code reads the tiles of
+        # shared memory at constant addresses, which ptxas 12.8 (Triton 3.6) gets wrong in tiles below 128 bytes a row
+        whole = 0 if WIDE else count // BN * BN
+        entries = key_entries(key_index, index, on, index_count)
+        if not WIDE:
+            for j in tl.range(0, whole, BN):
+                at = j + on
+                tokens = key_tokens(key_index, entries, at, index_count)
+                entries = key_entries(key_index, index, at + BN, index_count)
+                value_tokens = _value_tokens(value_list, tokens, at, value_count, last)
+                shift = _key_shift(key_bias, bias, tokens, at, bias_count, beta, TO_UNITS)
+                acc0, acc1, top, total = _attend_tile(
+                    q0, q1, acc0, acc1, top, total, k, v, tokens, value_tokens, query_ok, k_n, v_n, alpha, shift,
+                    D, D0, D1, BM, BN, UNIT, NARROW, PER_PAIR, False, PRECISION, UPCAST, LOG2_UNITS, WEIGHT,
+                )  # fmt: skip
+        for j in tl.range(whole, count, BN):
+            at = tl.minimum(j + on, count - 1)  # past the end the last key again, of weight 0
+            tokens = key_tokens(key_index, key_entries(key_index, index, at, index_count), at, index_count)
+            value_tokens = _value_tokens(value_list, tokens, at, value_count, last)
+            shift = _key_shift(key_bias, bias, tokens, at, bias_count, beta, TO_UNITS)
+            acc0, acc1, top, total = _attend_tile(
+                q0, q1, acc0, acc1, top, total, k, v, tokens, value_tokens, j + on < count, k_n, v_n, alpha, shift,
+                D, D0, D1, BM, BN, UNIT, NARROW, PER_PAIR, True, PRECISION, UPCAST, LOG2_UNITS, WEIGHT,
+            )  # fmt: skip
+
+        if group_ends is not None:
+            if ((group_ends >> s) & 1) != 0:
+                i = query_tokens(query_order, slot, query_ok)
+                factor = _group_factor(tl.sum(total, 1), weight, weight_stride, with_weight, s, b64, i, query_ok, S)
+                if not WIDE:
+                    far |= _leaves_fp32(acc0, acc1, top, keys, D1)
+                sum0 += acc0 * factor[:, None]
+                acc0 = tl.zeros([BM, D0], tl.float32)
+                if D1 > 0:
+                    sum1 += acc1 * factor[:, None]
+                    acc1 = tl.zeros([BM, D1], tl.float32)
+                top = tl.full([BM], -MAX, tl.float32)
+                total = tl.zeros([BM, 8], tl.float32)
+                keys = 0
+
+    # Normalize and store; no visible key: out 0, lse -inf; a NaN in acc stays
+    mass = tl.sum(total, 1)
+    i = query_tokens(query_order, slot, query_ok)  # read again: cheaper than registers held through the loop
+    if group_ends is None:
+        if not WIDE:
+            far = _leaves_fp32(acc0, acc1, top, keys, D1)
+        factor = _group_factor(mass, weight, weight_stride, with_weight, S - 1, b64, i, query_ok, S)
+        sum0 = acc0 * factor[:, None]
+        if D1 > 0:
+            sum1 = acc1 * factor[:, None]
+    o_at = out + (b64 * out_b + h64 * out_h) * UNIT + (i * out_n)[:, None] * UNIT
+    tl.store(o_at + c0[None, :], sum0.to(out.dtype.element_ty), mask=query_ok[:, None] & (c0[None, :] < W0))
+    if D1 > 0:
+        c1 = tl.arange(0, D1)
+        o1 = sum1.to(out.dtype.element_ty)
+        tl.store(o_at + (D0 + c1)[None, :], o1, mask=query_ok[:, None] & (c1[None, :] < D - D0))
+    if lse is not None:
+        wide = top.to(lse.dtype.element_ty)  # fp64 keeps the mass beside a huge top, as the backward pass needs
+        natural = wide * (LOG2_UNITS * _LN2) + tl.log2(mass / WEIGHT).to(wide.dtype) * _LN2
+        if WIDE:
+            beyond = (tl.abs(natural) == INF) & (mass < INF)  # -inf is for a query that sees nothing
+            natural = tl.where(beyond, tl.where(top > 0, MAX, -MAX), natural)
+        tl.store(lse + b64 * lse_b + i * lse_n + h64 * lse_h, tl.where(mass == 0, -INF, natural), mask=query_ok)
+    return far
