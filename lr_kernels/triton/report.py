@@ -25,7 +25,7 @@ from . import adain, attention, attention_backward, correspondence, merge, step_
 ARCHITECTURES = (80, 90, 100)
 """One per family of tiles, with every kernel."""
 RELATED = (86, 120)
-"""They take the tiles of sm_80: attention alone is compiled. sm_89 gets the same code as sm_86, register by register."""
+"""They take the tiles of sm_80: attention alone is compiled. sm_89 gets the same code as sm_86."""
 HEAD_DIMS = (40, 64, 80, 128, 160)
 PROCESSES = 2
 
