@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
-PUBLIC := $(addprefix lr_kernels/,$(addsuffix .py,__init__ adain attention attention_checks attention_grad attention_tables backends checks coefficients correspondence extras info installation masks merge ops plan reference source step_blend tensors token_maps))
+PUBLIC := $(addprefix lr_kernels/,$(addsuffix .py,__init__ adain attention attention_checks attention_grad attention_tables backends checks coefficients correspondence extras info installation masks merge ops plan reference source step_blend tensors token_maps triton/cache))
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/* bindings/*)
 
 .PHONY: demo test test-oldest-triton lint bench readme sanitize fuzz properties clean

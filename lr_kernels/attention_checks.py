@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -180,7 +180,7 @@ def _check_strength(name: str, x: object, eager: bool) -> bool:
     """A number that float32 holds, infinite or NaN, or a tensor of real numbers; returns whether `resolve` changes
     it."""
     if type(x) is float or type(x) is int:
-        if not -FLOAT32_MAX <= x <= FLOAT32_MAX:
+        if not -FLOAT32_MAX <= cast(float, x) <= FLOAT32_MAX:
             _check_beyond(name, x)
         return False
     if isinstance(x, Tensor):
@@ -194,7 +194,7 @@ def _check_strength(name: str, x: object, eager: bool) -> bool:
         return x.dtype == torch.float64
     if not isinstance(x, Real):
         fail(OP, name, "a number or a tensor", type(x).__name__, error=TypeError)
-    if not -FLOAT32_MAX <= x <= FLOAT32_MAX:
+    if not -FLOAT32_MAX <= cast(float, x) <= FLOAT32_MAX:
         _check_beyond(name, x)
     return False
 

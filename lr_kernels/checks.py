@@ -72,7 +72,7 @@ def check_pair(op: str, argument: str, value: object, lowest: int, expected: str
         fail(op, argument, expected, repr(value))
     if torch.compiler.is_compiling():  # sizes may be symbolic
         return pair
-    if not all(isinstance(x, Integral) and x >= lowest for x in pair):
+    if not all(isinstance(x, Integral) and int(x) >= lowest for x in pair):
         fail(op, argument, expected, repr(value))
     return int(pair[0]), int(pair[1])
 

@@ -116,7 +116,7 @@ def plan_attention(
     if query_groups is not None:
         classes = query_groups.unique().tolist() if query_classes is None else query_classes
         for c in classes:
-            if not isinstance(c, Integral) or not 0 <= c <= 255:
+            if not isinstance(c, Integral) or not 0 <= int(c) <= 255:
                 fail("plan_attention", "query_classes", "integers from 0 to 255", c)
         classes = sorted({int(c) for c in classes})
         classes = classes or [0]  # no queries at all

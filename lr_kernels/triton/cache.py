@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from triton import knobs
 from triton.compiler import CompiledKernel
@@ -50,7 +51,9 @@ def compile_once(kernel: JITFunction) -> None:
         return
     lock, compile_missing = threading.RLock(), kernel._do_compile
 
-    def locked(key, signature, device, constexprs, options, attrs, warmup):
+    def locked(
+        key: str, signature: Any, device: int, constexprs: Any, options: Any, attrs: Any, warmup: bool
+    ) -> CompiledKernel | None:
         with lock:
             compiled = kernel.device_caches[device][0].get(key)
             if compiled is not None:
