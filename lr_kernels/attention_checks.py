@@ -180,7 +180,7 @@ def _check_strength(name: str, x: object, eager: bool) -> bool:
     """A number that float32 holds, infinite or NaN, or a tensor of real numbers; returns whether `resolve` changes
     it."""
     if type(x) is float or type(x) is int:
-        if not -FLOAT32_MAX <= cast(float, x) <= FLOAT32_MAX:
+        if not -FLOAT32_MAX <= x <= FLOAT32_MAX:
             _check_beyond(name, x)
         return False
     if isinstance(x, Tensor):
