@@ -100,18 +100,33 @@ def test_15_the_ends_of_fp32(name, backend, device):
         assert torch.equal(found[1].cpu() == math.inf, lse == math.inf)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "triton"])
-def test_15_token_maps_of_values_whose_sum_is_beyond_fp32(backend, device):
-    key, value = randn(1, 200, 1, 16).to(device), torch.full((1, 200, 1, 16), 1e37, device=device)
-    if backend == "cpu":
-        key, value = key.cpu(), value.cpu()
-    query, chosen = Q[:1, :, :1].to(key), torch.tensor([3, 5], device=key.device)
-    out, maps = attention_with_token_maps(query, key, value, chosen, backend=backend)
-    low, low_maps = reference.attention_with_token_maps(query.cpu(), key.cpu(), value.cpu(), chosen.cpu())
-    wide = [x.cpu().double() for x in (query, key, value)]
-    truth, true_maps = reference.attention_with_token_maps(*wide, chosen.cpu())
-    assert_matches(out.cpu(), low, truth)
-    assert_matches(maps.cpu(), low_maps, true_maps)
+TEXT, SUM = randn(1, 200, 1, 16), torch.full((1, 200, 1, 16), 1e37)
+MAPS = {  # query, key, value, scale
+    "values whose sum is beyond fp32": (Q[:1, :, :1], TEXT, SUM, None),
+    "largest scores": (1e19 * Q, 1.5e18 * K, V, 1.0),
+    "smallest scores": (1e19 * Q.abs(), -1.5e18 * K.abs(), V, 1.0),
+    "products beyond fp32": (1e19 * Q, 1e19 * K, V, None),
+    "largest scale": (Q, K, V, MAX),
+    "smallest scale": (Q, K, V, -MAX),
+    "tiny scale": (Q, K, V, 1e-40),
+    "scale 0": (Q, K, V, 0.0),
+    "negative scale": (Q, K, V, -0.5),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", MAPS)
+def test_15_token_maps_at_the_ends_of_fp32(name, backend, device):
+    *inputs, scale = MAPS[name]
+    chosen = torch.tensor([3, 5])
+    low = reference.attention_with_token_maps(*inputs, chosen, scale=scale)
+    truth = reference.attention_with_token_maps(*(x.double() for x in inputs), chosen, scale=scale)
+    assert all(x.isfinite().all() for x in truth)
+    where = device if backend == "triton" else "cpu"
+    inputs = [x.to(where) for x in (*inputs, chosen)]
+    found = attention_with_token_maps(*inputs, scale=scale, backend=backend)
+    for ours, spec, exact in zip(found, low, truth):
+        assert_matches(ours.cpu(), spec, exact)
 
 
 def test_15_a_scale_that_fp32_cannot_hold_is_refused():

@@ -1,8 +1,10 @@
 // attention_with_token_maps for one instruction set (LR_ISA): queries in SIMD lanes, keys and values as scalars, so the
 // softmax over the few text tokens needs no sum across lanes.
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <new>
+#include <vector>
 
 #include "cpu/transpose.h"
 #include "params.h"
@@ -171,6 +173,34 @@ void exponentials(float* scores, int64_t m, float factor, const Vec (&most)[2], 
   for (int v = 0; v < 2; ++v) inverse[v] = 1.0f / total[v];
 }
 
+bool any_nan(const Vec (&x)[2]) {
+  bool found = false;
+  for (int i = 0; i < kLanes; ++i) found |= std::isnan(x[0][i]) || std::isnan(x[1][i]);
+  return found;
+}
+
+// `exponentials` of scores in double, for queries whose scores fp32 cannot hold. They keep their order, and what is not
+// finite in a query or key stays NaN.
+void wide_exponentials(const Rows& key, int64_t m, const float* query, int64_t d, double scale, float* scores,
+                       Vec (&inverse)[2]) {
+  std::vector<double> logits(m);  // in memory: a product that a subtraction absorbs is rounded apart from the maximum
+  for (int64_t q = 0; q < kQueries; ++q) {
+    double most = -INFINITY, total = 0;
+    for (int64_t j = 0; j < m; ++j) {
+      double sum = 0;
+      for (int64_t i = 0; i < d; ++i) sum += double(key.data[j * key.stride + i]) * double(query[i * kQueries + q]);
+      logits[j] = sum * scale;
+      most = std::max(most, logits[j]);
+    }
+    for (int64_t j = 0; j < m; ++j) {
+      const double weight = std::exp(logits[j] - most) / 65536;
+      scores[j * kQueries + q] = float(weight);
+      total += weight;
+    }
+    inverse[q / kLanes][q % kLanes] = float(1 / total);
+  }
+}
+
 struct Buffers {
   Scratch scratch;
   float* key;     // [m, d], for 16-bit dtypes
@@ -212,6 +242,7 @@ void attend(const TokenMapsParams& p, Buffers& buffer, int64_t b, int64_t first,
       Vec most[2] = {set1(-INFINITY), set1(-INFINITY)}, inverse[2];
       score_keys<kTile>(key, p.m, buffer.query, p.d, sign, buffer.scores, most);
       exponentials(buffer.scores, p.m, factor, most, inverse);
+      if (any_nan(inverse)) wide_exponentials(key, p.m, buffer.query, p.d, p.scale, buffer.scores, inverse);
 
       for (int64_t t = 0; t < p.t; ++t)
         for (int v = 0; v < 2; ++v) {

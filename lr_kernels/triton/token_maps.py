@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..checks import FLOAT32_MAX
 from .arguments import check_token_maps
 from .launch import INTERPRETED, architecture, check_grid, dense_last, on_device, strides
 from .sources import dot_precision, load_tile
@@ -28,7 +29,7 @@ def attention_with_token_maps_forward_kernel(
     key, value,  # (B, M, H, D)
     token_indices,  # int32 (B, T)
     out, maps,  # (B, N, H, D), fp32 (B, N, T)
-    N, M, H, T, tiles, blocks, scale_log2,
+    N, M, H, T, tiles, blocks, query_factor, scale_log2,  # scale_log2 > 0: of products with query * query_factor
     query_b, query_n, query_h, key_b, key_n, key_h, value_b, value_n, value_h, out_b, out_n, out_h,  # units of UNIT
     maps_b, maps_n, maps_t, token_b,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
@@ -47,7 +48,8 @@ def attention_with_token_maps_forward_kernel(
     c0 = tl.arange(0, D0)
     W0: tl.constexpr = D0 if D1 > 0 else D
     mean = tl.zeros([BM, BT], tl.float32)
-    # 2^-16 in every weight, as in attention.py
+    scale_log2 = tl.cast(scale_log2, tl.float32)  # the interpreter takes a tiny number for fp64
+    # 2^-16 in every weight and 1/16 in the queries, as in attention_steps.py
     HEADROOM: tl.constexpr = 16.0 if query.dtype.element_ty == tl.bfloat16 else 0.0
     WEIGHT: tl.constexpr = 0.0000152587890625 if query.dtype.element_ty == tl.float32 else 1.0
     for h in range(H):
@@ -56,10 +58,12 @@ def attention_with_token_maps_forward_kernel(
         k_base = key + (b * key_b + h64 * key_h) * UNIT
         v_base = value + (b * value_b + h64 * value_h) * UNIT
         q0 = load_tile(q_at + c0[None, :], query_ok, c0, W0, D0, True, UPCAST)
+        q0 = (q0 * query_factor).to(q0.dtype)
         acc0 = tl.zeros([BM, D0], tl.float32)
         if D1 > 0:
             c1 = tl.arange(0, D1)
             q1 = load_tile(q_at + (D0 + c1)[None, :], query_ok, c1, D - D0, D1, True, UPCAST)
+            q1 = (q1 * query_factor).to(q1.dtype)
             acc1 = tl.zeros([BM, D1], tl.float32)
         top = tl.full([BM], -_INF, tl.float32)
         total = tl.zeros([BM], tl.float32)
@@ -74,11 +78,12 @@ def attention_with_token_maps_forward_kernel(
             if D1 > 0:
                 k1 = load_tile(k_at + (D0 + c1)[None, :], ok, c1, D - D0, D1, True, UPCAST)
                 s = tl.dot(q1, tl.trans(k1), s, input_precision=PRECISION)
-            s = tl.where(ok[None, :], s * scale_log2, -_INF)
-            new_top = tl.maximum(top, tl.max(s, 1) + HEADROOM)
+            s = tl.where(ok[None, :], s, -_INF)
+            new_top = tl.maximum(top, tl.max(s, 1))
             base = tl.where(new_top == -_INF, 0.0, new_top)
-            p = tl.exp2(s - base[:, None]) * WEIGHT
-            shrink = tl.exp2(top - base)
+            # the difference first: of large scores the product with scale_log2 is beyond fp32
+            p = tl.exp2((s - base[:, None]) * scale_log2 - HEADROOM) * WEIGHT
+            shrink = tl.exp2((top - base) * scale_log2)
             total = total * shrink + tl.sum(p, 1)
             top = new_top
             v0 = load_tile(v_at + c0[None, :], ok, c0, W0, D0, True, UPCAST)
@@ -102,7 +107,7 @@ def attention_with_token_maps_forward_kernel(
             k1 = load_tile(k_at + (D0 + c1)[None, :], chosen_ok, c1, D - D0, D1, True, UPCAST)
             s = tl.dot(q1, tl.trans(k1), s, input_precision=PRECISION)
         base = tl.where(top == -_INF, 0.0, top)
-        mean += tl.exp2(s * scale_log2 - base[:, None]) * WEIGHT / total[:, None]
+        mean += tl.exp2((s - base[:, None]) * scale_log2 - HEADROOM) * WEIGHT / total[:, None]
     at = maps + b * maps_b + (i * maps_n)[:, None] + (t.to(tl.int64) * maps_t)[None, :]
     tl.store(at, mean / H, mask=query_ok[:, None] & (t < T)[None, :])
 
@@ -144,8 +149,10 @@ def launch_arguments(
     if any(x % unit for strides_ in dims for x in strides_):
         unit = 1
     tokens = dense_last(token_indices)
+    shrink = 1 if query.dtype == torch.float16 else 1 / 16
+    scale_log2 = min(max(abs(scale) / math.log(2) / shrink, 1e-45), FLOAT32_MAX)  # above 0: no infinity times 0
     arguments = (
-        query, key, value, tokens, out, maps, N, M, H, T, tiles, blocks, scale / math.log(2),
+        query, key, value, tokens, out, maps, N, M, H, T, tiles, blocks, math.copysign(shrink, scale), scale_log2,
         *(x // unit for strides_ in dims for x in strides_), *strides(maps, 0, 1, 2), strides(tokens, 0)[0],
     )  # fmt: skip
     constants = {
