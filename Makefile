@@ -52,7 +52,8 @@ SANITIZED_PYTHON = cd build/sanitize/lib && PYTHONPATH=. LD_PRELOAD="$(RUNTIMES)
 	UBSAN_OPTIONS=print_stacktrace=1 $(abspath $(BIN))/python
 .PHONY: sanitized
 sanitized: $(VENV)/.installed
-	CMAKE_ARGS="-DLR_SANITIZE=ON -DCMAKE_CXX_COMPILER=g++" $(BIN)/python setup.py -q build \
+	isa=$$($(BIN)/python -c "from lr_kernels.info import instruction_set as isa; print(isa())") && \
+	CMAKE_ARGS="-DLR_SANITIZE=$$isa -DCMAKE_CXX_COMPILER=g++" $(BIN)/python setup.py -q build \
 		--build-temp build/sanitize/objects --build-lib build/sanitize/lib
 sanitize: sanitized
 	$(SANITIZED_PYTHON) -m pytest -p no:cacheprovider --capture=sys -k "not 29_ and not 44_" $(SANITIZED:%=$(CURDIR)/tests/test_%.py)

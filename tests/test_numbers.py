@@ -55,6 +55,10 @@ CALLS = {
     "largest scores": ([source(key=1.5e18 * K)], {"query": 1e19 * Q, "scale": 1.0}),
     "smallest scores": ([source(key=-1.5e18 * K.abs())], {"query": 1e19 * Q.abs(), "scale": 1.0}),
     "products beyond fp32": ([source(key=1e19 * K)], {"query": 1e19 * Q}),
+    "one query of largest scores": (
+        [source(key=1e19 * K)],
+        {"query": torch.cat([1e19 * Q[:, :1], 1e-19 * Q[:, 1:]], 1)},
+    ),
     "values whose sum is beyond fp32": ([Source(randn(2, 200, 2, 16), torch.full((2, 200, 2, 16), 1e37))], {}),
     "largest scale": ([source()], {"scale": MAX}),
     "smallest scale": ([source()], {"scale": -MAX}),
