@@ -8,8 +8,9 @@ SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*.h csrc/cpu/*
 
 .PHONY: demo test test-oldest-triton lint bench readme sanitize fuzz properties clean
 
+# Threads that wait passively: two that spin beside other work take 25 times as long over the toy model's small layers.
 demo: $(VENV)/.installed
-	$(BIN)/python -m lr_kernels demo
+	OMP_WAIT_POLICY=passive $(BIN)/python -m lr_kernels demo
 	$(BIN)/python -m benchmarks --quick
 
 # Files side by side: whole ones, since some make what all their tests share. A thread each, or their spinning OpenMP

@@ -57,11 +57,13 @@ def check_number(
     return float(number)
 
 
-def check_integer(op: str, argument: str, value: object, lowest: int, expected: str, highest: float = math.inf) -> int:
+def check_integer(
+    op: str, argument: str, value: object, lowest: int, expected: str, highest: float = math.inf, hint: str = ""
+) -> int:
     """The value as an int. ValueError unless it is an integer, of any type that is one, within the bounds."""
     number = plain_number(value)
     if not isinstance(number, int) or not lowest <= number <= highest:
-        fail(op, argument, expected, repr(value))
+        fail(op, argument, expected, repr(value), hint)
     return number
 
 

@@ -16,5 +16,7 @@ def require(extra: str, *modules: str) -> None:
     if missing:
         are = "is" if len(missing) == 1 else "are"
         raise ModuleNotFoundError(
-            f'lr_kernels: {", ".join(missing)} {are} not installed: pip install "lr_kernels[{extra}]"', name=missing[0]
+            f"lr_kernels: {', '.join(missing)} {are} not installed; in the folder of setup.py: "
+            f'pip install --no-build-isolation ".[{extra}]"',
+            name=missing[0],
         )

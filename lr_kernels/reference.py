@@ -279,22 +279,20 @@ def merge_attention_states(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tu
 def attention_with_token_maps(
     query: Tensor, key: Tensor, value: Tensor, token_indices: Tensor, *, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Cross-attention and the head-mean probability of chosen keys.
+    """Cross-attention and the head-mean probability of chosen keys; P in float64 where float32 cannot hold a logit.
 
     query (B, N, H, D); key, value (B, M, H, D); token_indices int (T,) or (B, T).
     out (B, N, H, D) = softmax(scale · Q Kᵀ) V;  maps (B, N, T) fp32: maps[b,i,t] = mean_h P[b,i,h,token_indices[b,t]].
-    Where float32 cannot hold a logit, the probabilities are computed in float64.
     """
     dtype = _compute_dtype(query.dtype)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    logits = torch.einsum("bnhd,bmhd->bhnm", query.to(dtype), key.to(dtype)) * scale
-    if not logits.isfinite().all():
-        logits = torch.einsum("bnhd,bmhd->bhnm", query.double(), key.double()) * scale
-    p = logits.softmax(-1).to(dtype)
+    for wide in (dtype, torch.float64):
+        p = (torch.einsum("bnhd,bmhd->bhnm", query.to(wide), key.to(wide)) * scale).softmax(-1).to(dtype)
+        if p.isfinite().all():
+            break
     out = torch.einsum("bhnm,bmhd->bnhd", p, value.to(dtype)).to(query.dtype)
     index = token_indices.long().expand(query.shape[0], token_indices.shape[-1])
-    maps = p.mean(1).gather(2, index[:, None, :].expand(-1, query.shape[1], -1))
-    return out, maps if dtype == torch.float64 else maps.float()
+    return out, p.mean(1).gather(2, index[:, None, :].expand(-1, query.shape[1], -1))
 
 
 OTSU_BINS = 256

@@ -2,6 +2,7 @@
 
 import io
 import warnings
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -99,6 +100,55 @@ def test_negative_numbers_mean_minus_one_to_one_for_the_whole_call():
     with pytest.warns(UserWarning):
         mixed = own_size([signed[1], PIL.Image.fromarray(COLOURS), COLOURS])
     assert torch.equal(mixed, torch.cat([signed[1:], as_pixels(COLOURS), as_pixels(COLOURS)]))
+
+
+def test_the_undershoot_of_a_filter_is_no_sign_of_minus_one():
+    dark = torch.linspace(-0.05, 1, 64).expand(3, 8, 64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = preprocess([dark, UNIT[0]], 8, 64)
+    torch.testing.assert_close(found[0], 2 * dark - 1)
+    with pytest.warns(UserWarning, match=r"\(image\[1\]\); clip what is meant to be in \[0, 1\]"):
+        preprocess([UNIT[0], 2 * UNIT[0] - 1], 8, 8)
+
+
+@pytest.mark.parametrize("array", [np.uint16(COLOURS), np.uint16(COLOURS) * 16, np.uint8(COLOURS > 99)])
+def test_numbers_far_below_the_white_of_their_dtype_are_told(array):
+    with pytest.warns(UserWarning, match=r"image: its largest number is \d+ where uint(8|16) has \d+ for white"):
+        preprocess(array, *array.shape[:2])
+
+
+@pytest.mark.parametrize("image", ["dog.png", Path("dog.png")])
+def test_a_file_is_to_be_opened(image):
+    with pytest.raises(TypeError, match=r"image\[1\]: expected a PIL image.*; open a file with PIL.Image.open"):
+        preprocess([COLOURS, image], 8, 8)
+
+
+def test_images_that_pil_cannot_read_are_named():
+    file = io.BytesIO()
+    PIL.Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(file, "JPEG")
+    cut_short = PIL.Image.open(io.BytesIO(file.getvalue()[:-900]))
+    closed = PIL.Image.open(io.BytesIO(file.getvalue()))
+    closed.close()
+    for image in (cut_short, closed):
+        with pytest.raises(ValueError, match="image: expected an image that PIL can read, got"):
+            preprocess(image, 8, 8)
+        with pytest.raises(ValueError, match="mask: expected an image that PIL can read, got"):
+            as_mask(image, (8, 8), "crop", torch.device("cpu"), "mask")
+
+
+def test_an_opaque_picture_is_not_its_own_mask():
+    opaque = PIL.Image.fromarray(COLOURS).convert("RGBA")
+    for picture in (PIL.Image.fromarray(COLOURS), opaque, COLOURS):
+        with pytest.raises(ValueError, match="mask: expected a mask, or a picture that is transparent around"):
+            as_mask(picture, (8, 8), "crop", torch.device("cpu"), "mask", picture)
+    opaque.putpixel((0, 0), (0, 0, 0, 0))
+    assert as_mask(opaque, (8, 8), "crop", torch.device("cpu"), "mask", opaque).any()
+
+
+def test_a_mask_of_one_pixel_is_one():
+    for size in ((1, 1), (1, 60), (60, 1)):
+        assert as_mask(PIL.Image.new("RGB", size, "white"), (8, 8), "squeeze", torch.device("cpu")).all()
 
 
 def test_control_images_keep_their_numbers():

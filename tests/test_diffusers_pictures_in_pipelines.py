@@ -56,6 +56,22 @@ def test_masks_of_the_pictures_or_the_latents_proportions_are_taken(pipe, image)
         run(pipe, image, reference_mask=SUBJECT.T)
 
 
+def test_a_turned_mask_is_refused_where_it_has_the_proportions_of_what_is_made(pipe):
+    with pytest.raises(ValueError, match=r"got 52 x 30; both height x width; .*exif_transpose"):
+        run(pipe, PHOTO, reference_mask=SUBJECT.T, height=28, width=16)
+
+
+def test_a_subject_that_is_cut_off_and_masks_that_are_no_list(pipe):
+    left = np.zeros((30, 52), bool)
+    left[:, :4] = True
+    with pytest.raises(ValueError, match=r"a foreground, got none; .*cut off: see reference_fit"):
+        run(pipe, PHOTO, reference_mask=left)
+    run(pipe, PHOTO, reference_mask=left, reference_fit="pad")
+    with pytest.raises(ValueError, match="expected 2 masks, one per reference, got 1; several are a list"):
+        run(pipe, [PHOTO, PHOTO], reference_mask=np.stack([SUBJECT, SUBJECT]))
+    run(pipe, [PHOTO, PHOTO], reference_mask=torch.from_numpy(np.stack([SUBJECT, SUBJECT]))[:, None])
+
+
 def test_a_mask_of_labels_says_what_it_is_read_as(pipe):
     labels = SUBJECT.astype(np.uint16) * 1000
     with pytest.raises(ValueError, match=r"a foreground, got none; what is above half of the range .* pass mask > 0"):

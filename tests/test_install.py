@@ -162,11 +162,12 @@ def test_42_what_needs_an_extra_says_which():
     root = PACKAGE.parent
     printed = run_python(BLOCKED.format(blocked=extra) + EXTRAS, root).stdout.splitlines()
     missing = "lr_kernels: diffusers, transformers, safetensors, PIL, tqdm are not installed"
-    of_diffusers = f'{missing}: pip install "lr_kernels[diffusers]"'
-    of_bench = 'lr_kernels: {} is not installed: pip install "lr_kernels[bench]"'
+    how = 'in the folder of setup.py: pip install --no-build-isolation ".[{}]"'
+    of_diffusers = f"{missing}; {how.format('diffusers')}"
+    of_bench = f"lr_kernels: {{}} is not installed; {how.format('bench')}"
     modules = [of_diffusers] * 2 + [of_bench.format(name) for name in ("rich", "rich", "matplotlib", "tqdm")]
     expected = [f"ModuleNotFoundError {text}" for text in modules] + [f"SystemExit {of_diffusers}"] * 3
-    transformers = 'lr_kernels: transformers is not installed: pip install "lr_kernels[diffusers]"'
+    transformers = f"lr_kernels: transformers is not installed; {how.format('diffusers')}"
     assert printed == [*expected, f"ModuleNotFoundError {transformers}"]
 
 

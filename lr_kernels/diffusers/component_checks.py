@@ -78,6 +78,10 @@ def check_controlnet(pipe: "PersonalizedPipeline") -> None:
             expected, got = (_hashable(getattr(x, key)) for x in (unet.config, config))
             if got != expected:
                 fail(OP, "controlnet", f"{key} {expected}, as {name}", got, "pass a ControlNet that was made for it")
+    factor = 2 ** (len(config.conditioning_embedding_out_channels) - 1)
+    if factor != pipe.vae_scale_factor:
+        expected = f"one that makes {pipe.vae_scale_factor} pixels one, as the VAE"
+        fail(OP, "controlnet", expected, factor, "see its conditioning_embedding_out_channels")
 
 
 def _hashable(x: object) -> object:

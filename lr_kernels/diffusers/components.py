@@ -23,7 +23,7 @@ from .matching import FeatureRecorder
 from .output import Costs
 from .pictures import Image, preprocess
 from .processors import AttentionState
-from .prompts import Embeds, TextReader, check_numbers, hidden_states
+from .prompts import Embeds, TextReader, check_numbers, hidden_states, one_or
 from .schedule import Solver, check_scheduler, solver
 from .settings import OP, Generator, Settings
 from .stock import StockArguments
@@ -347,7 +347,7 @@ class PersonalizedPipeline(Switches):
         height, width = (x * self.vae_scale_factor for x in size)
         pixels = preprocess(image, height, width, "squeeze", normalize=False, opaque=True, name="control_image")
         if len(pixels) not in (1, count):
-            fail(OP, "control_image", f"1 or {count} images, as there are prompts", len(pixels))
+            fail(OP, "control_image", f"{one_or(count)} images, as there are prompts", len(pixels))
         pixels = pixels.expand(count, -1, -1, -1).to(self._execution_device, dtype)
         return Control(self.controlnet, pixels, scale)
 

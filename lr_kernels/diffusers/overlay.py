@@ -295,7 +295,7 @@ def _pictures(images: Pictures, name: str) -> list[PIL.Image.Image]:
         x = torch.as_tensor(images)
         x = x.movedim(-1, 1) if isinstance(images, np.ndarray) and x.dim() == 4 else x
         if x.dim() != 4 or x.shape[1] != 3:
-            hint = "latents are no pictures: call the pipeline with another output_type, or its decode"
+            hint = "latents are no pictures: call the pipeline with another output_type"
             fail("draw", name, "(n, 3, height, width) in [0, 1]", tuple(images.shape), hint)
         return [_picture(image.float().cpu()) for image in x]
     return [image.convert("RGB") for image in images]

@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Sequence
+from os import PathLike
 
 import numpy as np
 import PIL.Image
@@ -25,6 +26,10 @@ WHITES = (1, 255, 65535)
 OVERSHOOT = 0.5
 """How far numbers may be outside [0, 1], as they are after sharp filters, before they are taken for another range."""
 LUMINANCE = (0.299, 0.587, 0.114)
+UNDERSHOOT = 0.1
+"""How far below 0 they may be before they are taken to be in [-1, 1]."""
+NEARLY_BLACK = 16
+"""Numbers of which white is more than so many times the largest are of another range than their dtype says."""
 PROPORTIONS = 0.1
 """How far the logarithms of two aspect ratios may be apart that are of one picture: masks are made at other sizes."""
 
@@ -55,7 +60,7 @@ def preprocess(
         images: one, several, or batches. Arrays are (height, width), (height, width, C) or (n, height, width, C),
             tensors (height, width), (C, height, width) or (n, C, height, width); C is 1, 3, or 4 with opacity. They
             hold booleans, bytes, uint16, other integers (as "I"), or floating numbers in [0, 1]. Where floating ones
-            are negative, all of the call's arrays and tensors of floating numbers are taken to be in [-1, 1].
+            are below -0.1, all of the call's arrays and tensors of floating numbers are taken to be in [-1, 1].
         fit: one of `FITS`, for images of another aspect ratio.
         opaque: the opacity is left out, and colours are what they are beneath it, as diffusers reads control images.
         normalize: False leaves the numbers as they are, in [0, 1], as ControlNets take them.
@@ -63,7 +68,7 @@ def preprocess(
 
     Returns:
         In [-1, 1], on the device of the first image; the very numbers of diffusers' `VaeImageProcessor` for images that
-        have the size already.
+        have the size already (but that takes any negative number for a sign of [-1, 1]).
 
     Raises:
         ValueError: a shape, a range of numbers, a mode or a fit that is none of these, NaN or Inf, no image. TypeError:
@@ -73,10 +78,12 @@ def preprocess(
     if not several:
         fail(OP, name, "at least one image", "none")
     check_choice(OP, "fit", fit, FITS)
-    read = [_read(image, opaque, name) for image in several]
-    signed = any(isinstance(x, Tensor) and bool(x.min() < 0) for x in read)
+    names = [name if len(several) == 1 else f"{name}[{i}]" for i in range(len(several))]
+    read = [_read(image, opaque, each) for image, each in zip(several, names)]
+    signed = [each for x, each in zip(read, names) if isinstance(x, Tensor) and bool(x.min() < -UNDERSHOOT)]
     if signed and normalize:
-        warnings.warn(f"lr_kernels.{OP}: {name}: negative numbers, so it is taken to be in [-1, 1]", stacklevel=2)
+        told = f"negative numbers, so it is taken to be in [-1, 1] ({', '.join(signed)})"
+        warnings.warn(f"lr_kernels.{OP}: {name}: {told}; clip what is meant to be in [0, 1]", stacklevel=2)
     batches = []
     for image, x in zip(several, read):
         pixels = _fitted(x, (height, width), fit)
@@ -110,12 +117,16 @@ def as_mask(
         picture: what the mask belongs to. None: not compared.
 
     Raises:
-        ValueError: a shape, a range of numbers, a mode or a fit that is none of these, NaN or Inf; a mask that has the
-        proportions neither of its picture nor of the latents. TypeError: neither an image, an array nor a tensor, or
-        one of other things than real numbers.
+        ValueError: a shape, a range of numbers, a mode or a fit that is none of these, NaN or Inf; a mask that has
+        the proportions neither of its picture nor of the latents, or that is turned; the picture itself as its mask
+        where it is nowhere half transparent. TypeError: neither an image, an array nor a tensor, or one of other things
+        than real numbers.
     """
     check_choice(OP, "fit", fit, FITS)
-    subject = _subject(mask, name)
+    x = _mask_planes(mask, name)
+    if mask is picture and not _is_cutout(x):
+        fail(OP, name, "a mask, or a picture that is transparent around the subject", "the picture, which is opaque")
+    subject = _subject(x)
     if picture is not None:
         _check_proportions(tuple(subject.shape), _sides(picture), size, name)
     rows, columns = _shown(tuple(subject.shape), size, fit)
@@ -148,14 +159,18 @@ def _read(image: Image, opaque: bool, name: str) -> PIL.Image.Image | Tensor:
     return colours if opaque else colours * opacity + (1 - opacity)
 
 
-def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
+def _upright(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
     """As its EXIF orientation turns it, in a mode that PIL converts."""
+    try:
+        image.load()
+    except (OSError, ValueError, SyntaxError) as error:  # cut short, closed, damaged
+        fail(OP, name, "an image that PIL can read", str(error))
     image = ImageOps.exif_transpose(image)
     return image.convert("LA") if image.mode == "La" else image
 
 
 def _read_pil(image: PIL.Image.Image, opaque: bool, name: str) -> PIL.Image.Image:
-    image = _upright(image)
+    image = _upright(image, name)
     if _is_number_mode(image):
         array = np.asarray(image)
         x = _planes(array, name)
@@ -166,27 +181,35 @@ def _read_pil(image: PIL.Image.Image, opaque: bool, name: str) -> PIL.Image.Imag
     return image.convert("RGB")
 
 
-def _subject(mask: Image, name: str) -> Tensor:
-    """bool (h, w)."""
+def _mask_planes(mask: Image, name: str) -> Tensor:
+    """What carries a mask, (C, h, w) in [0, 1]: 1 plane of brightness, 3 of colours, or 4 with opacity."""
     if isinstance(mask, PIL.Image.Image):
-        mask = _mask_array(mask)
-    while getattr(mask, "ndim", 0) > 2 and 1 in mask.shape:
-        mask = mask.squeeze(tuple(mask.shape).index(1))
-    if isinstance(mask, (np.ndarray, Tensor)) and mask.ndim not in (2, 3):
-        fail(OP, name, "shape (height, width)", tuple(mask.shape))
+        mask = _mask_array(mask, name)
+    else:
+        while getattr(mask, "ndim", 0) > 2 and 1 in mask.shape:
+            mask = mask.squeeze(tuple(mask.shape).index(1))
+        if isinstance(mask, (np.ndarray, Tensor)) and mask.ndim not in (2, 3):
+            fail(OP, name, "shape (height, width)", tuple(mask.shape), "several masks are a list")
     x = _planes(mask, name, "shape (height, width), or also 3 or 4 channels")[0].cpu()
-    x = x / _smallest_white(x, name)
+    return x / _smallest_white(x, name)
+
+
+def _is_cutout(x: Tensor) -> bool:
+    return len(x) == 4 and bool(x[3].min() <= 0.5)
+
+
+def _subject(x: Tensor) -> Tensor:
+    """bool (h, w), of `_mask_planes`."""
     if len(x) == 4:
-        colours, opacity = x.split((3, 1))
-        x = opacity if bool(opacity.min() <= 0.5) else colours
+        x = x[3:] if _is_cutout(x) else x[:3]
     if len(x) == 3:
         x = (x * torch.tensor(LUMINANCE, dtype=x.dtype).view(3, 1, 1)).sum(0, keepdim=True)
     return x[0] > 0.5
 
 
-def _mask_array(mask: PIL.Image.Image) -> np.ndarray:
+def _mask_array(mask: PIL.Image.Image, name: str) -> np.ndarray:
     """What carries a PIL image's mask: (h, w), (h, w, 3), or (h, w, 4) with opacity."""
-    mask = _upright(mask)
+    mask = _upright(mask, name)
     if _is_number_mode(mask):
         return np.asarray(mask)
     if mask.has_transparency_data:
@@ -214,7 +237,8 @@ def _planes(
         x = image.to(torch.promote_types(image.dtype, torch.float32))
         hint = "a tensor has its channels before height and width"
     else:
-        fail(OP, name, "a PIL image, an array or a tensor", type(image).__name__, error=TypeError)
+        hint = "open a file with PIL.Image.open" if isinstance(image, (str, PathLike)) else ""
+        fail(OP, name, "a PIL image, an array or a tensor", type(image).__name__, hint, TypeError)
     while 2 <= x.dim() < 4:
         x = x[None]
     if x.dim() != 4 or x.shape[1] not in (1, 3, 4) or x.numel() == 0:
@@ -238,7 +262,7 @@ def _is_floating(image: Image) -> bool:
 def _sides(image: Image) -> Size:
     """Height and width of one image, as its EXIF orientation turns it."""
     if isinstance(image, PIL.Image.Image):
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
         return image.size if turned else image.size[::-1]
     channels_last = isinstance(image, np.ndarray) and image.ndim > 2
     return tuple(image.shape[-3:-1] if channels_last else image.shape[-2:])
@@ -248,11 +272,14 @@ def _check_proportions(mask: Size, picture: Size, latents: Size, name: str) -> N
     def fits(sides: Size) -> bool:
         return abs(math.log(mask[0] * sides[1] / (mask[1] * sides[0]))) < PROPORTIONS
 
-    if not (fits(picture) or fits(latents)):
-        hint = (
-            "a mask is as the picture's EXIF orientation turns it: apply PIL.ImageOps.exif_transpose before making one"
-        )
-        fail(OP, name, f"the proportions of its picture, {picture[0]} x {picture[1]}", f"{mask[0]} x {mask[1]}", hint)
+    turned = fits(picture[::-1])
+    if fits(picture) or (fits(latents) and not turned):
+        return
+    hint = "make it of the whole picture"
+    if turned:
+        hint = "a mask is turned as its picture is shown: make it of PIL.ImageOps.exif_transpose(photo)"
+    wanted, got = (f"{h} x {w}" for h, w in (picture, mask))
+    fail(OP, name, f"the proportions of its picture, {wanted}", got, f"both height x width; {hint}")
 
 
 # Ranges
@@ -271,7 +298,13 @@ def _white_of(image: np.ndarray | Tensor, x: Tensor, name: str) -> int:
     """The number that is white, by the dtype of an image if it says it, else by its numbers x."""
     by_dtype = {"bool": 1, "uint8": 255, "uint16": 65535}
     dtype = image.dtype.name if isinstance(image, np.ndarray) else str(image.dtype).removeprefix("torch.")
-    return by_dtype.get(dtype) or _smallest_white(x, name)
+    if dtype not in by_dtype:
+        return _smallest_white(x, name)
+    white, highest = by_dtype[dtype], float(x.max())
+    if 0 < highest < white / NEARLY_BLACK:
+        told = f"its largest number is {highest:g} where {dtype} has {white} for white, so it is nearly black"
+        warnings.warn(f"lr_kernels.{OP}: {name}: {told}; scale it, or pass floating numbers in [0, 1]", stacklevel=2)
+    return white
 
 
 def _smallest_white(x: Tensor, name: str) -> int:

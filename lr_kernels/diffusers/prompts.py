@@ -202,15 +202,22 @@ def check_prompts(
             fail(OP, name, f"{pipe.text_length} tokens, as the references' prompts have", length)
 
 
-def as_list(x: str | Sequence[str] | None, count: int | None = None, name: str = "prompt") -> list[str]:
-    """One string or several -> a list of `count`."""
+def one_or(count: int) -> str:
+    """How many there may be where one serves all."""
+    return "1" if count == 1 else f"1 or {count}"
+
+
+def as_list(
+    x: str | Sequence[str] | None, count: int | None = None, name: str = "prompt", per: str = "prompts"
+) -> list[str]:
+    """One string or several -> a list of `count`, one for each of `per`."""
     texts = [x] if isinstance(x, str) else list(x) if isinstance(x, (list, tuple)) else []
     if not texts or not all(isinstance(text, str) for text in texts):
         fail(OP, name, "a string or several", repr(x))
     if count is None or len(texts) == count:
         return texts
     if len(texts) != 1:
-        fail(OP, name, f"1 or {count} strings, as there are prompts", len(texts))
+        fail(OP, name, f"{one_or(count)} strings, as there are {per}", len(texts))
     return texts * count
 
 

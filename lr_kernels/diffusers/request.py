@@ -17,7 +17,7 @@ from .foreground import warn_of_implausible
 from .install import check_stock, select_layers
 from .output import LayoutRetouchOutput
 from .pictures import Image, as_mask, one_by_one, preprocess
-from .prompts import Prompts, as_list, check_prompts
+from .prompts import Prompts, as_list, check_prompts, one_or
 from .routing import MAX_SUBJECTS
 from .schedule import DEFAULT_SWITCH, Solver, blend_weights, step_in_schedule
 from .settings import OP, Generator, Settings, refuse
@@ -135,6 +135,7 @@ def build_request(
             reference_image=reference_image,
             reference_prompt=reference_prompt,
             reference_mask=reference_mask,
+            reference_fit=None if settings.reference_fit == Settings.reference_fit else settings.reference_fit,
         )
         references = _banked_references(
             pipe, settings, size, subjects, layers, solver, range(start, end), reference_bank, reference_subjects
@@ -247,13 +248,15 @@ def _given_references(
     images = one_by_one(images)
     pixels = preprocess(images, height, width, settings.reference_fit, name="reference_image")
     count, device = len(images), pipe._execution_device
-    prompts = as_list(prompts, count, "reference_prompt")
+    prompts = as_list(prompts, count, "reference_prompt", "references")
     found = []
     for r, mask in enumerate(_masks(masks, count)):
         name = "reference_mask" if count == 1 else f"reference_mask[{r}]"
         found.append(None if mask is None else as_mask(mask, size, settings.reference_fit, device, name, images[r]))
         if mask is not None and not found[-1].any():
             hint = "what is above half of the range of the numbers is the subject; of other numbers pass mask > 0"
+            if settings.reference_fit == "crop":
+                hint += "; a subject at the border of a long picture is cut off: see reference_fit"
             fail(OP, name, "a foreground", "none", hint)
     shows = shown_subjects(shows, count, len(subjects))
     return References(pixels, prompts, found, shows, pipe.subject_tokens(prompts, subjects, list(shows)))
@@ -315,8 +318,9 @@ def _layout_masks(
     for given in per_subject:
         given = _masks_of_images(given)
         if len(given) not in (1, images):
-            fail(OP, "layout_mask", f"1 or {images} masks, as there are images", len(given))
-        rows = [as_mask(mask, size, "squeeze", device, f"layout_mask[{i}]") for i, mask in enumerate(given)]
+            fail(OP, "layout_mask", f"{one_or(images)} masks, as there are images", len(given))
+        names = ["layout_mask"] if len(given) == 1 else [f"layout_mask[{i}]" for i in range(len(given))]
+        rows = [as_mask(mask, size, "squeeze", device, name) for mask, name in zip(given, names)]
         found.append(torch.cat(rows).expand(images, -1, -1))
     found = torch.stack(found)
     empty_only = 0, 1  # a given mask is not doubted
@@ -336,7 +340,7 @@ def _masks_of_images(masks: Image | list | Tensor) -> list[Image]:
 
 def _masks(masks: Image | list[Image | None] | None, references: int) -> list[Image | None]:
     """One entry per reference."""
-    found = list(masks) if isinstance(masks, (list, tuple)) else [masks] * (references if masks is None else 1)
+    found = [None] * references if masks is None else one_by_one(masks)
     if len(found) != references:
-        fail(OP, "reference_mask", f"{references} masks, one per reference", len(found))
+        fail(OP, "reference_mask", f"{references} masks, one per reference", len(found), "several are a list")
     return found

@@ -402,7 +402,8 @@ def _foreground_of_references(request: Request, maps: Tensor | None, to_mask: Ca
         seen = to_mask(maps[subject : subject + 1, r : r + 1])[0] if mask is None else mask
         if not seen.any():
             name = "reference_mask" if len(references.masks) == 1 else f"reference_mask[{r}]"
-            fail(OP, name, "a foreground", "none", "check subject_tokens and reference_prompt, or pass a mask")
+            hint = "check subject_tokens, reference_prompt and mask_threshold, or pass a mask"
+            fail(OP, name, "a foreground", "none", hint)
         if mask is None:
             warn_of_implausible(seen[None], "reference", "pass reference_mask")
         found.append(seen)

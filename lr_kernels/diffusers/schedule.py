@@ -320,4 +320,5 @@ def blend_weights(blend: Blend, layout_steps: int, steps: int) -> Tensor:
 
 def step_in_schedule(name: str, step: int | None, default: int, lowest: int, highest: int) -> int:
     """`step`, of any integer type, or the default for None; inside [lowest, highest]."""
-    return check_integer(_OP, name, default if step is None else step, lowest, f"{lowest} to {highest}", highest)
+    value, hint = default if step is None else step, "a number of steps, not a share of them"
+    return check_integer(_OP, name, value, lowest, f"{lowest} to {highest}", highest, hint)

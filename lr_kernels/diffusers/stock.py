@@ -28,7 +28,7 @@ _REFUSED = {
     "denoising_end": "the retouch stage runs to the end of the schedule",
     "callback": "pass callback_on_step_end",
     "callback_steps": "pass callback_on_step_end",
-    "image": "pass control_image",
+    "image": "pass reference_image or control_image",
     "controlnet_conditioning_scale": "pass control_scale",
     "control_guidance_start": "the ControlNet acts in every step",
     "control_guidance_end": "the ControlNet acts in every step",

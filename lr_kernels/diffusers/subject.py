@@ -83,7 +83,8 @@ def shown_subjects(shows: Sequence[int] | None, references: int, subjects: int) 
     numbers = all(type(s) is int for s in found)
     if len(found) != references or not numbers or set(found) != set(range(subjects)):
         expected = f"{references} numbers, among them each of 0 to {subjects - 1}"
-        fail("layout_retouch", "reference_subjects", expected, list(found))
+        hint = "one for each reference: the subject that it shows"
+        fail("layout_retouch", "reference_subjects", expected, list(found), hint)
     return found
 
 

