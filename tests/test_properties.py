@@ -127,6 +127,8 @@ class Draw:
         if shape == "number":
             return self(FACTORS, label) if special is None else special
         x = self.randn(*shape)
+        if self.finite and label.startswith("logit_scale"):
+            x = x.tanh()  # scores of ordinary size
         if special is not None:
             x = torch.where(torch.rand(shape, generator=self.generator) < 0.5, special, x)
         return self.lazy(x, label)
