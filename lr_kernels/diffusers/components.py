@@ -23,9 +23,9 @@ from .matching import FeatureRecorder
 from .output import Costs
 from .pictures import Image, preprocess
 from .processors import AttentionState
-from .prompts import Embeds, TextReader, check_numbers, hidden_states, one_or
+from .prompts import Embeds, TextReader, check_numbers, hidden_states
 from .schedule import Solver, check_scheduler, solver
-from .settings import OP, Generator, Settings
+from .settings import OP, Generator, Settings, one_or
 from .stock import StockArguments
 from .subject import SubjectMaps, SubjectTokens, find_subjects, stretched
 from .switches import Switches

@@ -17,7 +17,7 @@ from .prompts import read_prompts
 from .request import build_request
 from .retouch import RetouchStage, retouch
 from .schedule import Blend
-from .settings import OP, Callback, Generator, Settings
+from .settings import OP, Callback, Generator, Settings, one_or
 from .stock import StockArguments
 
 
@@ -156,7 +156,7 @@ class LayoutRetouch(LayoutStage, RetouchStage):
             control_image = one_by_one(control_image)
             count = prompts.count // copies
             if len(control_image) not in (1, count):
-                fail(OP, "control_image", f"1 or {count} images, as there are prompts", len(control_image))
+                fail(OP, "control_image", f"{one_or(count)} images, as there are prompts", len(control_image))
             if len(control_image) > 1:
                 control_image = [image for image in control_image for _ in range(copies)]
         request = build_request(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..checks import fail
-from .settings import OP, refuse
+from .settings import OP, one_or, refuse
 from .stock import StockArguments
 
 if TYPE_CHECKING:
@@ -200,11 +200,6 @@ def check_prompts(
                 fail(OP, name, "as many tokens as the negative prompts have", length, hint)
         if references and name == "prompt_embeds" and length != pipe.text_length:
             fail(OP, name, f"{pipe.text_length} tokens, as the references' prompts have", length)
-
-
-def one_or(count: int) -> str:
-    """How many there may be where one serves all."""
-    return "1" if count == 1 else f"1 or {count}"
 
 
 def as_list(

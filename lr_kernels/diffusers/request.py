@@ -17,10 +17,10 @@ from .foreground import warn_of_implausible
 from .install import check_stock, select_layers
 from .output import LayoutRetouchOutput
 from .pictures import Image, as_mask, one_by_one, preprocess
-from .prompts import Prompts, as_list, check_prompts, one_or
+from .prompts import Prompts, as_list, check_prompts
 from .routing import MAX_SUBJECTS
 from .schedule import DEFAULT_SWITCH, Solver, blend_weights, step_in_schedule
-from .settings import OP, Generator, Settings, refuse
+from .settings import OP, Generator, Settings, one_or, refuse
 from .step_end import tensor_inputs
 from .stock import StockArguments
 from .subject import SubjectTokens, as_numbers, as_subjects, shown_subjects

@@ -110,3 +110,8 @@ def refuse(reason: str, **arguments: object) -> None:
     for name, x in arguments.items():
         if x is not None:
             fail(OP, name, f"None, since {reason}", type(x).__name__)
+
+
+def one_or(count: int) -> str:
+    """How many there may be where one serves all."""
+    return "1" if count == 1 else f"1 or {count}"

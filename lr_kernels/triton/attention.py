@@ -88,9 +88,10 @@ def multi_source_attention_forward_kernel(
     )  # fmt: skip
     if again != 0:  # in small tiles: this walk must not take registers from the first
         tl.debug_barrier()  # other threads store the same results now
-        for start in range(first, tl.minimum(first + BM, end), 16):
+        last = tl.minimum(first + BM, end)
+        for start in range(first, last, 16):
             attend_queries(
-                call, start, tl.minimum(first + BM, end), b, h, c,
+                call, start, last, b, h, c,
                 S, D, D0, D1, 16, 16, UNIT, False, True, PRECISION, UPCAST, True,
             )  # fmt: skip
 

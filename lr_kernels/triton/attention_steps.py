@@ -99,9 +99,14 @@ def _value_tokens(value_index, tokens, at, index_count, last):
 
 
 @triton.jit
-def _group_factor(mass, weight, weight_stride, with_weight, s, b64, i, ok, S: tl.constexpr):
-    """(BM,) weight / mass of the softmax group that source s ends; 0 where a query saw no key."""
+def _group_factor(
+    mass, top, keys, weight, weight_stride, with_weight, s, b64, i, ok, S: tl.constexpr, WIDE: tl.constexpr
+):
+    """(BM,) weight / mass of the softmax group that source s ends; 0 where a query saw no key, and NaN in the first
+    walk where the largest logit of its `keys` is far out."""
     factor = tl.where(mass == 0, 0.0, 1.0 / mass)
+    if not WIDE:
+        factor = tl.where((tl.abs(top) >= _FAR) & (keys > 0), float("nan"), factor)
     if weight is not None:
         has = ((with_weight >> s) & 1) != 0
         place = pick_int(weight_stride[0], s, S) + b64 * pick_int(weight_stride[1], s, S)
@@ -233,9 +238,9 @@ def attend_queries(
         if group_ends is not None:
             if ((group_ends >> s) & 1) != 0:
                 i = query_tokens(query_order, slot, query_ok)
-                factor = _group_factor(tl.sum(total, 1), weight, weight_stride, with_weight, s, b64, i, query_ok, S)
-                if not WIDE:
-                    factor = tl.where((tl.abs(top) >= _FAR) & (keys > 0), float("nan"), factor)
+                factor = _group_factor(
+                    tl.sum(total, 1), top, keys, weight, weight_stride, with_weight, s, b64, i, query_ok, S, WIDE
+                )
                 sum0 += acc0 * factor[:, None]
                 acc0 = tl.zeros([BM, D0], tl.float32)
                 if D1 > 0:
@@ -249,9 +254,7 @@ def attend_queries(
     mass = tl.sum(total, 1)
     i = query_tokens(query_order, slot, query_ok)  # read again: cheaper than registers held through the loop
     if group_ends is None:
-        factor = _group_factor(mass, weight, weight_stride, with_weight, S - 1, b64, i, query_ok, S)
-        if not WIDE:
-            factor = tl.where((tl.abs(top) >= _FAR) & (keys > 0), float("nan"), factor)
+        factor = _group_factor(mass, top, keys, weight, weight_stride, with_weight, S - 1, b64, i, query_ok, S, WIDE)
         sum0 = acc0 * factor[:, None]
         if D1 > 0:
             sum1 = acc1 * factor[:, None]
