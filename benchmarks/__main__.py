@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from lr_kernels.extras import require
+from lr_kernels.runtime.extras import require
 
 require("bench", "tqdm")
 

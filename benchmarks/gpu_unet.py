@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lr_kernels import multi_source_attention
-from lr_kernels.backends import interpreted
+from lr_kernels.runtime.platform import interpreted
 
 from .harness import OURS, relative_error
 
@@ -65,7 +65,7 @@ class Shared(NamedTuple):
 
 def shared(latent: int, scales: tuple[int, ...], device: str) -> dict[int, Shared]:
     """A subject that covers 30 % of the target and of the reference, per number of tokens."""
-    from lr_kernels.diffusers.routing import BACKGROUND, OWN, RetouchBatch, route
+    from lr_kernels.diffusers.processors.routing import BACKGROUND, OWN, RetouchBatch, route
 
     side = round(latent * 0.3**0.5)
     target, reference = (torch.zeros(1, latent, latent, dtype=torch.bool, device=device) for _ in range(2))
@@ -124,7 +124,7 @@ CONTENDERS: dict[str, Callable[..., Tensor]] = {
 
 def processor(attend: Callable[..., Tensor] | None, per_tokens: dict[int, Shared]) -> object:
     """A diffusers attention processor; None: stock, in which nothing is shared."""
-    from lr_kernels.diffusers.processors import _StockAttnProcessor
+    from lr_kernels.diffusers.processors.unet import _StockAttnProcessor
 
     class Processor(_StockAttnProcessor):
         def attend(self, query, key, value, attention_mask, is_cross):
@@ -230,7 +230,7 @@ def _cases(device: str, dry: bool) -> Iterator[tuple[Model, nn.Module, nn.Module
 
 def layer(device: str, dry: bool) -> Iterator[dict[str, str]]:
     """The first self-attention layer of every token count."""
-    from lr_kernels.diffusers.install import layer_scale, select_layers
+    from lr_kernels.diffusers.processors.install import layer_scale, select_layers
 
     for model, half, unet, per_tokens in _cases(device, dry):
         done = set()
@@ -256,7 +256,7 @@ def layer(device: str, dry: bool) -> Iterator[dict[str, str]]:
 
 def unet(device: str, dry: bool) -> Iterator[dict[str, str]]:
     """A whole denoising step."""
-    from lr_kernels.diffusers.install import select_layers
+    from lr_kernels.diffusers.processors.install import select_layers
 
     for model, half, whole, per_tokens in _cases(device, dry):
         given = inputs(model, device, torch.bfloat16)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from lr_kernels.extras import require
+from lr_kernels.runtime.extras import require
 
 require("bench", "rich")
 require("diffusers")
@@ -208,7 +208,7 @@ def main() -> None:
 
 
 def _draw(outputs: dict, task: Task, path: Path) -> None:
-    from lr_kernels.demo import comparison
+    from lr_kernels.toy.demo import comparison
 
     path.parent.mkdir(parents=True, exist_ok=True)
     images = {name: torch.as_tensor(out.images).float() for name, out in outputs.items()}

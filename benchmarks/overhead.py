@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from lr_kernels import Source, multi_source_attention, plan_attention, step_blend, step_coefficients
-from lr_kernels.attention_tables import lay_out
+from lr_kernels.attention.tables import lay_out
 
 CALLS, ROUNDS = 2000, 15
 

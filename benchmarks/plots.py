@@ -4,7 +4,7 @@ import argparse
 import csv
 from pathlib import Path
 
-from lr_kernels.extras import require
+from lr_kernels.runtime.extras import require
 
 require("bench", "matplotlib")
 

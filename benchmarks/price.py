@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from lr_kernels.extras import require
+from lr_kernels.runtime.extras import require
 
 require("bench", "rich")
 require("diffusers")

@@ -5,8 +5,9 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from . import backends, info
-from .extras import require
+from . import info
+from .runtime import backends
+from .runtime.extras import require
 
 SUBJECTS = ("ball", "box", "star", "ring", "cross", "die")
 """Those of `lr_kernels.toy.world`, which needs diffusers."""
@@ -70,15 +71,15 @@ def run(options: argparse.Namespace) -> None:
     """The commands that need diffusers, which info does not."""
     require("diffusers")
     if options.command == "presets":
-        from .gallery import run as draw
+        from .toy.gallery import run as draw
 
         print(draw(options.output))
     elif options.command == "knobs":
-        from .knobs import run as turn
+        from .toy.knobs import run as turn
 
         print(turn(options.output))
     else:
-        from .demo import run as demonstrate
+        from .toy.demo import run as demonstrate
 
         demonstrate(options.output, subject=options.subject, seeds=options.seeds, backend=options.backend)
 

@@ -8,8 +8,9 @@ import time
 
 import torch
 
-from . import backends, ops
-from .installation import PACKAGE, installed_elsewhere, is_source_folder
+from .runtime import backends, ops
+from .runtime.installation import PACKAGE, installed_elsewhere, is_source_folder
+from .runtime.schemas import SCHEMAS
 
 PACKAGES = ("lr_kernels", "torch", "triton", "diffusers", "transformers", "numpy", "xformers")
 
@@ -78,11 +79,11 @@ def report() -> str:
 
 def availability(backend: str) -> str:
     """ "available", or why not, of the operators that the backend has; those that differ from most are named."""
-    has = [op for op in ops.SCHEMAS if backend != "cuda" or op in ops.OPERATORS_WITH_CUDA]
+    has = [op for op in SCHEMAS if backend == "reference" or op in ops.BACKENDS[backend].operators]
     found: dict[str, list[str]] = {}
     for operator in has:
         reason = backends.unavailable(backend, operator)
         found.setdefault("available" if reason is None else f"no: {reason}", []).append(operator)
     most, *others = sorted(found, key=lambda state: -len(found[state]))
-    only = f"of {' and '.join(has)} alone: " if len(has) < len(ops.SCHEMAS) else ""
+    only = f"of {' and '.join(has)} alone: " if len(has) < len(SCHEMAS) else ""
     return "; ".join([only + most, *(f"{', '.join(found[state])}: {state}" for state in others)])

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attention import multi_source_attention
-from .checks import fail, one_of
-from .extras import require
-from .plan import plan_attention
-from .source import Source
-from .tensors import check_dense, within_float32
+from .attention.api import multi_source_attention
+from .attention.plan import plan_attention
+from .attention.source import Source
+from .runtime.checks import fail, one_of
+from .runtime.extras import require
+from .runtime.tensors import check_dense, within_float32
 
 
 def scaled_dot_product_attention(

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .backends import transforms_active
-from .checks import fail
-from .tensors import without_autocast
+from .runtime.checks import fail
+from .runtime.modes import transforms_active
+from .runtime.tensors import without_autocast
 
 if TYPE_CHECKING:
-    from .source import Source
+    from .attention.source import Source
 
 
 _FAR = 2.0**120

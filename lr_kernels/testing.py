@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .source import Source
+from .attention.source import Source
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lr_kernels import plan_attention
-from lr_kernels.coefficients import COLUMNS
+from lr_kernels.runtime.schemas import COLUMNS
 
 Arguments = list
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)

@@ -274,7 +274,7 @@ def test_44_the_limit_of_the_process_counts():
     limit = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (40 * 2**30, limit[1]))
     try:
-        from lr_kernels.checks import memory_limit
+        from lr_kernels.runtime.checks import memory_limit
 
         assert memory_limit(torch.device("cpu")) <= 40 * 2**30
     finally:

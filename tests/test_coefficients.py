@@ -15,7 +15,7 @@ from diffusers import (
 )
 
 from lr_kernels import blend_schedule, sigma_coefficients, step_blend, step_coefficients
-from lr_kernels.coefficients import COLUMNS
+from lr_kernels.runtime.schemas import COLUMNS
 from lr_kernels.testing import assert_matches
 
 SHAPE = (2, 4, 8, 8)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lr_kernels import ops
-from lr_kernels.plan import visible_lists
+from lr_kernels.attention.plan import visible_lists
+from lr_kernels.runtime import ops
 from lr_kernels.triton import compact_keys
 
 OPS = torch.ops.lr_kernels

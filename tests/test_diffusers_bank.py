@@ -7,7 +7,7 @@ from diffusers import UNet2DConditionModel
 
 from lr_kernels import Source, multi_source_attention
 from lr_kernels.diffusers import CustomAttnProcessor, install_processors, select_layers
-from lr_kernels.diffusers.bank import ReferenceBank
+from lr_kernels.diffusers.processors.bank import ReferenceBank
 
 TIMESTEPS = (900, 500, 100)
 

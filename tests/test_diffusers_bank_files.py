@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lr_kernels.diffusers.bank import ReferenceBank
+from lr_kernels.diffusers.processors.bank import ReferenceBank
 
 LAYER = "up_blocks.1.attentions.0.transformer_blocks.0.attn1"
 STORED = torch.randn(2, 2, 3, 16, 2, 8, generator=torch.Generator().manual_seed(0))

@@ -24,8 +24,8 @@ from lr_kernels.diffusers import (
     select_layers,
     use_attention_backend,
 )
-from lr_kernels.diffusers.bank import ReferenceBank
-from lr_kernels.diffusers.routing import swap
+from lr_kernels.diffusers.processors.bank import ReferenceBank
+from lr_kernels.diffusers.processors.routing import swap
 
 STEPS, SIZES, BLENDS = 10, (8, 16), (0.3, 0.8)
 TIMESTEPS = torch.arange(STEPS, 0, -1) * 99

@@ -31,8 +31,8 @@ from tiny_pipelines import IMAGES, MASK, NOISE, PROMPTS, SHARED, STEPS, banked, 
 from transformers import CLIPTextModel
 
 from lr_kernels.diffusers import StableDiffusionLayoutRetouchPipeline, StableDiffusionXLLayoutRetouchPipeline
-from lr_kernels.diffusers.bank import ReferenceBank
-from lr_kernels.diffusers.install import layer_grid
+from lr_kernels.diffusers.processors.bank import ReferenceBank
+from lr_kernels.diffusers.processors.install import layer_grid
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -19,9 +19,7 @@ from tiny_models import (
 )
 from tiny_pipelines import IMAGES, MASK, NOISE, PROMPTS, SHARED, STEPS, fresh, run, seeded, with_lora
 
-from lr_kernels.diffusers import (
-    StableDiffusionLayoutRetouchPipeline,
-)
+from lr_kernels.diffusers import StableDiffusionLayoutRetouchPipeline
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -17,9 +17,9 @@ from tiny_pipelines import IMAGES, MASK, NOISE, PROMPTS, SHARED, STEPS, attentio
 from torch.nn import functional as F
 
 from lr_kernels.diffusers import MultiSourceAttnProcessor, RetouchBatch, route
-from lr_kernels.diffusers.foreground import foreground, grown, without_specks
-from lr_kernels.diffusers.processors import AttentionState
-from lr_kernels.diffusers.subject import mean_of_layers, propagated
+from lr_kernels.diffusers.processors.unet import AttentionState
+from lr_kernels.diffusers.subjects.foreground import foreground, grown, without_specks
+from lr_kernels.diffusers.subjects.subject import mean_of_layers, propagated
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

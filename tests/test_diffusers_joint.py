@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 
-from lr_kernels.diffusers import joint
+from lr_kernels.diffusers.processors import joint
 from lr_kernels.testing import assert_matches
 
 ROWS = torch.tensor([-1, 0], dtype=torch.int32)

@@ -7,8 +7,8 @@ import PIL.Image
 import pytest
 import torch
 
-from lr_kernels.diffusers import overlay
-from lr_kernels.diffusers.overlay import (
+from lr_kernels.diffusers.subjects import overlay
+from lr_kernels.diffusers.subjects.overlay import (
     GAP,
     HEAT,
     MARGIN,

@@ -12,7 +12,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import ImageOps
 from torch.nn import functional as F
 
-from lr_kernels.diffusers.pictures import FITS, as_mask, preprocess
+from lr_kernels.diffusers.pipelines.pictures import FITS, as_mask, preprocess
 
 CPU = torch.device("cpu")
 COLOURS = np.random.default_rng(0).integers(0, 256, (24, 16, 3), dtype=np.uint8)

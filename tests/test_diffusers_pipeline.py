@@ -19,8 +19,8 @@ from lr_kernels.diffusers import (
     StableDiffusionLayoutRetouchPipeline,
     TokenMapAttnProcessor,
     find_subjects,
-    routing,
 )
+from lr_kernels.diffusers.processors import routing
 
 STEPS = 4
 

@@ -22,10 +22,10 @@ from lr_kernels.diffusers import (
     install_processors,
     layer_scale,
     route,
-    routing,
     select_layers,
     token_mask,
 )
+from lr_kernels.diffusers.processors import routing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -28,9 +28,9 @@ from lr_kernels.diffusers import (
     select_layers,
     swap,
 )
-from lr_kernels.diffusers.matching import FeatureRecorder
-from lr_kernels.diffusers.processors import AttentionState
-from lr_kernels.diffusers.subject import as_subjects, shown_subjects
+from lr_kernels.diffusers.processors.unet import AttentionState
+from lr_kernels.diffusers.subjects.matching import FeatureRecorder
+from lr_kernels.diffusers.subjects.subject import as_subjects, shown_subjects
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

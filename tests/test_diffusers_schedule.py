@@ -14,7 +14,7 @@ from diffusers import (
 from test_coefficients import double_precision, guided
 
 from lr_kernels.diffusers import blend_weights, ddim_table, invert, renoise
-from lr_kernels.diffusers.schedule import Stepper, solver, solver_of, step_in_schedule
+from lr_kernels.diffusers.pipelines.schedule import Stepper, solver, solver_of, step_in_schedule
 from lr_kernels.testing import assert_matches
 
 DDIM, EULER, DPM = DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler

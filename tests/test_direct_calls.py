@@ -8,14 +8,15 @@ import pytest
 import torch
 from direct_calls import ON_CPU, OPERATORS, Draw, at, make_call, own, places, replaced
 
-from lr_kernels import Source, attention_with_token_maps, multi_source_attention, ops, step_blend
-from lr_kernels.coefficients import COLUMNS
+from lr_kernels import Source, attention_with_token_maps, multi_source_attention, step_blend
+from lr_kernels.runtime import ops, platform
+from lr_kernels.runtime.schemas import COLUMNS
 
 OPS = torch.ops.lr_kernels
 VALUE_INDEX = 8
 """Its place among the arguments of multi_source_attention_backward."""
 BACKENDS = [
-    pytest.param("cpu", marks=pytest.mark.skipif(not ops.ERRORS_REACH_PYTHON, reason="errors end the process")),
+    pytest.param("cpu", marks=pytest.mark.skipif(not platform.ERRORS_REACH_PYTHON, reason="errors end the process")),
     "triton",
     pytest.param("cuda", marks=pytest.mark.skipif(ops.cuda_extension_error is not None, reason="not compiled")),
 ]
@@ -252,7 +253,7 @@ def test_45_memory_that_was_given_back(left):
         OPS.adain_cpu(x, torch.zeros(2, 8, 2, 16), None, None, 1e-5, out)
 
 
-@pytest.mark.skipif(not ops.ERRORS_REACH_PYTHON, reason="errors end the process")
+@pytest.mark.skipif(not platform.ERRORS_REACH_PYTHON, reason="errors end the process")
 def test_45_a_share_of_the_fuzz():
     outcomes = [make_call(seed)[1] for seed in range(300)]
     assert outcomes.count("refused by the op") > 100 and outcomes.count("succeeded") > 30
@@ -268,7 +269,7 @@ class TestWhereErrorsOfTheExtensionEndTheProcess:
 
     @pytest.fixture(autouse=True)
     def older(self, monkeypatch):
-        monkeypatch.setattr(ops, "ERRORS_REACH_PYTHON", False)
+        monkeypatch.setattr(platform, "ERRORS_REACH_PYTHON", False)
 
     @pytest.mark.parametrize("field", ["rows", "value_index"])
     def test_index_tables_of_attention(self, field):

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lr_kernels import Source, backends, merge_attention_states, multi_source_attention, plan_attention
+from lr_kernels import Source, merge_attention_states, multi_source_attention, plan_attention
+from lr_kernels.runtime import ops
 
 OP = r"lr_kernels\.multi_source_attention: "
 
@@ -158,7 +159,7 @@ def test_42_unavailable_backend_says_why(monkeypatch):
         multi_source_attention(query, sources, backend="tpu")
     with pytest.raises(RuntimeError, match=OP + "backend: 'cuda' cannot run: .* has no CUDA"):
         multi_source_attention(query, sources, backend="cuda")
-    monkeypatch.setattr(backends, "interpreted", lambda: False)
+    monkeypatch.setattr(ops, "interpreted", lambda: False)
     with pytest.raises(RuntimeError, match=OP + "backend: 'triton' cannot run: needs a CUDA device"):
         multi_source_attention(query, sources, backend="triton")
 

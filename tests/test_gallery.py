@@ -5,9 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
-from lr_kernels import gallery, knobs, toy
+from lr_kernels import toy
 from lr_kernels.diffusers import StableDiffusionLayoutRetouchPipeline as Pipeline
 from lr_kernels.diffusers import attention_layers
+from lr_kernels.toy import gallery, knobs
 
 STEPS, SEED = 3, 2
 

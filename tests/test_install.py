@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import lr_kernels
-from lr_kernels import __main__, backends, extras, info, installation, ops
+from lr_kernels import __main__, info
+from lr_kernels.runtime import backends, extras, installation, ops
 
 PACKAGE = Path(lr_kernels.__file__).parent
 

@@ -10,7 +10,7 @@ from diffusers import AutoencoderTiny, StableDiffusionPipeline
 from tiny_models import components, distance
 
 from lr_kernels.diffusers import methods, noised_rows, reference_adain, shared_group_norms
-from lr_kernels.diffusers.methods import _encoded
+from lr_kernels.diffusers.methods.recipes import _encoded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

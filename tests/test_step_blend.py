@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lr_kernels import reference
-from lr_kernels.coefficients import COLUMNS
-from lr_kernels.step_blend import step_blend
+from lr_kernels.denoising.step_blend import step_blend
+from lr_kernels.runtime.schemas import COLUMNS
 from lr_kernels.testing import assert_matches
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from lr_kernels import ops, reference
-from lr_kernels.coefficients import COLUMNS
+from lr_kernels import reference
+from lr_kernels.runtime import ops
+from lr_kernels.runtime.schemas import COLUMNS
 from lr_kernels.testing import assert_matches
 
 OPS = torch.ops.lr_kernels

@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lr_kernels import reference
-from lr_kernels.masks import subject_mask
+from lr_kernels.features.subject_mask import subject_mask
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CASES = {

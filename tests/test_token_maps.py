@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lr_kernels import reference
+from lr_kernels.attention.token_maps import attention_with_token_maps
 from lr_kernels.testing import assert_matches, strided_randn
-from lr_kernels.token_maps import attention_with_token_maps
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CASES = {  # (B, N, M, H, D), token indices

@@ -22,7 +22,6 @@ from lr_kernels import (
     step_blend,
     subject_mask,
 )
-from lr_kernels.coefficients import COLUMNS
 from lr_kernels.diffusers import (
     AttentionState,
     CustomAttnProcessor,
@@ -32,6 +31,7 @@ from lr_kernels.diffusers import (
     route,
     select_layers,
 )
+from lr_kernels.runtime.schemas import COLUMNS
 from lr_kernels.testing import assert_matches
 
 QUERY, KEY, VALUE = (torch.randn(2, n, 2, 8, generator=torch.Generator().manual_seed(n)) for n in (3, 5, 6))

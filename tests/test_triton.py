@@ -11,8 +11,8 @@ from triton._C.libtriton import native_specialize_impl
 from triton.backends.nvidia.compiler import CUDABackend
 
 from lr_kernels import Source, multi_source_attention, plan_attention, reference
-from lr_kernels.attention_tables import lay_out
-from lr_kernels.ops import AttentionTables
+from lr_kernels.attention.tables import lay_out
+from lr_kernels.runtime.schemas import AttentionTables
 from lr_kernels.testing import CASES, AttentionCase, assert_matches, attention_inputs, check_attention, strided_randn
 from lr_kernels.triton import attention, launch, tiles
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lr_kernels import Source, multi_source_attention, plan_attention
-from lr_kernels.attention_tables import lay_out
+from lr_kernels.attention.tables import lay_out
 from lr_kernels.testing import CASES, attention_inputs
 from lr_kernels.triton import attention, attention_replay, replay
 

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lr_kernels.checks import fail
 from lr_kernels.interop import _refuse, attend, scaled_dot_product_attention
+from lr_kernels.runtime.checks import fail
 
 
 class Attention(nn.Module):

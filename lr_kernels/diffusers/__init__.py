@@ -1,33 +1,40 @@
 """Layout-and-Retouch for diffusers: attention processors, parts of the stages, pipeline. Importing changes nothing."""
 
-from ..extras import require
+from ..runtime.extras import require
 
 require("diffusers")
 
 from . import methods
 from .backend import register_attention_backend, use_attention_backend
-from .bank import BankAttnProcessor, ReferenceBank
-from .components import PersonalizedStableDiffusionPipeline
-from .components_xl import PersonalizedStableDiffusionXLPipeline
-from .features import noised_rows, reference_adain, shared_group_norms
 from .guider import StepBlendGuidance
-from .install import Installation, attention_layers, install_processors, layer_grid, layer_scale, select_layers
-from .inversion import invert, renoise
-from .joint import (
+from .methods.features import noised_rows, reference_adain, shared_group_norms
+from .methods.sharing import sharing
+from .pipelines.components import PersonalizedStableDiffusionPipeline
+from .pipelines.components_xl import PersonalizedStableDiffusionXLPipeline
+from .pipelines.inversion import invert, renoise
+from .pipelines.output import LayoutRetouchOutput
+from .pipelines.pipeline import StableDiffusionLayoutRetouchPipeline, StableDiffusionXLLayoutRetouchPipeline
+from .pipelines.schedule import blend_weights, ddim_table
+from .processors.bank import BankAttnProcessor, ReferenceBank
+from .processors.install import (
+    Installation,
+    attention_layers,
+    install_processors,
+    layer_grid,
+    layer_scale,
+    select_layers,
+)
+from .processors.joint import (
     CustomFluxAttnProcessor,
     CustomSD3AttnProcessor,
     joint_attention,
     joint_attention_layers,
     shared_joint_attention,
 )
-from .output import LayoutRetouchOutput
-from .pipeline import StableDiffusionLayoutRetouchPipeline, StableDiffusionXLLayoutRetouchPipeline
-from .processors import AttentionState, CustomAttnProcessor, MultiSourceAttnProcessor, TokenMapAttnProcessor
-from .routing import BACKGROUND, FOREGROUND, OWN, RetouchBatch, Routing, Swap, route, swap, token_mask
-from .schedule import blend_weights, ddim_table
-from .sharing import sharing
-from .subject import SubjectMaps, find_subjects
-from .subject_masks import SubjectMasks
+from .processors.routing import BACKGROUND, FOREGROUND, OWN, RetouchBatch, Routing, Swap, route, swap, token_mask
+from .processors.unet import AttentionState, CustomAttnProcessor, MultiSourceAttnProcessor, TokenMapAttnProcessor
+from .subjects.subject import SubjectMaps, find_subjects
+from .subjects.subject_masks import SubjectMasks
 
 __all__ = [
     "BACKGROUND",

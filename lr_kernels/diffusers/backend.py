@@ -11,9 +11,9 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 
-from ..checks import fail
 from ..interop import _refuse, attend
-from .joint import _JOINT_PROCESSORS
+from ..runtime.checks import fail
+from .processors.joint import _JOINT_PROCESSORS
 
 NAME = "lr_kernels"
 

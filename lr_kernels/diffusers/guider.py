@@ -13,9 +13,9 @@ from diffusers.guiders.guider_utils import GuiderOutput
 from diffusers.modular_pipelines.modular_pipeline import BlockState
 from torch import Tensor, nn
 
-from ..checks import check_number, fail, plain_number
-from .adapters import active_adapters, adapters_off
-from .schedule import DEFAULT_SWITCH, Blend, blend_weights, step_in_schedule
+from ..runtime.checks import check_number, fail, plain_number
+from .pipelines.adapters import active_adapters, adapters_off
+from .pipelines.schedule import DEFAULT_SWITCH, Blend, blend_weights, step_in_schedule
 
 _OP = "StepBlendGuidance"
 _ABSENT = object()

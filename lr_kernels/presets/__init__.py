@@ -15,14 +15,7 @@ The formulas are those of the papers and of the authors' code, tested against pl
 from .added import dream_matcher, ip_adapter
 from .masked import masactrl, masactrl_plan, mca_ctrl, mca_ctrl_generation, mca_ctrl_plan
 from .rows import guided_rows
-from .shared import (
-    consistory,
-    consistory_plan,
-    reference_only,
-    story_diffusion,
-    story_diffusion_plan,
-    style_aligned,
-)
+from .shared import consistory, consistory_plan, reference_only, story_diffusion, story_diffusion_plan, style_aligned
 
 __all__ = [
     "consistory",

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..attention import multi_source_attention
-from ..checks import fail
-from ..source import Source
+from ..attention.api import multi_source_attention
+from ..attention.source import Source
+from ..runtime.checks import fail
 from .rows import check_mask, check_strength
 
 

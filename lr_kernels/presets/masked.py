@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from ..attention import multi_source_attention
-from ..checks import fail
-from ..plan import AttentionPlan, plan_attention
-from ..source import Source
+from ..attention.api import multi_source_attention
+from ..attention.plan import AttentionPlan, plan_attention
+from ..attention.source import Source
+from ..runtime.checks import fail
 from .rows import check_mask, check_rows
 
 OWN, BACKGROUND, FOREGROUND = 1, 2, 4

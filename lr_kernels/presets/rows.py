@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..checks import check_integer, entries_of, fail, has_shape, one_of, plain_number
+from ..runtime.checks import check_integer, entries_of, fail, has_shape, one_of, plain_number
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..adain import adain
-from ..attention import multi_source_attention
-from ..checks import check_number, fail, has_shape, one_of
-from ..plan import AttentionPlan, plan_attention
-from ..source import Source
+from ..attention.api import multi_source_attention
+from ..attention.plan import AttentionPlan, plan_attention
+from ..attention.source import Source
+from ..features.adain import adain
+from ..runtime.checks import check_number, fail, has_shape, one_of
 from .rows import check_halves, check_mask, check_rows, check_strength
 
 MAX_OTHERS = 15

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import torch
 
-from lr_kernels.extras import require
+from ..runtime.extras import require
 
 require("diffusers")
 
 from diffusers import StableDiffusionPipeline
 
-from lr_kernels.toy.world import BACKGROUNDS, CLASS_PROMPT, SIDE, SUBJECT_PROMPT, SUBJECT_TOKEN, references
+from .world import BACKGROUNDS, CLASS_PROMPT, SIDE, SUBJECT_PROMPT, SUBJECT_TOKEN, references
 
 __all__ = [
     "BACKGROUNDS",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lr_kernels.toy.world import (
+from .world import (
     BACKGROUNDS,
     COLOR_NAMES,
     PLAIN,

@@ -8,8 +8,8 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-from lr_kernels.extras import require
-from lr_kernels.toy.judge import object_masks, visible
+from ..runtime.extras import require
+from .judge import object_masks, visible
 
 INPUT_SIDE = 224
 MARGIN = 0.15

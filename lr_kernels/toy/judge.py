@@ -12,8 +12,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from lr_kernels.toy import world
-from lr_kernels.toy.data import BACKDROPS, NO_DOT, colors_of
+from . import world
+from .data import BACKDROPS, NO_DOT, colors_of
 
 WEIGHTS = Path(__file__).parent / "judge.safetensors"
 WIDTH = 16

@@ -13,8 +13,8 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from lr_kernels.info import instruction_set
-from lr_kernels.toy.world import SIDE, WORDS
+from ..info import instruction_set
+from .world import SIDE, WORDS
 
 DOWNSAMPLING = 4
 LATENT_SIDE = SIDE // DOWNSAMPLING

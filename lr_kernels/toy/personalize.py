@@ -8,8 +8,8 @@ from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from tqdm import tqdm
 
-from lr_kernels.toy import world
-from lr_kernels.toy.models import build_pipeline, stratified_timesteps, token_ids, training_precision, velocity_target
+from . import world
+from .models import build_pipeline, stratified_timesteps, token_ids, training_precision, velocity_target
 
 
 @torch.no_grad()

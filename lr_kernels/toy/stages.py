@@ -6,12 +6,12 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
-from lr_kernels.diffusers import StableDiffusionLayoutRetouchPipeline
-from lr_kernels.diffusers.output import LayoutRetouchOutput
-from lr_kernels.diffusers.schedule import DEFAULT_SWITCH
-from lr_kernels.toy import world
-from lr_kernels.toy.judge import Wanted
-from lr_kernels.toy.personalize import personalize
+from ..diffusers import StableDiffusionLayoutRetouchPipeline
+from ..diffusers.pipelines.output import LayoutRetouchOutput
+from ..diffusers.pipelines.schedule import DEFAULT_SWITCH
+from . import world
+from .judge import Wanted
+from .personalize import personalize
 
 STEPS, GUIDANCE = 20, 3.0
 """How the toy model is sampled, with and without the method; everything else is the pipeline's default."""

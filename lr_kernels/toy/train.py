@@ -26,10 +26,10 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import CLIPTextModel
 
-from lr_kernels.toy import BASE, load_pipeline, models, world
-from lr_kernels.toy.data import IGNORED, TRAITS, near_miss_renders, rendered_scenes
-from lr_kernels.toy.judge import WEIGHTS as JUDGE_WEIGHTS
-from lr_kernels.toy.judge import Judge, Verdict, crop, evaluate, identity, load_judge, overlap, shape_rates
+from . import BASE, load_pipeline, models, world
+from .data import IGNORED, TRAITS, near_miss_renders, rendered_scenes
+from .judge import WEIGHTS as JUDGE_WEIGHTS
+from .judge import Judge, Verdict, crop, evaluate, identity, load_judge, overlap, shape_rates
 
 MANIFEST = BASE / "manifest.json"
 DEFAULT_MINUTES = {"vae": 9, "judge": 20, "unet": 70, "evaluate": 1}

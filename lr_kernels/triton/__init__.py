@@ -7,7 +7,7 @@ import torch
 from triton import knobs
 from triton.runtime.jit import JITFunction
 
-from ..backends import interpreted
+from ..runtime.platform import interpreted
 from .adain import adain_triton
 from .attention import multi_source_attention_triton
 from .attention_backward import multi_source_attention_backward_triton

@@ -12,17 +12,20 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..attention_checks import MAX_HEAD_DIM, MAX_SOURCES
-from ..backends import KERNEL_DTYPES
-from ..checks import MAX_TOKENS, fail
-from ..coefficients import COLUMNS
-from ..merge import MAX_PARTS
-from ..ops import AttentionTables
+from ..runtime.checks import fail
+from ..runtime.platform import KERNEL_DTYPES
+from ..runtime.schemas import (
+    COLUMNS,
+    MAX_HEAD_DIM,
+    MAX_PARTS,
+    MAX_PREDICTIONS,
+    MAX_SOURCES,
+    MAX_TOKENS,
+    AttentionTables,
+)
 
 Extent = int | tuple[int, ...] | None
 """Of a dimension: its size, or one of several, or any."""
-
-MAX_PREDICTIONS = 6
 
 
 class Call:

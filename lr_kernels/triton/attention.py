@@ -14,18 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops import AttentionTables
+from ..runtime.schemas import AttentionTables
 from . import tiles
 from .arguments import check_attention
 from .attention_steps import attend_queries
 from .launch import INTERPRETED, architecture, check_grid, dense_last, on_device, strides
-from .sources import (
-    dot_precision,
-    encode,
-    query_tile,
-    strided_tables,
-    tables_of,
-)
+from .sources import dot_precision, encode, query_tile, strided_tables, tables_of
 
 
 @triton.jit(

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops import AttentionTables
-from ..plan import visible_lists
+from ..attention.plan import visible_lists
+from ..runtime.schemas import AttentionTables
 from . import tiles
 from .arguments import check_attention_backward
 from .attention_backward_steps import (

@@ -7,10 +7,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from ..ops import AttentionTables
-from ..plan import AttentionPlan, as_made, changed_mask
-from ..source import Source
-from ..tensors import is_plain
+from ..attention.plan import AttentionPlan, as_made, changed_mask
+from ..attention.source import Source
+from ..runtime.schemas import AttentionTables
+from ..runtime.tensors import is_plain
 from . import attention
 from .launch import INTERPRETED, architecture, check_grid, on_device
 from .replay import Recorder, record

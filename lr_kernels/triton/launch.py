@@ -6,8 +6,8 @@ import functools
 import torch
 from torch import Tensor
 
-from ..backends import interpreted
-from ..checks import fail
+from ..runtime.checks import fail
+from ..runtime.platform import interpreted
 
 GRID_LIMIT = 2**31 - 1
 """Programs along grid axis x. The other axes end at 65,535, so every kernel here uses x alone."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ..ops import AttentionTables
+from ..runtime.schemas import AttentionTables
 from . import adain, attention, attention_backward, correspondence, merge, step_blend, subject_mask, token_maps
 
 ARCHITECTURES = (80, 90, 100)

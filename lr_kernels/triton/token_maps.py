@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..checks import FLOAT32_MAX
+from ..runtime.checks import FLOAT32_MAX
 from .arguments import check_token_maps
 from .launch import INTERPRETED, architecture, check_grid, dense_last, on_device, strides
 from .sources import dot_precision, load_tile

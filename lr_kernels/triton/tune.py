@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from .. import Source, plan_attention, reference
-from ..attention_grad import _group_gradients
-from ..attention_tables import lay_out
-from ..ops import attention_op
+from ..attention.grad import _group_gradients
+from ..attention.tables import lay_out
+from ..runtime.ops import kernel
 from ..testing import assert_matches
 from . import tiles
 from .launch import INTERPRETED, architecture
@@ -108,7 +108,7 @@ def problem(case: Case, tokens: int, device: str) -> Problem:
     tables = lay_out(query, sources, plan_attention([mask] * 3), None)
     out = torch.full_like(query, torch.nan)  # the op, not the public function: that replays the tile it recorded
     lse = torch.empty(shape[:3], dtype=torch.float64, device=device) if backward else None
-    forward = functools.partial(attention_op("triton"), query, *tables, out, lse)
+    forward = functools.partial(kernel("multi_source_attention", "triton"), query, *tables, out, lse)
     if not backward:
         return Problem(query, sources, out, forward)
     forward()

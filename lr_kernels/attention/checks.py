@@ -1,0 +1,267 @@
+"""The arguments of multi_source_attention: shapes, dtypes and devices, each error naming its argument and source."""
+
+import math
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ..runtime.checks import FLOAT32_MAX, check_entries, check_memory, fail, has_shape, one_of
+from ..runtime.schemas import MAX_HEAD_DIM, MAX_SOURCES, MAX_TOKENS
+from ..runtime.tensors import check_dense, is_plain, resolved, within_float32
+from .plan import AttentionPlan, as_made, changed_mask, check_lists, check_masks, check_parts
+from .source import Source
+
+OP = "multi_source_attention"
+_REAL_TABLES = ("key_bias", "logit_scale", "logit_bias", "weight")
+_INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def check(query: Tensor, sources: Sequence[Source], query_groups: Tensor | None, plan: AttentionPlan | None) -> bool:
+    """Shapes, dtypes and devices of every argument, in the order of the signature. Returns whether a tensor that a
+    kernel would read is lazy (see `resolve`); the dispatcher resolves negatives among query, keys and values."""
+    try:
+        return _check(query, sources, query_groups, plan)
+    except RuntimeError:  # a nested tensor has no shape
+        check_dense(OP, "query", query)
+        check_types(query, sources)
+        raise
+
+
+def check_types(query: Tensor, sources: Sequence[Source]) -> None:
+    """What the cast of autocast and the transforms of torch.func rely on."""
+    check_dense(OP, "query", query)
+    for i, source in enumerate(sources):
+        if not isinstance(source, Source):
+            fail(OP, f"sources[{i}]", "a Source", type(source).__name__, error=TypeError)
+        for name, x in zip(Source._fields, source):
+            if isinstance(x, Tensor) or name in ("key", "value"):
+                check_dense(OP, f"{name}[{i}]", x)
+
+
+def _check(query: Tensor, sources: Sequence[Source], query_groups: Tensor | None, plan: AttentionPlan | None) -> bool:
+    eager = not torch.compiler.is_compiling()
+    if eager and query.__class__ is not Tensor:
+        check_dense(OP, "query", query)
+    if query.dim() != 4:
+        fail(OP, "query", "shape (batch, tokens, heads, head_dim)", tuple(query.shape))
+    batch, tokens, _, head_dim = query.shape
+    if not query.is_floating_point():
+        fail(OP, "query", "one of float32, float16, bfloat16, float64", query.dtype, error=TypeError)
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        fail(OP, "query", f"head_dim from 1 to {MAX_HEAD_DIM}", head_dim)
+    if query.stride(3) != 1:
+        _check_stride("query", query, eager)
+    if not 1 <= len(sources) <= MAX_SOURCES:
+        fail(OP, "sources", f"1 to {MAX_SOURCES}", len(sources))
+    first_of_group: dict[int, int] = {}
+    lazy = eager and query._is_zerotensor()
+    for i, source in enumerate(sources):
+        lazy |= _check_source(i, source, query, eager)
+        if not isinstance(source.softmax_group, (int, Integral)):
+            fail(OP, f"softmax_group[{i}]", "an int", repr(source.softmax_group), error=TypeError)
+        first = first_of_group.setdefault(source.softmax_group, i)
+        if first != i and source.weight is not None:
+            fail(
+                OP,
+                f"weight[{i}]",
+                f"None, since softmax group {source.softmax_group} takes weight[{first}]",
+                "a weight",
+            )
+    if plan is None:
+        check_masks(OP, [s.key_mask for s in sources], [s.key_groups for s in sources], query_groups)
+    else:
+        _check_plan(plan, sources, query_groups, query, eager)
+    if query_groups is not None:
+        _check_table("query_groups", query_groups, query, batch, tokens)
+        if tokens > MAX_TOKENS:  # the order of the queries is a table of int32
+            fail(OP, "query", f"at most {MAX_TOKENS} tokens with query_groups", tokens)
+    return lazy
+
+
+def resolve(query: Tensor, sources: Sequence[Source]) -> tuple[Tensor, list[Source]]:
+    """The same with the values of lazy tensors written out and float64 tables within float32, for the kernels."""
+    found = []
+    for i, source in enumerate(sources):
+        tensors = {name: x for name, x in zip(source._fields, source) if isinstance(x, Tensor)}
+        values: dict[str, Any] = {name: resolved(OP, f"{name}[{i}]", x) for name, x in tensors.items()}
+        if query.dtype != torch.float64:
+            values |= {name: within_float32(values[name]) for name in _REAL_TABLES if name in values}
+        found.append(source._replace(**values))
+    return resolved(OP, "query", query), found
+
+
+def _check_source(i: int, source: Source, query: Tensor, eager: bool) -> bool:
+    if not isinstance(source, Source):
+        fail(OP, f"sources[{i}]", "a Source", type(source).__name__, error=TypeError)
+    batch, _, heads, head_dim = query.shape
+    lazy = False
+    for name in ("rows", "key_mask", "key_groups", "key_bias", "value_index"):
+        x = getattr(source, name)
+        if x is None:
+            continue
+        if not isinstance(x, Tensor):
+            fail(OP, f"{name}[{i}]", "a tensor or None", type(x).__name__, error=TypeError)
+        if eager and not is_plain(x):
+            check_dense(OP, f"{name}[{i}]", x)
+            lazy = True
+    for name, x in (("key", source.key), ("value", source.value)):
+        if not isinstance(x, Tensor):
+            fail(OP, f"{name}[{i}]", "a tensor", type(x).__name__, error=TypeError)
+        if eager:
+            if x.__class__ is not Tensor:
+                check_dense(OP, f"{name}[{i}]", x)
+            lazy |= x._is_zerotensor()
+        shape = x.shape
+        if len(shape) != 4:
+            fail(OP, f"{name}[{i}]", "shape (rows, keys, heads, head_dim)", tuple(shape))
+        if shape[0] > MAX_TOKENS or shape[1] > MAX_TOKENS:
+            fail(OP, f"{name}[{i}]", f"at most {MAX_TOKENS} rows and keys", tuple(shape))
+        if shape[3] != head_dim:
+            fail(OP, f"{name}[{i}]", f"head_dim {head_dim}", shape[3])
+        if shape[2] != heads:
+            fail(OP, f"{name}[{i}]", f"{heads} heads", shape[2])
+        if x.dtype != query.dtype:
+            fail(OP, f"{name}[{i}]", str(query.dtype), x.dtype, "cast all tensors to one dtype", TypeError)
+        if x.device != query.device:
+            fail(OP, f"{name}[{i}]", str(query.device), x.device)
+        if x.stride(3) != 1:
+            _check_stride(f"{name}[{i}]", x, eager)
+    rows, keys = source.key.shape[:2]
+    value_rows, values = source.value.shape[:2]
+    if value_rows != rows or (source.value_index is None and values != keys):
+        fail(OP, f"value[{i}]", f"{rows} rows of {keys} keys as in key[{i}]", (value_rows, values))
+    if source.rows is None:
+        if not one_of(rows, 1, batch):
+            fail(OP, f"rows[{i}]", f"a tensor, since key[{i}] has {rows} rows for a batch of {batch}", None)
+    else:
+        if source.rows.shape != (batch,):
+            fail(OP, f"rows[{i}]", f"shape ({batch},)", tuple(source.rows.shape))
+        if source.rows.dtype not in _INDEX_DTYPES:
+            fail(OP, f"rows[{i}]", "an integer dtype", source.rows.dtype, error=TypeError)
+        if source.rows.device != query.device:
+            fail(OP, f"rows[{i}]", str(query.device), source.rows.device)
+        check_entries(OP, f"rows[{i}]", source.rows, -1, rows - 1)  # on a GPU, others read as -1
+    if source.value_index is not None:
+        _check_value_index(i, source, query)
+    for name in ("logit_scale", "logit_bias", "weight"):
+        strength = getattr(source, name)
+        if strength is not None:
+            lazy |= _check_strength(f"{name}[{i}]", strength, eager)
+    if source.key_bias is not None:
+        if not source.key_bias.is_floating_point():
+            hint = "a mask goes to key_mask" if source.key_bias.dtype == torch.bool else ""
+            fail(OP, f"key_bias[{i}]", "a floating dtype", source.key_bias.dtype, hint, TypeError)
+        lazy |= source.key_bias.dtype == torch.float64
+    if isinstance(source.weight, Tensor) and not has_shape(source.weight, (), (batch,), (batch, query.shape[1])):
+        fail(OP, f"weight[{i}]", f"a scalar, ({batch},) or ({batch}, {query.shape[1]})", tuple(source.weight.shape))
+    tables = (("key_mask", source.key_mask), ("key_groups", source.key_groups), ("key_bias", source.key_bias))
+    for name, table in tables:
+        if table is not None:
+            _check_table(f"{name}[{i}]", table, query, rows, keys)
+    for name, strength in (("logit_scale", source.logit_scale), ("logit_bias", source.logit_bias)):
+        if isinstance(strength, Tensor) and not has_shape(strength, (), (batch,), (batch, heads)):
+            fail(OP, f"{name}[{i}]", f"a scalar, ({batch},) or ({batch}, {heads})", tuple(strength.shape))
+    return lazy
+
+
+def _check_stride(name: str, x: Tensor, eager: bool) -> None:
+    """Of the last dimension, where it is not 1: it never is of a sparse tensor."""
+    if eager:
+        check_dense(OP, name, x)
+    if x.shape[3] > 1:
+        fail(OP, name, "a contiguous last dimension", f"stride {x.stride(3)}", "call .contiguous()")
+
+
+def _check_strength(name: str, x: object, eager: bool) -> bool:
+    """A number that float32 holds, infinite or NaN, or a tensor of real numbers; returns whether `resolve` changes
+    it."""
+    if type(x) is float or type(x) is int:
+        if not -FLOAT32_MAX <= x <= FLOAT32_MAX:
+            _check_beyond(name, x)
+        return False
+    if isinstance(x, Tensor):
+        if x.is_meta:
+            fail(OP, name, "a tensor with data", "one on the device meta")
+        if x.dtype.is_complex or x.dtype == torch.bool:
+            fail(OP, name, "a floating or integer dtype", x.dtype, error=TypeError)
+        if eager and not is_plain(x):
+            check_dense(OP, name, x)
+            return True
+        return x.dtype == torch.float64
+    if not isinstance(x, Real):
+        fail(OP, name, "a number or a tensor", type(x).__name__, error=TypeError)
+    if not -FLOAT32_MAX <= cast(float, x) <= FLOAT32_MAX:
+        _check_beyond(name, x)
+    return False
+
+
+def _check_beyond(name: str, x: Real | float) -> None:
+    """A number that is not within float32: only the infinities and NaN keep their meaning there."""
+    if x == x and x != math.inf and x != -math.inf:
+        fail(OP, name, "a number that float32 holds", x)
+
+
+def _check_value_index(i: int, source: Source, query: Tensor) -> None:
+    index, (rows, keys), tokens = source.value_index, source.key.shape[:2], source.value.shape[1]
+    assert index is not None
+    if index.dtype not in _INDEX_DTYPES:
+        fail(OP, f"value_index[{i}]", "an integer dtype", index.dtype, error=TypeError)
+    if index.dim() != 2 or not one_of(index.shape[0], 1, rows, query.shape[0]) or index.shape[1] != keys:
+        fail(OP, f"value_index[{i}]", f"shape ({rows}, {query.shape[0]} or 1, {keys})", tuple(index.shape))
+    if index.device != query.device:
+        fail(OP, f"value_index[{i}]", str(query.device), index.device)
+    check_entries(OP, f"value_index[{i}]", index, 0, tokens - 1)
+
+
+def check_copies(query: Tensor, sources: Sequence[Source]) -> None:
+    """Refuse the copies that autocast makes of query, keys and values where they are beyond the memory."""
+    count = query.numel() + sum(s.key.numel() + s.value.numel() for s in sources)
+    check_memory(OP, "query", 2 * count, query.device)
+
+
+def check_gradient_memory(query: Tensor, sources: Sequence[Source]) -> None:
+    """The gradients of keys and values are summed in float32 buffers of their shapes, then cast."""
+    count = sum(s.key.numel() + s.value.numel() for s in sources)
+    check_memory(OP, "key", (4 + query.element_size()) * count, query.device)
+
+
+def check_reference_memory(query: Tensor, sources: Sequence[Source]) -> None:
+    """The reference stores the scores, and about three times over: scores, their concatenation, probabilities."""
+    batch, tokens, heads, _ = query.shape
+    pairs = batch * tokens * heads * sum(s.key.shape[1] for s in sources)
+    size = 8 if query.dtype == torch.float64 else 4
+    check_memory(OP, "backend 'reference'", 3 * size * pairs, query.device)
+
+
+def _check_table(name: str, table: Tensor, query: Tensor, rows: int, columns: int) -> None:
+    if table.dim() != 2 or not one_of(table.shape[0], 1, rows) or table.shape[1] != columns:
+        fail(OP, name, f"shape ({rows} or 1, {columns})", tuple(table.shape))
+    if table.device != query.device:
+        fail(OP, name, str(query.device), table.device)
+
+
+def _check_plan(
+    plan: AttentionPlan, sources: Sequence[Source], query_groups: Tensor | None, query: Tensor, eager: bool
+) -> None:
+    """A plan belongs to the very masks it was built from, as they were then."""
+    if not isinstance(plan, AttentionPlan):
+        fail(OP, "plan", "an AttentionPlan from plan_attention", type(plan).__name__, error=TypeError)
+    made = eager and as_made(plan)
+    if not made:
+        check_parts(OP, plan)
+    if len(plan.key_masks) != len(sources):
+        fail(OP, "plan", f"a plan for {len(sources)} sources", f"one for {len(plan.key_masks)}")
+    for i, source in enumerate(sources):
+        if plan.key_masks[i] is not source.key_mask or plan.key_groups[i] is not source.key_groups:
+            fail(OP, "plan", f"a plan built from key_mask[{i}] and key_groups[{i}]", "one built from other tensors")
+    if plan.query_groups is not query_groups:
+        fail(OP, "plan", "a plan built from query_groups", "one built from another tensor")
+    if eager:
+        changed = changed_mask(plan)
+        if changed is not None:
+            fail(OP, "plan", f"a plan of {changed} as it is now", "one built before it changed", "build the plan anew")
+        if not made:
+            check_lists(OP, plan, [s.key.shape[1] for s in sources], query)

@@ -1,0 +1,1 @@
+"""One denoising step, and the tables of coefficients that drive it."""

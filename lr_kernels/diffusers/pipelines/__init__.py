@@ -1,0 +1,1 @@
+"""The pipelines of Layout-and-Retouch: their call, its stages, and the models that they run."""

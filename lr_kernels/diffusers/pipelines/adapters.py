@@ -1,0 +1,68 @@
+"""LoRA adapters as the personalization: the vanilla model is the same one with them off."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from diffusers.utils import is_peft_available
+from torch import nn
+
+from ...runtime.checks import fail
+
+_busy: set[int] = set()
+"""Layers whose adapters a call has switched off: another thread would take that for their usual state."""
+
+
+def active_adapters(models: Sequence[nn.Module]) -> set[str]:
+    """Names of the adapters (LoRA and others of peft) that act in any layer of the models."""
+    return _active(_layers(models))
+
+
+def check_free(op: str, models: Sequence[nn.Module]) -> None:
+    """RuntimeError while another call has the models' adapters off."""
+    _check_free(op, _layers(models))
+
+
+@contextmanager
+def adapters_off(op: str, models: Sequence[nn.Module], names: Sequence[str] | None = None) -> Iterator[None]:
+    """While it lasts the models are without the active adapters of these names; None: without any.
+
+    Raises:
+        ValueError: a name that is not active, adapters that are fused.
+    """
+    layers = _layers(models)
+    _check_free(op, layers)
+    active = _active(layers)
+    off = active if names is None else set(names)
+    if off - active or (names is not None and not off):
+        fail(op, "adapters", f"some of the active ones, {sorted(active)}", sorted(off))
+    if any(layer.merged for layer in layers):
+        fail(op, "adapters", "adapters that are not fused", "fused ones", "call unfuse_lora() first")
+    before = [(layer, layer._active_adapter) for layer in layers]
+    _busy.update(map(id, layers))
+    try:
+        for layer in layers:
+            # peft's set_adapter and enable_adapters would also change which weights require a gradient.
+            layer._active_adapter = [name for name in layer.active_adapters if name not in off]
+        yield
+    finally:
+        for layer, names_before in before:
+            layer._active_adapter = names_before
+        _busy.difference_update(map(id, layers))
+
+
+def _active(layers: Sequence[nn.Module]) -> set[str]:
+    return {name for layer in layers if not layer.disable_adapters for name in layer.active_adapters}
+
+
+def _check_free(op: str, layers: Sequence[nn.Module]) -> None:
+    if _busy.intersection(map(id, layers)):
+        hint = "models that pipelines share serve one call at a time"
+        fail(op, "unet", "a model that no other call is using", "one whose adapters are off", hint, RuntimeError)
+
+
+def _layers(models: Sequence[nn.Module]) -> list[nn.Module]:
+    if not is_peft_available():
+        return []
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module for model in models for module in model.modules() if isinstance(module, BaseTunerLayer)]

@@ -1,0 +1,494 @@
+"""Banks: keys and values of some rows, computed once and read by later passes, other prompts and other processes."""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers.models.attention_processor import Attention
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ...attention.api import multi_source_attention
+from ...attention.plan import AttentionPlan, plan_attention
+from ...attention.source import Source
+from ...runtime.checks import check_choice, check_integer, fail
+from ...runtime.platform import KERNEL_DTYPES
+from .bank_values import MAX_TIMESTEP, as_bias, as_foreground, as_table, check_file, check_numbers
+from .install import layer_grid
+from .routing import token_mask
+from .unet import AttentionState, _refuse_mask, _StockAttnProcessor
+
+STORAGES = ("device", "cpu")
+SAME_LEVEL = 1e-4
+"""How far shares of signal may be apart that are one noise level: schedulers compute them in fp32 by different ways."""
+
+
+class BankLayer:
+    """The buffer of one layer: keys and values of the step that is extracted or read."""
+
+    def __init__(self, name: str, op: str):
+        self.name = name
+        self._op = op
+        self.buffer: Tensor | None = None
+        """(2, rows, tokens, heads, head_dim): keys, values"""
+        self.written: tuple[Tensor, Tensor] | None = None
+        """of the last pass that extracted"""
+
+    def write(self, key: Tensor, value: Tensor) -> None:
+        """Hold keys and values (rows, tokens, heads, head_dim) until `keep`."""
+        self.written = key, value
+
+    def keep(self) -> None:
+        """Copy what was written into the buffer, outside the layer's pass: a compiled one would look at the buffer."""
+        key, value = self.written
+        self.written = None
+        if self.buffer is None:
+            with torch.inference_mode(False):  # later passes may write where this one is one of inference mode
+                self.buffer = key.new_empty(2, *key.shape)
+        self.check_fit(key, rows=True)
+        self.buffer[0].copy_(key)
+        self.buffer[1].copy_(value)
+
+    def read(self, key: Tensor) -> tuple[Tensor, Tensor]:
+        """The kept keys and values, for a layer whose own keys are these."""
+        if self.buffer is None:
+            fail(self._op, "bank", f"layer {self.name} among those extracted", "nothing of it", "call extract()")
+        self.check_fit(key, rows=False)
+        return self.buffer[0], self.buffer[1]
+
+    def check_fit(self, key: Tensor, rows: bool) -> None:
+        """A bank built for other sizes, precision or device is stale."""
+        first = 0 if rows else 1
+        built, got = ((*x.shape[first:], x.dtype, x.device) for x in (self.buffer[0], key))
+        if built != got:
+            fail(self._op, "bank", f"built for {built}", f"{got} in {self.name}", "call reset()")
+
+
+def _number(timestep: float | Tensor) -> float:
+    """A timestep as it is kept: an integer where it is one."""
+    value = float(timestep)
+    return int(value) if value.is_integer() else value
+
+
+class KeyValueBank:
+    """Keys and values of some rows in the self-attention layers, at every step of a part of a schedule.
+
+    The layers touch one buffer each, whose address never changes (it can be captured in a CUDA graph); `extract` copies
+    it to the storage after the UNet has run, `read` from it before. Bytes: 2 x rows x tokens x channels x element
+    size, per layer and step, plus one step of buffers; `nbytes` counts them. The pass that extracts a step holds it
+    once more.
+
+    Args:
+        timesteps: of the schedule, in its order. signals: how much of the latents is signal at each, see
+            `Solver.signals`; None: not known, and timesteps alone say which step a bank has.
+        storage: where all steps are: "device", that of the model, or "cpu": pinned memory, copied step by step.
+        limit: bytes that the storage may take.
+
+    Raises:
+        ValueError: other timesteps or signals than finite numbers, at least one, from 0 to 1e6 and from 0 to 1; a step
+            that is extracted or read while another is.
+    """
+
+    def __init__(
+        self,
+        timesteps: Sequence[float] | Tensor,
+        *,
+        signals: Sequence[float] | None = None,
+        storage: str = "device",
+        limit: int | None = None,
+    ) -> None:
+        check_choice(self._op, "storage", storage, STORAGES)
+        if limit is not None:
+            check_integer(self._op, "limit", limit, 0, "a number of bytes, or None")
+        numbers = check_numbers(self._op, "timesteps", timesteps, MAX_TIMESTEP)
+        self.timesteps = [_number(t) for t in numbers]
+        self.signals = None if signals is None else check_numbers(self._op, "signals", signals, 1)
+        if self.signals is not None and len(self.signals) != len(numbers):
+            fail(self._op, "signals", f"{len(numbers)}, one per timestep", len(self.signals))
+        self.storage, self.limit = storage, limit
+        self.mode: str | None = None
+        """None: the layers are stock; "extract": they write their keys and values; "cached": they read the bank's"""
+        self._layers: dict[str, BankLayer] = {}
+        self.reset()
+
+    @property
+    def _op(self) -> str:
+        return type(self).__name__
+
+    def reset(self) -> None:
+        """Forget everything stored."""
+        self._stored: dict[str, Tensor] = {}  # (steps, 2, rows, tokens, heads, head_dim)
+        for layer in self._layers.values():
+            layer.buffer = layer.written = None
+        self._filled: set[int] = set()
+
+    def processors(
+        self, layers: Mapping[str, Attention], state: AttentionState | None = None
+    ) -> dict[str, "BankAttnProcessor"]:
+        """One for each layer, for `install_processors`; `state` where other processors share it."""
+        return {name: BankAttnProcessor(self, self.layer(name), state) for name in layers}
+
+    def layer(self, name: str) -> BankLayer:
+        """The buffer of a layer; empty until it is extracted."""
+        return self._layers.setdefault(name, BankLayer(name, self._op))
+
+    def _buffers(self) -> dict[str, Tensor]:
+        return {name: layer.buffer for name, layer in self._layers.items() if layer.buffer is not None}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of storage and buffers."""
+        return sum(x.nbytes for x in (*self._stored.values(), *self._buffers().values()))
+
+    @property
+    def layer_names(self) -> list[str]:
+        """The layers that were extracted."""
+        return list(self._buffers())
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the keys and values; None while the bank is empty."""
+        return next((x.dtype for x in self._buffers().values()), None)
+
+    @property
+    def rows_held(self) -> int:
+        """Rows that every layer has; 0 while the bank is empty."""
+        return next((x.shape[1] for x in self._buffers().values()), 0)
+
+    def steps_of(self, timesteps: Sequence[float] | Tensor, signals: Sequence[float] | None = None) -> range:
+        """The bank's steps of timesteps that follow each other, at these noise levels where both are known.
+
+        ValueError where the bank was built for others.
+        """
+        wanted = [_number(t) for t in timesteps]
+        at_other_levels = False
+        for first in range(len(self.timesteps) - len(wanted) + 1):
+            part = slice(first, first + len(wanted))
+            if self.timesteps[part] != wanted:
+                continue
+            known = self.signals is not None and signals is not None
+            if not known or all(abs(a - b) < SAME_LEVEL for a, b in zip(self.signals[part], signals)):
+                return range(part.start, part.stop)
+            at_other_levels = True
+        hint = "use the same number of steps and a part of the same range of sharing, or call reset()"
+        if at_other_levels:
+            fail(self._op, "bank", "the noise levels that it was built at", "others at the same timesteps", hint)
+        fail(self._op, "bank", f"built for timesteps {self.timesteps}", wanted, hint)
+
+    @contextlib.contextmanager
+    def extract(self, step: int) -> Iterator[None]:
+        """While it lasts the UNet runs on the rows that are kept; their keys and values become those of `step`."""
+        step = self._check_step(step)
+        for layer in self._layers.values():
+            layer.written = None  # of a pass that failed
+        with self._in_mode("extract"):
+            yield
+        written = {name: layer for name, layer in self._layers.items() if layer.written is not None}
+        for name in written.keys() ^ self._stored.keys() if self._filled else ():
+            got = f"it first in step {step}" if name in written else f"a pass without it in step {step}"
+            fail(self._op, "bank", f"layer {name} in every step", got, "call reset()")
+        for name, layer in written.items():
+            layer.keep()
+            if name not in self._stored:
+                self._stored[name] = self._allocate(name, layer.buffer)
+            self._stored[name][step].copy_(layer.buffer, non_blocking=True)
+        self._filled.add(step)
+
+    @contextlib.contextmanager
+    def read(self, step: int) -> Iterator[None]:
+        """While it lasts every self-attention layer also attends to what the bank has of `step`."""
+        step = self._check_step(step)
+        if step not in self._filled:
+            fail(self._op, "step", f"one that was extracted, {sorted(self._filled)}", step, "call extract() first")
+        for name, current in self._buffers().items():
+            current.copy_(self._stored[name][step], non_blocking=True)
+        with self._in_mode("cached"):
+            yield
+
+    @contextlib.contextmanager
+    def _in_mode(self, mode: str) -> Iterator[None]:
+        before, self.mode = self.mode, mode
+        try:
+            yield
+        finally:
+            self.mode = before
+
+    def _check_step(self, step: int) -> int:
+        """A step of the bank's while none is extracted or read: all share one buffer per layer."""
+        last = len(self.timesteps) - 1
+        step = check_integer(self._op, "step", step, 0, f"0 to {last}", last)
+        if self.mode is not None:
+            fail(self._op, "step", "one step at a time", f"{step} within another", "leave the other with block first")
+        return step
+
+    def _allocate(self, name: str, current: Tensor) -> Tensor:
+        needed = self.nbytes + len(self.timesteps) * current.nbytes
+        if self.limit is not None and needed > self.limit:
+            fail(self._op, "limit", f"a bank within {self.limit} bytes", f"{needed} with layer {name}",
+                 "choose fewer layers or steps, or a lower precision")  # fmt: skip
+        shape = (len(self.timesteps), *current.shape)
+        with torch.inference_mode(False):
+            if self.storage == "device":
+                return current.new_empty(shape)
+            return torch.empty(shape, dtype=current.dtype, pin_memory=torch.cuda.is_available())
+
+
+class ReferenceBank(KeyValueBank):
+    """Keys and values of references, as a `KeyValueBank`, with what readers need to know of them.
+
+    Args:
+        timesteps, signals, storage, limit: of `KeyValueBank`.
+    """
+
+    def __init__(
+        self,
+        timesteps: Sequence[float] | Tensor,
+        *,
+        signals: Sequence[float] | None = None,
+        storage: str = "device",
+        limit: int | None = None,
+    ) -> None:
+        self._rows: Tensor | None = None
+        self._strength: Tensor | None = None
+        self.shows: tuple[int, ...] | None = None
+        """which subject each reference shows, where the pipeline made the bank"""
+        self.words: list[list[str]] | None = None
+        """the words of each subject, likewise"""
+        super().__init__(timesteps, signals=signals, storage=storage, limit=limit)
+
+    def reset(self) -> None:
+        super().reset()
+        self._foreground: Tensor | None = None
+        self._plans: dict[tuple[int, int], AttentionPlan] = {}  # by tokens, and rows read at once
+
+    @property
+    def rows(self) -> Tensor | None:
+        """int32 (B,), or a list: the bank's row that each row reads, -1: none. Default: row b, or the only one. (n, B):
+        n of the bank's rows at once, in one softmax."""
+        return self._rows
+
+    @rows.setter
+    def rows(self, rows: Tensor | Sequence[int] | None) -> None:
+        self._rows = None if rows is None else as_table("ReferenceBank", rows, self._device())
+
+    @property
+    def strength(self) -> Tensor | None:
+        """A number, or a tensor () or (B,); with rows (n, B) also (n, B): added to the logits of the bank's keys."""
+        return self._strength
+
+    @strength.setter
+    def strength(self, strength: float | Tensor | None) -> None:
+        self._strength = None if strength is None else as_bias("ReferenceBank", strength, self._device())
+
+    def _device(self) -> torch.device:
+        return next((x.device for x in self._buffers().values()), torch.device("cpu"))
+
+    @property
+    def foreground(self) -> Tensor | None:
+        """bool (1 or rows, height, width), also an array: the tokens that are read; None: all."""
+        return self._foreground
+
+    @foreground.setter
+    def foreground(self, mask: Tensor | np.ndarray | None) -> None:
+        mask = None if mask is None else as_foreground("ReferenceBank", mask, self._device())
+        self._foreground, self._plans = mask, {}
+
+    @contextlib.contextmanager
+    def read(self, step: int) -> Iterator[None]:
+        with super().read(step):
+            for current in self._buffers().values():
+                tokens, count = current.shape[2], len(self._tables())
+                if self._foreground is not None and (tokens, count) not in self._plans:
+                    mask = token_mask(self._foreground, self._grid(tokens))
+                    self._plans[tokens, count] = plan_attention([None, *[mask] * count])
+            yield
+
+    def _tables(self) -> Sequence[Tensor | None]:
+        """What each row reads, once for each row of the bank that is read at once."""
+        return (self.rows,) if self.rows is None or self.rows.dim() == 1 else self.rows.unbind()
+
+    def sources(self, layer: BankLayer, key: Tensor) -> tuple[list[Source], AttentionPlan | None]:
+        """The bank as sources beside a layer's own keys, and the plan of all."""
+        key_value, tables = layer.read(key), self._tables()
+        each = self.strength is not None and self.strength.dim() == 2
+        biases = self.strength.unbind() if each else [self.strength] * len(tables)
+        if len(biases) != len(tables):
+            fail("ReferenceBank", "strength", f"(), (B,) or ({len(tables)}, B) as rows", tuple(self.strength.shape))
+        found = [Source(*key_value, rows, logit_bias=bias) for rows, bias in zip(tables, biases)]
+        if self._foreground is None:
+            return found, None
+        if len(self._foreground) not in (1, self.rows_held):
+            expected = f"1 or {self.rows_held} masks, one per row that the bank holds"
+            fail("ReferenceBank", "foreground", expected, len(self._foreground))
+        plan = self._plans[key.shape[1], len(tables)]
+        return [source._replace(key_mask=plan.key_masks[1]) for source in found], plan
+
+    def _grid(self, tokens: int) -> tuple[int, int]:
+        """(rows, columns) of a layer's tokens: the mask's own at a whole scale, else in its proportions."""
+        height, width = self._foreground.shape[1:]
+        for scale in range(1, max(height, width) + 1):
+            rows, columns = layer_grid(scale, height, width)
+            if rows * columns == tokens:
+                return rows, columns
+        columns = round((tokens * width / height) ** 0.5)
+        if columns == 0 or tokens % columns:
+            fail("ReferenceBank", "foreground", f"the shape of an image of {tokens} tokens", (height, width))
+        return tokens // columns, columns
+
+    def save(self, path: str | PathLike, model: str = "") -> None:
+        """Write a safetensors file. `model` says what it was computed with; `load` can ask for it."""
+        if not isinstance(model, str):
+            fail("ReferenceBank", "model", "a string", type(model).__name__)
+        if len(self._filled) != len(self.timesteps):
+            fail("ReferenceBank", "bank", f"all {len(self.timesteps)} steps extracted", sorted(self._filled))
+        check_file("ReferenceBank", path)
+        if not Path(path).parent.is_dir():
+            fail("ReferenceBank", "path", "a file in a folder that exists", str(path))
+        if self.timesteps != sorted(self.timesteps, reverse=True):
+            fail("ReferenceBank", "timesteps", "falling ones, as of a schedule", self.timesteps)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # copies into pinned memory may be under way
+        tensors = {name: x.cpu().contiguous() for name, x in self._stored.items()}
+        if self._foreground is not None:
+            tensors["foreground"] = self._foreground.cpu().contiguous()
+        about = {name: json.dumps(getattr(self, name)) for name in _FIELDS} | {"model": model}
+        save_file(tensors, path, about)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | PathLike,
+        *,
+        device: str | torch.device = "cpu",
+        storage: str = "device",
+        model: str | None = None,
+    ) -> "ReferenceBank":
+        """A saved bank.
+
+        Raises:
+            ValueError: no safetensors file, or one whose fields are not those of a bank, each named, also numbers that
+                are not finite; a device that is none; `model` is given and is not what the bank was computed with.
+            FileNotFoundError: no such file.
+        """
+        check_file("ReferenceBank", path)
+        check_choice("ReferenceBank", "storage", storage, STORAGES)
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, TypeError) as error:  # builds without CUDA raise AssertionError
+            fail("ReferenceBank", "device", "a device of this machine", f"{device!r}: {str(error).splitlines()[0]}")
+        try:
+            with safe_open(path, "pt") as file:
+                about, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+        except SafetensorError as error:
+            fail("ReferenceBank", "path", "a safetensors file", f"{path}: {error}")
+        if not about:
+            fail("ReferenceBank", "path", "a file that save() wrote", f"{path}: one without metadata")
+        timesteps, signals, shows, words = (_field(path, about, name) for name in _FIELDS)
+        if signals is not None and len(signals) != len(timesteps):
+            fail("ReferenceBank", "signals", f"{len(timesteps)} in {path}, one per timestep", len(signals))
+        found = about.get("model", "")
+        if model not in (None, found):
+            fail("ReferenceBank", "model", repr(model), repr(found), "the bank belongs to another model")
+        bank = cls(timesteps, signals=signals, storage=storage)
+        bank.shows, bank.words = None if shows is None else tuple(shows), words
+        if timesteps != sorted(timesteps, reverse=True):
+            fail("ReferenceBank", "timesteps", f"falling ones in {path}", timesteps)
+        foreground = tensors.pop("foreground", None)
+        _check_stored(path, tensors, len(timesteps))
+        for name, x in tensors.items():
+            bank._stored[name] = x.to(device) if storage == "device" else x
+            bank.layer(name).buffer = torch.empty(x.shape[1:], dtype=x.dtype, device=device)
+        rows = bank.rows_held
+        # A pipeline keeps its references once as the unconditional half and once as the conditional one.
+        counts = (rows, rows // 2) if rows % 2 == 0 else (rows,)
+        if foreground is not None:
+            bank.foreground = foreground.to(device)
+            if len(foreground) not in (1, *counts) or foreground.numel() == 0:
+                expected = f"1 or {rows} masks in {path}, one per row"
+                fail("ReferenceBank", "foreground", expected, tuple(foreground.shape))
+        if shows is not None and len(shows) not in counts:
+            fail("ReferenceBank", "shows", f"{rows} in {path}, one per row, or half as many with guidance", len(shows))
+        if shows is not None and words is not None and max(shows) >= len(words):
+            fail("ReferenceBank", "shows", f"subjects 0 to {len(words) - 1} in {path}", max(shows))
+        bank._filled = set(range(len(bank.timesteps)))
+        return bank
+
+
+def _list_of(valid: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, list) and len(value) > 0 and all(valid(x) for x in value)
+
+
+def _between(low: float, high: float) -> Callable[[object], bool]:
+    return lambda x: isinstance(x, int | float) and not isinstance(x, bool) and low <= x <= high
+
+
+_FIELDS: dict[str, tuple[bool, Callable[[object], bool], str]] = {
+    "timesteps": (False, _list_of(_between(0, MAX_TIMESTEP)), "a list of timesteps"),
+    "signals": (True, _list_of(_between(0, 1)), "a list of numbers from 0 to 1"),
+    "shows": (True, _list_of(lambda x: type(x) is int and x >= 0), "a list of subjects' numbers"),
+    "words": (True, _list_of(_list_of(lambda x: isinstance(x, str))), "a list of each subject's words"),
+}
+"""What a bank's file says beside its tensors, as JSON: whether it may be null or missing, what it has to be."""
+
+
+def _field(path: str | PathLike, about: Mapping[str, str], name: str) -> list | None:
+    optional, valid, expected = _FIELDS[name]
+    text = about.get(name, "null")
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = text
+    if not (valid(value) or (optional and value is None)):
+        got = "nothing" if name not in about else text if len(text) < 80 else text[:80] + "…"
+        fail("ReferenceBank", name, f"{expected} in {path}", got, "load a file that save() wrote")
+    return value
+
+
+def _check_stored(path: str | PathLike, tensors: Mapping[str, Tensor], steps: int) -> None:
+    """ValueError unless these are the keys and values of every step, of the same rows and dtype in all layers."""
+    if not tensors:
+        fail("ReferenceBank", "layers", f"keys and values of at least one layer in {path}", "none")
+    first = next(iter(tensors.values()))
+    rows = first.shape[2] if first.dim() == 6 else 1
+    for name, x in tensors.items():
+        if x.dim() != 6 or tuple(x.shape[:3]) != (steps, 2, rows) or x.numel() == 0:
+            expected = f"({steps} steps, 2, {rows} rows, tokens, heads, head_dim) in {path}"
+            fail("ReferenceBank", name, expected, tuple(x.shape))
+        if x.dtype not in (*KERNEL_DTYPES, torch.float64) or x.dtype != first.dtype:
+            expected = f"{first.dtype} as the other layers" if x.dtype != first.dtype else "a floating dtype"
+            fail("ReferenceBank", name, f"{expected} in {path}", x.dtype)
+        if not bool(x.isfinite().all()):
+            fail("ReferenceBank", name, f"finite keys and values in {path}", "NaN or infinity")
+
+
+class BankAttnProcessor(_StockAttnProcessor):
+    """Self-attention that fills a bank, or reads a `ReferenceBank` besides its own keys; AttnProcessor2_0 while the
+    bank's mode is None."""
+
+    def __init__(
+        self,
+        bank: KeyValueBank | None = None,
+        layer: BankLayer | None = None,
+        state: AttentionState | None = None,
+    ):
+        super().__init__(state)
+        self.bank, self.layer = bank, layer
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, is_cross: bool
+    ) -> Tensor:
+        mode = None if self.bank is None or is_cross else self.bank.mode
+        if mode is not None and attention_mask is not None:
+            _refuse_mask(type(self).__name__)
+        if mode == "extract":
+            self.layer.write(key.transpose(1, 2), value.transpose(1, 2))
+        if mode != "cached":
+            return super().attend(query, key, value, attention_mask, is_cross)
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        sources, plan = self.bank.sources(self.layer, key)
+        return multi_source_attention(query, [Source(key, value), *sources], plan=plan).transpose(1, 2)

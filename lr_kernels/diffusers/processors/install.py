@@ -1,0 +1,197 @@
+"""Finding a UNet's attention layers, and putting processors into a model's layers and back."""
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
+
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, JointAttnProcessor2_0
+from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
+from torch import nn
+
+from ...runtime.checks import fail
+from .unet import _OwnProcessor
+
+_STOCK = (AttnProcessor, AttnProcessor2_0, FluxAttnProcessor, JointAttnProcessor2_0)
+
+
+_EXECUTION = ("down_blocks", "mid_block", "up_blocks")
+
+
+def attention_layers(unet: nn.Module, kind: str) -> dict[str, Attention]:
+    """The "self" or "cross" attention layers of a UNet's transformer blocks by name, without other attention.
+
+    They come in the order of execution, down, mid, up, in which methods count them. (A UNet registers its parts as
+    down, up, mid.)
+    """
+    unet = getattr(unet, "_orig_mod", unet)  # torch.compile wraps the module and renames its children
+    found = {
+        name: module
+        for name, module in unet.named_modules()
+        if isinstance(module, Attention)
+        and name.rpartition(".")[2] in ("attn1", "attn2")
+        and module.is_cross_attention == (kind == "cross")
+    }
+    places = {part: place for place, part in enumerate(_EXECUTION)}
+    return dict(sorted(found.items(), key=lambda item: places.get(item[0].split(".")[0], len(places))))
+
+
+def layer_scale(unet: nn.Module, name: str) -> int:
+    """Side of a layer's token in latent pixels: 1, 2, 4 or 8 in the UNets of Stable Diffusion.
+
+    Args:
+        name: of a layer of the UNet, as from `select_layers`.
+    """
+    if "block_out_channels" not in unet.config:
+        hint = "name layers by the beginnings of their names"
+        fail("select_layers", "choice", "scales of a UNet only", type(unet).__name__, hint)
+    deepest = len(unet.config.block_out_channels) - 1
+    block, index = name.split(".")[:2]
+    match block:
+        case "down_blocks":
+            return 2 ** int(index)
+        case "up_blocks":
+            return 2 ** (deepest - int(index))
+    return 2**deepest
+
+
+def layer_grid(scale: int, height: int, width: int) -> tuple[int, int]:
+    """The grid of a layer's tokens, (rows, columns).
+
+    Args:
+        scale: of the layer, from `layer_scale`. height, width: of the latents, in latent pixels (the picture's divided
+            by the VAE's factor, 8). A UNet rounds a side up each time it halves it.
+    """
+    return -(-height // scale), -(-width // scale)
+
+
+def select_layers(
+    unet: nn.Module, kind: str, choice: Sequence[int | str] | None = None, name: str = "choice"
+) -> dict[str, Attention]:
+    """The attention layers of `kind` that match any entry of `choice`, in the order of execution.
+
+    Args:
+        choice: scales (see `layer_scale`) and beginnings of layer names such as "up_blocks.1". None: all layers.
+        name: of the argument in messages.
+
+    Raises:
+        ValueError: an entry that matches no layer.
+    """
+    layers = attention_layers(unet, kind)
+    if choice is None:
+        return layers
+    entries = (choice,) if isinstance(choice, Integral | str) else choice
+    if not isinstance(entries, Iterable) or not all(isinstance(entry, Integral | str) for entry in entries):
+        fail("select_layers", name, "scales and beginnings of layer names, at least one", choice)
+    choice = tuple(entries)
+    if not choice:
+        fail("select_layers", name, "scales and beginnings of layer names, at least one", list(choice))
+    chosen: set[str] = set()
+    for entry in choice:
+        if isinstance(entry, Integral):
+            matches = [layer for layer in layers if layer_scale(unet, layer) == entry]
+        else:
+            matches = [layer for layer in layers if f"{layer}.".startswith(entry.rstrip(".") + ".")]
+        if not matches:
+            scales = sorted({layer_scale(unet, layer) for layer in layers})
+            expected = f"one of the scales {scales} or the beginning of a layer's name"
+            fail("select_layers", name, expected, repr(entry))
+        chosen |= set(matches)
+    return {name: layer for name, layer in layers.items() if name in chosen}
+
+
+class Installation:
+    """Processors in place of others: made by `install_processors`, undone by `remove` or the end of a `with` block."""
+
+    def __init__(self, layers: Mapping[str, Attention | FluxAttention], processors: Mapping[str, object]):
+        self.layers = dict(layers)
+        self.processors = {name: processors[name] for name in layers}
+        self.previous = {name: layer.processor for name, layer in layers.items()}
+        self._warned = False
+
+    def replaced(self) -> list[str]:
+        """The layers whose processor is no longer the installed one; none after `remove`."""
+        return [name for name, layer in self.layers.items() if layer.processor is not self.processors[name]]
+
+    def verify(self) -> None:
+        """Warn, the first time only, where something replaced an installed processor."""
+        replaced = self.replaced()
+        if replaced and not self._warned:
+            self._warned = True
+            ours, now = (type(x) for x in (self.processors[replaced[0]], self.layers[replaced[0]].processor))
+            warnings.warn(
+                f"lr_kernels: {len(replaced)} of {len(self.layers)} attention processors were replaced after their "
+                f"installation ({replaced[0]} is now {'a new ' if now is ours else ''}{now.__name__}); "
+                "these layers take no part in the method",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+    def remove(self) -> None:
+        """Put the previous processors back, except where something else has taken the place since.
+
+        A processor of this package that was replaced becomes stock for good: what replaced it may bring it back, as
+        unfuse_qkv_projections() does.
+        """
+        while self.layers:
+            name, layer = self.layers.popitem()
+            ours = self.processors[name]
+            if layer.processor is not ours and isinstance(ours, _OwnProcessor):
+                ours.make_stock()
+            if layer.processor is ours or type(layer.processor) is type(ours):
+                layer.set_processor(self.previous[name])
+
+    def __enter__(self) -> "Installation":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+
+def check_stock(
+    layers: Mapping[str, Attention | FluxAttention], processors: Mapping[str, object] | None = None
+) -> None:
+    """NotImplementedError for a layer that has a processor of another kind, unless the new one carries that on."""
+    for name, layer in layers.items():
+        if processors is not None and getattr(processors.get(name), "adapter", None) is layer.processor:
+            continue
+        if type(layer.processor) not in _STOCK and not getattr(layer.processor, "is_stock", False):
+            dispatches = hasattr(layer.processor, "_attention_backend")
+            fail(
+                "install_processors",
+                name,
+                "a stock attention processor",
+                type(layer.processor).__name__,
+                "undo what put it there (unfuse_qkv_projections(), disable_attention_slicing(), unload_ip_adapter()), "
+                "or leave the layer out"
+                + ("; models that dispatch take use_attention_backend(model)" if dispatches else ""),
+                NotImplementedError,
+            )
+
+
+def install_processors(
+    layers: Mapping[str, Attention | FluxAttention], processors: Mapping[str, object]
+) -> Installation:
+    """Set each layer's processor; a context manager that restores the previous ones.
+
+    Args:
+        layers: name -> layer, from `select_layers` or `joint_attention_layers`. processors: name -> the processor for
+            it.
+
+    Raises:
+        ValueError: no layers.
+        NotImplementedError: a layer has a processor that is not stock (IP-Adapter, attention slicing, fused
+            projections): without it the model is another. Whatever is raised, all previous processors are back.
+    """
+    if not layers:
+        hint = "SD3 and Flux have joint_attention_layers(model); UNets and PixArt attention_layers(model, 'self')"
+        fail("install_processors", "layers", "at least one layer", "none", hint)
+    check_stock(layers, processors)
+    installation = Installation(layers, processors)
+    try:
+        for name, layer in layers.items():
+            layer.set_processor(installation.processors[name])
+    except BaseException:
+        for name, layer in layers.items():
+            layer.set_processor(installation.previous[name])
+        raise
+    return installation

@@ -1,0 +1,1 @@
+"""Where a subject is: masks from attention maps, matches between features, and pictures of both."""

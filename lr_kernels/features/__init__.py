@@ -1,0 +1,1 @@
+"""Operators on features and attention maps."""

@@ -1,0 +1,117 @@
+"""The door to the kernels: `kernel(operator, backend)` is the torch op that runs an operator on a backend.
+
+An operator is one entry of `schemas.SCHEMAS`, a backend one entry of `BACKENDS`. The C++ extension implements the ops
+of "cpu", its CUDA part those of "cuda", `lr_kernels.triton` those of "triton".
+"""
+
+import importlib.util
+import json
+import warnings
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from .installation import PACKAGE, why_not_built
+from .platform import interpreted
+from .schemas import OPERATORS_WITH_CUDA, SCHEMAS
+
+
+class Backend(NamedTuple):
+    """Kernels that are written in one language."""
+
+    device_type: str
+    """Of the tensors for which "auto" takes it."""
+    operators: Collection[str]
+    """That have a kernel of it."""
+    unavailable: Callable[[str | None], str | None]
+    """Why it cannot run here on tensors of a device type (None: of any), or None."""
+    load: Callable[[], None] | None = None
+    """Registers its kernels, where importing this package does not."""
+
+
+def _cuda_unavailable(device_type: str | None) -> str | None:
+    if cuda_extension_error is not None:
+        return cuda_extension_error
+    return None if _has_cuda(device_type) else "needs a CUDA device"
+
+
+def _triton_unavailable(device_type: str | None) -> str | None:
+    if not _HAS_TRITON:
+        return "the package triton is not installed"
+    if _has_cuda(device_type) or (interpreted() and device_type in (None, "cpu")):
+        return None
+    return "needs a CUDA device, or TRITON_INTERPRET=1 to interpret on cpu tensors"
+
+
+def _cpu_unavailable(device_type: str | None) -> str | None:
+    if extension_error is not None:
+        return extension_error
+    return "runs on cpu tensors only" if device_type not in (None, "cpu") else None
+
+
+def _has_cuda(device_type: str | None) -> bool:
+    return device_type == "cuda" or (device_type is None and torch.cuda.is_available())
+
+
+def _load_triton() -> None:
+    from .. import triton  # noqa: F401  (registers its kernels)
+
+
+BACKENDS = {
+    "cuda": Backend("cuda", OPERATORS_WITH_CUDA, _cuda_unavailable),
+    "triton": Backend("cuda", SCHEMAS, _triton_unavailable, _load_triton),
+    "cpu": Backend("cpu", SCHEMAS, _cpu_unavailable),
+}
+"""In the order in which "auto" tries them."""
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def kernel(operator: str, backend: str) -> Callable[..., None]:
+    """The torch op that runs `operator` on `backend`, with its kernels loaded."""
+    load = BACKENDS[backend].load
+    if load is not None:
+        load()
+    return getattr(torch.ops.lr_kernels, f"{operator}_{backend}")
+
+
+_library = torch.library.Library("lr_kernels", "DEF")
+
+for _backend, _about in BACKENDS.items():
+    for _operator in _about.operators:
+        _library.define(f"{_operator}_{_backend}{SCHEMAS[_operator]}", tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"lr_kernels::{_operator}_{_backend}", lambda *args: None, lib=_library)
+
+
+def _load_extension(folder: Path) -> tuple[str | None, str | None]:
+    """Load `_C.so` and `_C_cuda.so` from `folder`. Returns None, or why they are not available, of each."""
+    library, cuda, record = folder / "_C.so", folder / "_C_cuda.so", folder / "_build.json"
+    if not library.exists():
+        reason = why_not_built(folder)
+        return reason, reason
+    build = json.loads(record.read_text())
+    running, minimum = torch.__version__, build["torch_minimum"]
+    built_for = f"built with torch {build['torch']} for torch >= {minimum}, running torch {running}"
+    if tuple(int(x) for x in running.split(".")[:2]) < tuple(int(x) for x in minimum.split(".")):
+        reason = f"the C++ extension does not fit: {built_for}"
+        return reason, reason
+    reasons: list[str | None] = []
+    for path in (library, cuda):
+        try:
+            if not path.exists():
+                reasons.append("the package was installed without its CUDA C++ extension (no nvcc at build time)")
+                continue
+            torch.ops.load_library(str(path))
+            reasons.append(None)
+        except OSError as error:
+            reasons.append(f"the C++ extension does not load ({error}): {built_for}")
+    return reasons[0], reasons[1]
+
+
+extension_error, cuda_extension_error = _load_extension(PACKAGE)
+"""None where the compiled kernels, of the CPU and CUDA C++, are loaded, else the reason."""
+
+if extension_error is not None:
+    warnings.warn(f"lr_kernels: no compiled CPU kernels: {extension_error}", RuntimeWarning, stacklevel=2)

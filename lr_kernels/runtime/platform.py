@@ -1,0 +1,16 @@
+"""What this process can run: dtypes of the kernels, Triton's interpreter, errors from C++."""
+
+import os
+
+import torch
+
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+ERRORS_REACH_PYTHON = tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 13)
+"""Whether an error raised by the C++ extension does: with torch 2.11 it crashes the process in torch's boxed kernel.
+There the checks in Python always come first."""
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in Triton's interpreter (TRITON_INTERPRET=1), which also serves CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
