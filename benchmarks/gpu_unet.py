@@ -124,9 +124,9 @@ CONTENDERS: dict[str, Callable[..., Tensor]] = {
 
 def processor(attend: Callable[..., Tensor] | None, per_tokens: dict[int, Shared]) -> object:
     """A diffusers attention processor; None: stock, in which nothing is shared."""
-    from lr_kernels.diffusers.processors.unet import _StockAttnProcessor
+    from lr_kernels.diffusers.processors.unet import StockAttnProcessor
 
-    class Processor(_StockAttnProcessor):
+    class Processor(StockAttnProcessor):
         def attend(self, query, key, value, attention_mask, is_cross):
             if is_cross or attend is None:
                 return super().attend(query, key, value, attention_mask, is_cross)

@@ -3,13 +3,13 @@
 from .attention.api import multi_source_attention
 from .attention.merge import merge_attention_states
 from .attention.plan import AttentionPlan, plan_attention
-from .attention.source import Source
 from .attention.token_maps import attention_with_token_maps
 from .denoising.coefficients import blend_schedule, sigma_coefficients, step_coefficients
 from .denoising.step_blend import step_blend
 from .features.adain import adain
 from .features.correspondence import correspondence
 from .features.subject_mask import subject_mask
+from .source import Source
 
 __version__ = "0.1.0"
 

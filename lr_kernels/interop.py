@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 from .attention.api import multi_source_attention
 from .attention.plan import plan_attention
-from .attention.source import Source
 from .runtime.checks import fail, one_of
 from .runtime.extras import require
 from .runtime.tensors import check_dense, within_float32
+from .source import Source
 
 
 def scaled_dot_product_attention(
@@ -50,7 +50,7 @@ def scaled_dot_product_attention(
     op = "scaled_dot_product_attention"
     _check_mask_type(op, "attn_mask", attn_mask)
     _check_dimensions(op, query, key, value, "2, 3 or 4 dimensions", (2, 3, 4))
-    _refuse(op, dropout_p=dropout_p, is_causal=is_causal and not query.shape[-2] == key.shape[-2] == 1)
+    refuse_unless_off(op, dropout_p=dropout_p, is_causal=is_causal and not query.shape[-2] == key.shape[-2] == 1)
     if enable_gqa and query.dim() == 3:  # PyTorch counts the first of three dimensions as heads here
         query, key, value = (x[None] for x in (query, key, value))
         return scaled_dot_product_attention(query, key, value, attn_mask, 0.0, False, scale, True)[0]
@@ -109,7 +109,7 @@ def memory_efficient_attention(
             output_dtype other than the query's.
     """
     name = "memory_efficient_attention"
-    _refuse(name, p=p, op=op)
+    refuse_unless_off(name, p=p, op=op)
     check_dense(name, "query", query)
     if output_dtype not in (None, query.dtype):
         _not_implemented(name, "output_dtype", f"None or {query.dtype}", output_dtype)
@@ -156,10 +156,10 @@ def transformers_attention(
     """
     name = "transformers_attention"
     causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
-    _refuse(name, **{argument: x for argument, x in kwargs.items() if argument not in _CHANGE_NOTHING})
+    refuse_unless_off(name, **{argument: x for argument, x in kwargs.items() if argument not in _CHANGE_NOTHING})
     _check_mask_type(name, "attention_mask", attention_mask)
     _check_dimensions(name, query, key, value, "4 dimensions", (4,))
-    _refuse(name, dropout=dropout, is_causal=bool(causal) and query.shape[2] > 1 and attention_mask is None)
+    refuse_unless_off(name, dropout=dropout, is_causal=bool(causal) and query.shape[2] > 1 and attention_mask is None)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     return attend(name, query, key, value, attention_mask, scaling, gqa=True, mask_name="attention_mask"), None
 
@@ -272,7 +272,7 @@ def _check_dimensions(op: str, query: Tensor, key: Tensor, value: Tensor, expect
             fail(op, name, f"{query.dim()} dimensions, as query has", x.dim())
 
 
-def _refuse(op: str, /, **arguments: object) -> None:
+def refuse_unless_off(op: str, /, **arguments: object) -> None:
     """Refuse every argument that is not off: None, False or 0."""
     for name, x in arguments.items():
         if x is not None and x is not False and not (isinstance(x, Real) and x == 0):

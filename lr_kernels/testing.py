@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .attention.source import Source
+from . import reference
+from .source import Source
 
 
 @dataclass(frozen=True)
@@ -200,8 +201,6 @@ def assert_matches(
 def check_attention(run: Callable[..., tuple[Tensor, Tensor]], inputs: AttentionInputs, **kwargs) -> None:
     """Compare run(query, sources, query_groups=…, return_lse=…) with the reference: out, and lse of a single softmax
     group."""
-    from . import reference
-
     one_group = len({s.softmax_group for s in inputs.sources}) == 1
     kwargs = {**kwargs, "query_groups": inputs.query_groups, "return_lse": one_group}
     exact = inputs.to(torch.float64)
@@ -251,8 +250,6 @@ def _gradients(
     In the working dtype the formula starts from the same rounded out as the kernel: where few keys carry all the
     weight, dP and <grad_out, out> cancel, and the rounding of out is what remains.
     """
-    from . import reference
-
     one_group = len({s.softmax_group for s in inputs.sources}) == 1
     g = torch.Generator().manual_seed(seed)
     grad_out = torch.randn(inputs.query.shape, generator=g).to(inputs.query)

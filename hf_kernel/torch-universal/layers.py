@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lr_kernels.interop import _refuse, attend, scaled_dot_product_attention
+from lr_kernels.interop import attend, refuse_unless_off, scaled_dot_product_attention
 from lr_kernels.runtime.checks import fail
 
 
@@ -63,9 +63,9 @@ class MultiheadAttention(nn.Module):
         is_causal: bool = False,
     ) -> tuple[Tensor, None]:
         op = "MultiheadAttention"
-        _refuse(op, need_weights=need_weights, attn_mask=attn_mask, is_causal=is_causal)
-        _refuse(op, bias_k=self.bias_k, bias_v=self.bias_v, add_zero_attn=self.add_zero_attn)
-        _refuse(op, dropout=self.dropout if self.training else 0.0)
+        refuse_unless_off(op, need_weights=need_weights, attn_mask=attn_mask, is_causal=is_causal)
+        refuse_unless_off(op, bias_k=self.bias_k, bias_v=self.bias_v, add_zero_attn=self.add_zero_attn)
+        refuse_unless_off(op, dropout=self.dropout if self.training else 0.0)
         if query.dim() != 3:
             fail(op, "query", "3 dimensions", query.dim())
         if key_padding_mask is not None:

@@ -10,10 +10,10 @@ from .. import reference
 from ..runtime import backends, modes
 from ..runtime.checks import FLOAT32_MAX, check_memory, check_sequence, fail
 from ..runtime.ops import kernel
+from ..source import Source
 from .checks import OP, check, check_copies, check_gradient_memory, check_reference_memory, check_types, resolve
 from .grad import Options, attention_with_gradients
 from .plan import AttentionPlan, plan_attention
-from .source import Source
 from .tables import lay_out
 
 

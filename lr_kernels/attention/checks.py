@@ -11,8 +11,8 @@ from torch import Tensor
 from ..runtime.checks import FLOAT32_MAX, check_entries, check_memory, fail, has_shape, one_of
 from ..runtime.schemas import MAX_HEAD_DIM, MAX_SOURCES, MAX_TOKENS
 from ..runtime.tensors import check_dense, is_plain, resolved, within_float32
+from ..source import Source
 from .plan import AttentionPlan, as_made, changed_mask, check_lists, check_masks, check_parts
-from .source import Source
 
 OP = "multi_source_attention"
 _REAL_TABLES = ("key_bias", "logit_scale", "logit_bias", "weight")

@@ -15,9 +15,9 @@ from ..runtime import modes
 from ..runtime.ops import kernel
 from ..runtime.schemas import AttentionTables
 from ..runtime.tensors import written_out
+from ..source import Source
 from .checks import OP, check, check_reference_memory
 from .plan import AttentionPlan
-from .source import Source
 from .tables import lay_out
 
 _FIELDS = len(Source._fields)
@@ -81,9 +81,7 @@ class _Attention(torch.autograd.Function):
         places = sorted(range(count), key=lambda i: sources[i].softmax_group)  # of the sources, in the tables' order
         bias_wanted = tuple(wanted[i * _FIELDS + _DIFFERENTIABLE[2]] for i in places)
         if out is not None:
-            parts = list(
-                _group_gradients(ctx.options.backend, query, tables, out, lse, grad_out, grad_lse, bias_wanted)
-            )
+            parts = list(group_gradients(ctx.options.backend, query, tables, out, lse, grad_out, grad_lse, bias_wanted))
         else:
             parts = _sum_of_groups(ctx.options.backend, query, tables, grad_out, grad_lse, bias_wanted)
         grads: list[Tensor | None] = [None] * len(wanted)
@@ -157,7 +155,7 @@ def _sum_of_groups(
         kernel("multi_source_attention", backend)(query, *group, out, lse)
         grad = grad_out if weight is None else (grad_out * weight[:, :, None, None]).to(query.dtype)
         wanted = bias_wanted[members[0] : members[-1] + 1]
-        grads = _group_gradients(backend, query, group, out, lse, grad, grad_lse, wanted)
+        grads = group_gradients(backend, query, group, out, lse, grad, grad_lse, wanted)
         grad_query = grad_query + grads[0]
         for i in range(3):
             parts[i] += grads[1 + i * len(members) : 1 + (i + 1) * len(members)]
@@ -171,7 +169,7 @@ def _group_tables(tables: AttentionTables, members: list[int]) -> AttentionTable
     return tables._replace(**chosen, softmax_group=[0] * len(members), weight=[None])
 
 
-def _group_gradients(
+def group_gradients(
     backend: str,
     query: Tensor,
     tables: AttentionTables,

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ..runtime.checks import check_memory
 from ..runtime.schemas import AttentionTables
+from ..source import Source
 from .plan import AttentionPlan
-from .source import Source
 
 
 def lay_out(query: Tensor, sources: Sequence[Source], plan: AttentionPlan, scale: float | None) -> AttentionTables:

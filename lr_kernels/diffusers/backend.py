@@ -11,9 +11,9 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 
-from ..interop import _refuse, attend
+from ..interop import attend, refuse_unless_off
 from ..runtime.checks import fail
-from .processors.joint import _JOINT_PROCESSORS
+from .processors.joint import JOINT_PROCESSORS
 
 NAME = "lr_kernels"
 
@@ -63,7 +63,7 @@ def attention(
         NotImplementedError: dropout_p, is_causal, context parallelism, a mask that differs between heads or queries,
             and every other argument that is on, such as window_size and softcap, which other backends take.
     """
-    _refuse(
+    refuse_unless_off(
         "attention_backend", dropout_p=dropout_p, is_causal=is_causal, _parallel_config=_parallel_config,
         **attention_kwargs,
     )  # fmt: skip
@@ -100,7 +100,7 @@ def use_attention_backend(model: nn.Module) -> Iterator[nn.Module]:
 
 def _what_serves(processors: Sequence[object]) -> str:
     """What this package has for a model whose processors do not dispatch."""
-    if any(isinstance(p, _JOINT_PROCESSORS) for p in processors):
+    if any(isinstance(p, JOINT_PROCESSORS) for p in processors):
         return (
             "SD3 takes lr_kernels.diffusers.install_processors: joint_attention_layers(model) with "
             "CustomSD3AttnProcessor(joint_attention)"

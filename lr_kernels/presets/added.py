@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..attention.api import multi_source_attention
-from ..attention.source import Source
 from ..runtime.checks import fail
+from ..source import Source
 from .rows import check_mask, check_strength
 
 

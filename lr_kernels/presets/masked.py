@@ -5,8 +5,8 @@ from torch import Tensor
 
 from ..attention.api import multi_source_attention
 from ..attention.plan import AttentionPlan, plan_attention
-from ..attention.source import Source
 from ..runtime.checks import fail
+from ..source import Source
 from .rows import check_mask, check_rows
 
 OWN, BACKGROUND, FOREGROUND = 1, 2, 4

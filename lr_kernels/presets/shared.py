@@ -7,9 +7,9 @@ from torch import Tensor
 
 from ..attention.api import multi_source_attention
 from ..attention.plan import AttentionPlan, plan_attention
-from ..attention.source import Source
 from ..features.adain import adain
 from ..runtime.checks import check_number, fail, has_shape, one_of
+from ..source import Source
 from .rows import check_halves, check_mask, check_rows, check_strength
 
 MAX_OTHERS = 15

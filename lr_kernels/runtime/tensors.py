@@ -1,18 +1,11 @@
 """Tensors as the kernels read them: dense, and with their values in memory."""
 
-import functools
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
-
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.masked import MaskedTensor
 
 from .checks import FLOAT32_MAX, fail
-
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
 
 
 def is_plain(x: Tensor) -> bool:
@@ -64,18 +57,3 @@ def within_float32(x: Tensor) -> Tensor:
 def resolved_or_none(op: str, argument: str, x: Tensor | None) -> Tensor | None:
     """`resolved` of an argument that may be None."""
     return None if x is None else resolved(op, argument, x)
-
-
-def without_autocast(operator: Callable[_P, _R]) -> Callable[_P, _R]:
-    """The operator in the precision that it states: autocast would round inside einsum and matmul."""
-
-    @functools.wraps(operator)
-    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        first = next(iter((*args, *kwargs.values())))
-        device = (first if isinstance(first, Tensor) else first[0]).device.type  # type: ignore[index]
-        if device == "meta" or not torch.is_autocast_enabled(device):
-            return operator(*args, **kwargs)
-        with torch.autocast(device, enabled=False):
-            return operator(*args, **kwargs)
-
-    return run

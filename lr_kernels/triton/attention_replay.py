@@ -8,9 +8,9 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from ..attention.plan import AttentionPlan, as_made, changed_mask
-from ..attention.source import Source
 from ..runtime.schemas import AttentionTables
 from ..runtime.tensors import is_plain
+from ..source import Source
 from . import attention
 from .launch import INTERPRETED, architecture, check_grid, on_device
 from .replay import Recorder, record

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .. import Source, plan_attention, reference
-from ..attention.grad import _group_gradients
+from ..attention.grad import group_gradients
 from ..attention.tables import lay_out
 from ..runtime.ops import kernel
 from ..testing import assert_matches
@@ -112,7 +112,7 @@ def problem(case: Case, tokens: int, device: str) -> Problem:
     if not backward:
         return Problem(query, sources, out, forward)
     forward()
-    gradients = functools.partial(_group_gradients, "triton", query, tables, out, lse, grad, None, (False,) * 3)
+    gradients = functools.partial(group_gradients, "triton", query, tables, out, lse, grad, None, (False,) * 3)
     return Problem(query, sources, out, gradients)
 
 

@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from ...runtime.checks import check_integer, check_number, entries_of, fail
-from .sharing import check_not_compiled, pass_inputs
+from ..processors.install import check_not_compiled, pass_inputs
 
 EPS = 1e-6
 """Lowest variance, as in the community pipeline."""

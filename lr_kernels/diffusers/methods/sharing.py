@@ -10,7 +10,15 @@ from diffusers.models.attention_processor import Attention, IPAdapterAttnProcess
 from torch import Tensor, nn
 
 from ...runtime.checks import check_choice, check_integer, fail, plain_number
-from ..processors.install import attention_layers, install_processors, layer_grid, layer_scale, select_layers
+from ..processors.install import (
+    attention_layers,
+    check_not_compiled,
+    install_processors,
+    layer_grid,
+    layer_scale,
+    pass_inputs,
+    select_layers,
+)
 from ..processors.unet import CustomAttnProcessor, Pass, asked
 
 Layers = int | str | Sequence[int | str] | Mapping[str, Attention]
@@ -149,19 +157,6 @@ class Clock:
         at = getattr(scheduler, "step_index", getattr(scheduler, "counter", None))
         place = at if at in places else places[0]
         return place // order
-
-
-def pass_inputs(args: tuple, kwargs: dict) -> tuple[Tensor, float | Tensor]:
-    """Sample and timestep of a UNet's call."""
-    sample = args[0] if args else kwargs["sample"]
-    return sample, args[1] if len(args) > 1 else kwargs["timestep"]
-
-
-def check_not_compiled(op: str, unet: nn.Module) -> None:
-    """NotImplementedError for a UNet compiled in place: its hooks are compiled away."""
-    if getattr(getattr(unet, "_orig_mod", unet), "_compiled_call_impl", None) is not None:
-        hint = "use pipe.unet = torch.compile(pipe.unet) or pipe.unet.compile_repeated_blocks()"
-        fail(op, "unet", "one that is not compiled in place", "one after unet.compile()", hint, NotImplementedError)
 
 
 def _steps(steps: int | Collection[int] | None) -> Collection[int]:

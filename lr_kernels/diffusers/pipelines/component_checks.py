@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
@@ -10,10 +9,8 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from ...runtime.checks import fail
+from .components import PersonalizedPipeline, context_width
 from .settings import OP
-
-if TYPE_CHECKING:
-    from .components import PersonalizedPipeline
 
 _TEXT_TO_IMAGE = "load a text-to-image UNet; those of inpainting, InstructPix2Pix and upscaling have further inputs"
 _CLIP = (CLIPTextModel, CLIPTextModelWithProjection)
@@ -25,14 +22,7 @@ def plain(module: nn.Module) -> nn.Module:
     return getattr(module, "_orig_mod", module)
 
 
-def context_width(unet: UNet2DConditionModel) -> int | None:
-    """Channels of the text embeddings that a UNet takes; None: its layers take different ones."""
-    config = unet.config
-    width = config.encoder_hid_dim if config.encoder_hid_dim_type == "text_proj" else config.cross_attention_dim
-    return width if isinstance(width, int) else None
-
-
-def check_models(pipe: "PersonalizedPipeline") -> None:
+def check_models(pipe: PersonalizedPipeline) -> None:
     """What holds for every call.
 
     Raises:
@@ -49,7 +39,7 @@ def check_models(pipe: "PersonalizedPipeline") -> None:
     _check_dtypes(pipe, unets)
 
 
-def check_vae(pipe: "PersonalizedPipeline") -> None:
+def check_vae(pipe: PersonalizedPipeline) -> None:
     """What holds for a call that decodes or encodes: an autoencoder that is called as the stock pipelines call it."""
     vae = pipe.vae
     if vae is None:
@@ -67,7 +57,7 @@ def check_vae(pipe: "PersonalizedPipeline") -> None:
             fail(OP, "vae", "an autoencoder that decodes latents alone", f"{name}, which also takes {parameter.name}")
 
 
-def check_controlnet(pipe: "PersonalizedPipeline") -> None:
+def check_controlnet(pipe: PersonalizedPipeline) -> None:
     """What holds for a call with a control_image: the ControlNet adds to the features of both UNets."""
     if not isinstance(plain(pipe.controlnet), ControlNetModel):
         got = type(pipe.controlnet).__name__
@@ -89,7 +79,7 @@ def _hashable(x: object) -> object:
     return tuple(x) if isinstance(x, list) else x
 
 
-def _check_unet(pipe: "PersonalizedPipeline", name: str, unet: UNet2DConditionModel) -> None:
+def _check_unet(pipe: PersonalizedPipeline, name: str, unet: UNet2DConditionModel) -> None:
     config = unet.config
     if config.in_channels != config.out_channels:
         fail(OP, name, f"{config.out_channels} input channels, as it has outputs", config.in_channels, _TEXT_TO_IMAGE)
@@ -121,7 +111,7 @@ def _check_unet(pipe: "PersonalizedPipeline", name: str, unet: UNet2DConditionMo
             fail(OP, name, f"{got} added conditions, of 6 sizes and {readers[-1].name}", expected, hint)
 
 
-def _check_pair(pipe: "PersonalizedPipeline") -> None:
+def _check_pair(pipe: PersonalizedPipeline) -> None:
     """That the personalized UNet can go on where the vanilla one stops."""
     vanilla, personal = pipe.unet, pipe.personalized_unet
     for key in ("in_channels", "time_cond_proj_dim"):
@@ -142,7 +132,7 @@ def _block_kinds(unet: UNet2DConditionModel) -> Iterator[str]:
     return (f"{kind.__module__}.{kind.__qualname__}" for kind in kinds)
 
 
-def _check_dtypes(pipe: "PersonalizedPipeline", unets: dict[str, nn.Module]) -> None:
+def _check_dtypes(pipe: PersonalizedPipeline, unets: dict[str, nn.Module]) -> None:
     """One precision for all models that pass tensors on, except under autocast, which brings them to one."""
     if torch.is_autocast_enabled(pipe._execution_device.type):
         return

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
@@ -18,20 +18,16 @@ from ...runtime.checks import check_integer, fail
 from ..processors.unet import AttentionState
 from ..subjects.matching import FeatureRecorder
 from ..subjects.subject import SubjectMaps, SubjectTokens, find_subjects, stretched
-from .adapters import adapters_off, check_free
-from .component_checks import check_models, context_width
+from .adapters import adapters_off
 from .condition import Condition, Control, predict
 from .latents import encoded, latent_statistics
 from .output import Costs
 from .pictures import Image, preprocess
-from .prompts import Embeds, TextReader, check_numbers, hidden_states
-from .schedule import Solver, check_scheduler, solver
-from .settings import OP, Generator, Settings, one_or
+from .schedule import Solver, solver
+from .settings import OP, Generator, Settings, check_numbers, one_or
 from .stock import StockArguments
 from .switches import Switches
-
-if TYPE_CHECKING:
-    from .request import Request
+from .text import Embeds, TextReader, hidden_states
 
 MAP_TIMES = (0.1, 0.3, 0.5)
 """Noise levels, as shares of the training timesteps, at which the maps of given images are taken."""
@@ -102,8 +98,10 @@ class PersonalizedPipeline(Switches):
         """Whether these negative prompts are zeros instead of embeddings of no text."""
         return False
 
-    def condition(self, embeds: Embeds, request: "Request", *, negative: bool = False) -> Condition:
-        """What a UNet is told of prompts, and beside them."""
+    def condition(
+        self, embeds: Embeds, size: tuple[int, int], stock: StockArguments, *, negative: bool = False
+    ) -> Condition:
+        """What a UNet is told of prompts, and beside them, for latents of a size (h, w)."""
         return Condition(embeds.tokens, {}, self._guidance_embedding(embeds.tokens), self.adapter_scale)
 
     def vae_precision(self) -> AbstractContextManager:
@@ -264,10 +262,7 @@ class PersonalizedPipeline(Switches):
         return (level**0.5 * latents + (1 - level) ** 0.5 * noise).to(latents.dtype), t
 
     def begin(self, settings: Settings, stock: StockArguments) -> Solver:
-        """Check the models and the scheduler, set its timesteps and what the stock pipelines say of a call."""
-        check_scheduler(self.scheduler)
-        check_models(self)
-        check_free(OP, [self.unet, self.personal_unet])
+        """Set the scheduler's timesteps and what the stock pipelines say of a call."""
         self._interrupt = False
         self._guidance_scale, self._guidance_rescale = settings.guidance_scale, stock.guidance_rescale
         self._clip_skip, self._cross_attention_kwargs = stock.clip_skip, stock.cross_attention_kwargs
@@ -428,6 +423,13 @@ class PersonalizedStableDiffusionPipeline(PersonalizedPipeline, StableDiffusionP
         pixels, nsfw = self.run_safety_checker(pixels, pixels.device, self.prompt_dtype)
         denormalize = None if nsfw is None else [not flag for flag in nsfw]
         return self.image_processor.postprocess(pixels, output_type=output_type, do_denormalize=denormalize), nsfw
+
+
+def context_width(unet: UNet2DConditionModel) -> int | None:
+    """Channels of the text embeddings that a UNet takes; None: its layers take different ones."""
+    config = unet.config
+    width = config.encoder_hid_dim if config.encoder_hid_dim_type == "text_proj" else config.cross_attention_dim
+    return width if isinstance(width, int) else None
 
 
 def noise_like(latents: Tensor, generator: Generator) -> Tensor:

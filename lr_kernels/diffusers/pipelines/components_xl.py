@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -21,10 +21,8 @@ from .components import PersonalizedPipeline
 from .condition import Condition
 from .latents import upcast
 from .pictures import Image
-from .prompts import Embeds, TextReader, hidden_states
-
-if TYPE_CHECKING:
-    from .request import Request
+from .stock import StockArguments
+from .text import Embeds, TextReader, hidden_states
 
 
 class PersonalizedStableDiffusionXLPipeline(PersonalizedPipeline, StableDiffusionXLPipeline):
@@ -115,10 +113,12 @@ class PersonalizedStableDiffusionXLPipeline(PersonalizedPipeline, StableDiffusio
     def zeroes(self, negatives: Sequence[str | None]) -> bool:
         return self.config.force_zeros_for_empty_prompt and all(text is None for text in negatives)
 
-    def condition(self, embeds: Embeds, request: "Request", *, negative: bool = False) -> Condition:
-        told = super().condition(embeds, request)
-        pixels = tuple(x * self.vae_scale_factor for x in request.size)
-        sizes = request.stock.sizes(pixels, negative=negative)
+    def condition(
+        self, embeds: Embeds, size: tuple[int, int], stock: StockArguments, *, negative: bool = False
+    ) -> Condition:
+        told = super().condition(embeds, size, stock)
+        pixels = tuple(x * self.vae_scale_factor for x in size)
+        sizes = stock.sizes(pixels, negative=negative)
         times = self._get_add_time_ids(*sizes, embeds.tokens.dtype, embeds.pooled.shape[-1]).to(embeds.tokens.device)
         return told._replace(added={"text_embeds": embeds.pooled, "time_ids": times.expand(len(embeds.tokens), -1)})
 

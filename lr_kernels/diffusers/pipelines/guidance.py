@@ -1,15 +1,12 @@
 """From the predictions of a step to the next latents, with the guidance that the pipeline's attributes say."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from .components import PersonalizedPipeline
 from .request import Request
 from .schedule import Stepper
-
-if TYPE_CHECKING:
-    from .components import PersonalizedPipeline
 
 
 class GuidedStepper:
@@ -20,7 +17,7 @@ class GuidedStepper:
         weights: (steps,) of the personalized model beside the vanilla one; None: there is one model.
     """
 
-    def __init__(self, pipe: "PersonalizedPipeline", request: Request, weights: Tensor | None = None):
+    def __init__(self, pipe: PersonalizedPipeline, request: Request, weights: Tensor | None = None):
         self._pipe, self._request, self._weights = pipe, request, weights
         self._scale = self.scale
         self._stepper = Stepper(request.solver, self._table(), backend=request.settings.backend)

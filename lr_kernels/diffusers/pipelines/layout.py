@@ -153,8 +153,10 @@ def _condition(pipe: PersonalizedPipeline, request: Request, *, personal: bool) 
     """Of the prompts as one of the models reads them, with guidance the negative ones before them."""
     guided = pipe.do_classifier_free_guidance
     negatives, prompts = request.prompts.embedded(pipe, personal=personal, guided=guided)
-    condition = pipe.condition(prompts, request)
-    return Condition.join([pipe.condition(negatives, request, negative=True), condition]) if guided else condition
+    condition = pipe.condition(prompts, request.size, request.stock)
+    if not guided:
+        return condition
+    return Condition.join([pipe.condition(negatives, request.size, request.stock, negative=True), condition])
 
 
 def _as_many(condition: Condition, rows: int) -> Condition:

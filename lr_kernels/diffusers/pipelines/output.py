@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 import PIL.Image
@@ -12,8 +11,8 @@ import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .contexts import Contexts
+from ..subjects.overlay import draw
+from .contexts import Contexts
 
 Match = tuple[Tensor, Tensor, tuple[int, int]]
 """index and consistent, (images, tokens) each, see `correspondence`; and the grid of the tokens"""
@@ -48,7 +47,7 @@ class LayoutRetouchOutput(BaseOutput):
     """fp32 (subjects, n, rows, columns) in [0, 1], with return_maps: where the subjects are in the layouts"""
     matches: list[Match] | None = None
     """per reference, with return_maps: its token that looks most like each token of the layouts"""
-    contexts: "Contexts | None" = None
+    contexts: Contexts | None = None
     """of a layout stage that knew the subjects: what the retouch stage reads"""
     nsfw_content_detected: list[bool] | None = None
     layout_nsfw_content_detected: list[bool] | None = None
@@ -59,8 +58,6 @@ class LayoutRetouchOutput(BaseOutput):
 
     def draw(self, scale: float | None = None) -> PIL.Image.Image:
         """One sheet of references, layouts and results with their masks, see `overlay.draw`."""
-        from ..subjects.overlay import draw
-
         return draw(self, scale=scale, reference_subjects=self.reference_subjects)
 
 

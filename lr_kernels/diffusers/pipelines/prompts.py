@@ -1,45 +1,16 @@
 """What the models are told by prompts: texts through the text encoders, or embeddings that are given."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
-import torch
-from diffusers.utils import is_peft_available, logging
-from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from diffusers.utils import logging
+from torch import Tensor
 
 from ...runtime.checks import fail
-from .settings import OP, one_or, refuse
+from .components import PersonalizedPipeline
+from .settings import OP, check_numbers, one_or, refuse
 from .stock import StockArguments
-
-if TYPE_CHECKING:
-    from .components import PersonalizedPipeline
-
-
-class TextReader(NamedTuple):
-    """A text encoder of one of the models, and the tokenizer that it shares with the other model's."""
-
-    name: str
-    """of the encoder among the components"""
-    tokenizer: PreTrainedTokenizerBase
-    encoder: nn.Module
-
-
-class Embeds(NamedTuple):
-    """Embeddings of B prompts."""
-
-    tokens: Tensor
-    """(B, L, C)"""
-    pooled: Tensor | None = None
-    """(B, P), of SDXL"""
-
-    @staticmethod
-    def join(parts: Sequence["Embeds"]) -> "Embeds":
-        """The rows of all parts."""
-        pooled = None if parts[0].pooled is None else torch.cat([part.pooled for part in parts])
-        return Embeds(torch.cat([part.tokens for part in parts]), pooled)
+from .text import Embeds, tokenized
 
 
 class Prompts(NamedTuple):
@@ -58,7 +29,7 @@ class Prompts(NamedTuple):
     def count(self) -> int:
         return len(self.negatives)
 
-    def embedded(self, pipe: "PersonalizedPipeline", *, personal: bool, guided: bool) -> tuple[Embeds | None, Embeds]:
+    def embedded(self, pipe: PersonalizedPipeline, *, personal: bool, guided: bool) -> tuple[Embeds | None, Embeds]:
         """(of the negative prompts, None without guidance; of the prompts), as one of the models reads them."""
         given, texts = (self.embeds, self.texts) if personal else (self.layout_embeds, self.layout_texts)
         prompts = pipe.embed(texts, personal=personal, clip_skip=pipe.clip_skip) if given is None else given
@@ -69,14 +40,7 @@ class Prompts(NamedTuple):
         return pipe.embed_negatives(self.negatives, prompts, personal=personal), prompts
 
 
-def tokenized(pipe: "PersonalizedPipeline", tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> dict:
-    """As the stock pipelines tokenize prompts: padded or cut to the tokenizer's length."""
-    texts = pipe.maybe_convert_prompt(list(texts), tokenizer)
-    length = tokenizer.model_max_length
-    return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-
-
-def check_texts(pipe: "PersonalizedPipeline", argument: str, texts: Sequence[str], *, personal: bool) -> None:
+def check_texts(pipe: PersonalizedPipeline, argument: str, texts: Sequence[str], *, personal: bool) -> None:
     """Before anything is computed: warn of what the tokenizer cuts off, as the stock pipelines do.
 
     Raises:
@@ -111,35 +75,8 @@ def check_texts(pipe: "PersonalizedPipeline", argument: str, texts: Sequence[str
             fail(OP, name, f"an embedding of {token!r}, which is in {argument}", f"{rows} others", hint)
 
 
-def hidden_states(
-    pipe: "PersonalizedPipeline", reader: TextReader, texts: Sequence[str], last: Callable[[object], Tensor]
-) -> tuple[Tensor, Tensor]:
-    """(what `last` takes of the encoder's output, the output's first entry), with the call's strength of adapters."""
-    _, tokenizer, encoder = reader
-    inputs = tokenized(pipe, tokenizer, texts)
-    uses_mask = getattr(encoder.config, "use_attention_mask", False)
-    device = pipe._execution_device
-    mask = inputs.attention_mask.to(device) if uses_mask else None
-    with _adapters_at(encoder, pipe.adapter_scale):
-        out = encoder(inputs.input_ids.to(device), attention_mask=mask, output_hidden_states=True)
-    return last(out), out[0]
-
-
-@contextmanager
-def _adapters_at(encoder: nn.Module, scale: float | None) -> Iterator[None]:
-    """While it lasts the encoder's adapters have this strength."""
-    if scale is None or not is_peft_available():
-        yield
-        return
-    scale_lora_layers(encoder, scale)
-    try:
-        yield
-    finally:
-        unscale_lora_layers(encoder, scale)
-
-
 def read_prompts(
-    pipe: "PersonalizedPipeline",
+    pipe: PersonalizedPipeline,
     stock: StockArguments,
     prompt: str | Sequence[str] | None,
     layout_prompt: str | Sequence[str] | None = None,
@@ -177,7 +114,7 @@ def read_prompts(
 
 
 def check_prompts(
-    pipe: "PersonalizedPipeline", prompts: Prompts, references: Sequence[str], *, lays_out: bool, guided: bool
+    pipe: PersonalizedPipeline, prompts: Prompts, references: Sequence[str], *, lays_out: bool, guided: bool
 ) -> None:
     """Texts as `check_texts`; ValueError where embeddings that go together have other numbers of tokens."""
     personal = [] if prompts.embeds is not None else prompts.texts
@@ -217,7 +154,7 @@ def as_list(
 
 
 def _given_embeds(
-    pipe: "PersonalizedPipeline", stock: StockArguments, kind: str, prompts: int, copies: int
+    pipe: PersonalizedPipeline, stock: StockArguments, kind: str, prompts: int, copies: int
 ) -> Embeds | None:
     """Those of the arguments of a kind, "", "layout_" or "negative_"; ValueError where they do not fit."""
     name, pooled_name = f"{kind}prompt_embeds", f"{kind}pooled_prompt_embeds"
@@ -239,11 +176,3 @@ def _given_embeds(
         fail(OP, name, f"{width} channels, as {unet} takes", tokens.shape[2])
     place = {"device": pipe._execution_device, "dtype": pipe.prompt_dtype}
     return Embeds(*(None if x is None else x.to(**place).repeat_interleave(copies, 0) for x in (tokens, pooled)))
-
-
-def check_numbers(argument: str, x: Tensor) -> None:
-    """ValueError for a tensor without data or with numbers that are not finite."""
-    if x.device.type == "meta":
-        fail(OP, argument, "a tensor with data", "one on the device meta")
-    if not bool(x.isfinite().all()):
-        fail(OP, argument, "finite numbers", "NaN or Inf")

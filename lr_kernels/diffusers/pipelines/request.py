@@ -14,13 +14,14 @@ from ..processors.install import check_stock, select_layers
 from ..processors.routing import MAX_SUBJECTS
 from ..subjects.foreground import warn_of_implausible
 from ..subjects.subject import SubjectTokens, as_numbers, as_subjects, shown_subjects
-from .component_checks import check_controlnet, check_vae
+from .adapters import check_free
+from .component_checks import check_controlnet, check_models, check_vae
 from .components import PersonalizedPipeline, noise_like
 from .contexts import Contexts
 from .output import LayoutRetouchOutput
 from .pictures import Image, as_mask, one_by_one, preprocess
 from .prompts import Prompts, as_list, check_prompts
-from .schedule import DEFAULT_SWITCH, Solver, blend_weights, step_in_schedule
+from .schedule import DEFAULT_SWITCH, Solver, blend_weights, check_scheduler, step_in_schedule
 from .settings import OP, Generator, Settings, one_or, refuse
 from .step_end import tensor_inputs
 from .stock import StockArguments
@@ -104,6 +105,9 @@ def build_request(
     """The arguments as the stages use them; raises what does not fit, before anything is computed."""
     device, count = pipe._execution_device, prompts.count
     settings.check_generators(count)
+    check_scheduler(pipe.scheduler)
+    check_models(pipe)
+    check_free(OP, [pipe.unet, pipe.personal_unet])
     solver = pipe.begin(settings, stock)
     names = settings.callback_on_step_end_tensor_inputs
     names = tensor_inputs(pipe, settings.callback_on_step_end, names, control_image is not None)

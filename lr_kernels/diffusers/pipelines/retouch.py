@@ -22,11 +22,12 @@ from .guidance import GuidedStepper
 from .inversion import invert, renoise
 from .output import Costs, LayoutRetouchOutput
 from .pictures import Image
-from .prompts import Embeds, Prompts, read_prompts
+from .prompts import Prompts, read_prompts
 from .request import Request, build_request, check_contexts, given_contexts
 from .settings import OP, Callback, Generator, Settings, refuse
 from .step_end import Told, after_step
 from .stock import StockArguments
+from .text import Embeds
 
 REFERENCE_SEED = 0
 """References are noised by a seed of its own, so that their masks and latents are the same for every image."""
@@ -336,9 +337,10 @@ def _rows(pipe: PersonalizedPipeline, request: Request, contexts: Contexts | Non
         if guided:
             none = [None] * len(references.prompts)
             negatives.append(pipe.embed_negatives(none, prompts[-1], personal=True))
-    condition = pipe.condition(Embeds.join(prompts), request)
+    condition = pipe.condition(Embeds.join(prompts), request.size, request.stock)
     if guided:
-        condition = Condition.join([pipe.condition(Embeds.join(negatives), request, negative=True), condition])
+        unconditional = pipe.condition(Embeds.join(negatives), request.size, request.stock, negative=True)
+        condition = Condition.join([unconditional, condition])
     dtype, device = condition.embeds.dtype, pipe._execution_device
     clean = torch.empty(0, pipe.unet.config.in_channels, *request.size, dtype=dtype, device=device)
     if references.pixels is not None:

@@ -115,3 +115,11 @@ def refuse(reason: str, **arguments: object) -> None:
 def one_or(count: int) -> str:
     """How many there may be where one serves all."""
     return "1" if count == 1 else f"1 or {count}"
+
+
+def check_numbers(argument: str, x: Tensor) -> None:
+    """ValueError for a tensor without data or with numbers that are not finite."""
+    if x.device.type == "meta":
+        fail(OP, argument, "a tensor with data", "one on the device meta")
+    if not bool(x.isfinite().all()):
+        fail(OP, argument, "finite numbers", "NaN or Inf")

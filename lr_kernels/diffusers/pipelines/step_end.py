@@ -2,17 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
 from ...runtime.checks import fail
+from .components import PersonalizedPipeline
 from .condition import Condition, Control
 from .settings import OP, Callback
-
-if TYPE_CHECKING:
-    from .components import PersonalizedPipeline
 
 _CONDITIONS = {"add_text_embeds": "text_embeds", "add_time_ids": "time_ids"}
 """Names of the stock pipelines' variables, and of the conditions that they are."""
@@ -29,7 +27,7 @@ class Told(NamedTuple):
 
 
 def tensor_inputs(
-    pipe: "PersonalizedPipeline", callback: Callback, names: Sequence[str] | None, controlled: bool
+    pipe: PersonalizedPipeline, callback: Callback, names: Sequence[str] | None, controlled: bool
 ) -> tuple[str, ...]:
     """The names of the tensors that a callback gets: those asked for, or those that an object of diffusers says.
 
@@ -50,7 +48,7 @@ def tensor_inputs(
 
 
 def after_step(
-    pipe: "PersonalizedPipeline", callback: Callback, names: Sequence[str], step: int, t: Tensor, told: Told
+    pipe: PersonalizedPipeline, callback: Callback, names: Sequence[str], step: int, t: Tensor, told: Told
 ) -> Told:
     """Run callback_on_step_end. What it returns counts from the next step on, for the model that `told` is of.
 

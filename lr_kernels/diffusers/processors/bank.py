@@ -15,13 +15,13 @@ from torch import Tensor
 
 from ...attention.api import multi_source_attention
 from ...attention.plan import AttentionPlan, plan_attention
-from ...attention.source import Source
 from ...runtime.checks import check_choice, check_integer, fail
 from ...runtime.platform import KERNEL_DTYPES
+from ...source import Source
 from .bank_values import MAX_TIMESTEP, as_bias, as_foreground, as_table, check_file, check_numbers
 from .install import layer_grid
 from .routing import token_mask
-from .unet import AttentionState, _refuse_mask, _StockAttnProcessor
+from .unet import AttentionState, StockAttnProcessor, refuse_mask
 
 STORAGES = ("device", "cpu")
 SAME_LEVEL = 1e-4
@@ -466,7 +466,7 @@ def _check_stored(path: str | PathLike, tensors: Mapping[str, Tensor], steps: in
             fail("ReferenceBank", name, f"finite keys and values in {path}", "NaN or infinity")
 
 
-class BankAttnProcessor(_StockAttnProcessor):
+class BankAttnProcessor(StockAttnProcessor):
     """Self-attention that fills a bank, or reads a `ReferenceBank` besides its own keys; AttnProcessor2_0 while the
     bank's mode is None."""
 
@@ -484,7 +484,7 @@ class BankAttnProcessor(_StockAttnProcessor):
     ) -> Tensor:
         mode = None if self.bank is None or is_cross else self.bank.mode
         if mode is not None and attention_mask is not None:
-            _refuse_mask(type(self).__name__)
+            refuse_mask(type(self).__name__)
         if mode == "extract":
             self.layer.write(key.transpose(1, 2), value.transpose(1, 2))
         if mode != "cached":

@@ -1,4 +1,4 @@
-"""Finding a UNet's attention layers, and putting processors into a model's layers and back."""
+"""Finding a UNet's attention layers, putting processors into a model's layers and back, and hooks on a UNet's pass."""
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -6,10 +6,10 @@ from numbers import Integral
 
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, JointAttnProcessor2_0
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
-from torch import nn
+from torch import Tensor, nn
 
 from ...runtime.checks import fail
-from .unet import _OwnProcessor
+from .unet import OwnProcessor
 
 _STOCK = (AttnProcessor, AttnProcessor2_0, FluxAttnProcessor, JointAttnProcessor2_0)
 
@@ -135,7 +135,7 @@ class Installation:
         while self.layers:
             name, layer = self.layers.popitem()
             ours = self.processors[name]
-            if layer.processor is not ours and isinstance(ours, _OwnProcessor):
+            if layer.processor is not ours and isinstance(ours, OwnProcessor):
                 ours.make_stock()
             if layer.processor is ours or type(layer.processor) is type(ours):
                 layer.set_processor(self.previous[name])
@@ -195,3 +195,16 @@ def install_processors(
             layer.set_processor(installation.previous[name])
         raise
     return installation
+
+
+def pass_inputs(args: tuple, kwargs: dict) -> tuple[Tensor, float | Tensor]:
+    """Sample and timestep of a UNet's call."""
+    sample = args[0] if args else kwargs["sample"]
+    return sample, args[1] if len(args) > 1 else kwargs["timestep"]
+
+
+def check_not_compiled(op: str, unet: nn.Module) -> None:
+    """NotImplementedError for a UNet compiled in place: its hooks are compiled away."""
+    if getattr(getattr(unet, "_orig_mod", unet), "_compiled_call_impl", None) is not None:
+        hint = "use pipe.unet = torch.compile(pipe.unet) or pipe.unet.compile_repeated_blocks()"
+        fail(op, "unet", "one that is not compiled in place", "one after unet.compile()", hint, NotImplementedError)

@@ -19,11 +19,11 @@ from diffusers.models.transformers.transformer_flux import (
 from torch import Tensor, nn
 
 from ...attention.api import multi_source_attention
-from ...attention.source import Source
 from ...runtime.checks import fail
-from .unet import _OwnProcessor, _refuse_mask
+from ...source import Source
+from .unet import OwnProcessor, refuse_mask
 
-_JOINT_PROCESSORS = (FluxAttnProcessor, FluxIPAdapterAttnProcessor, JointAttnProcessor2_0, FusedJointAttnProcessor2_0,
+JOINT_PROCESSORS = (FluxAttnProcessor, FluxIPAdapterAttnProcessor, JointAttnProcessor2_0, FusedJointAttnProcessor2_0,
                      SD3IPAdapterJointAttnProcessor2_0)  # fmt: skip
 
 
@@ -37,7 +37,7 @@ def joint_attention_layers(model: nn.Module) -> dict[str, Attention | FluxAttent
     layers = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, Attention | FluxAttention) and isinstance(module.processor, _JOINT_PROCESSORS)
+        if isinstance(module, Attention | FluxAttention) and isinstance(module.processor, JOINT_PROCESSORS)
     }
     if not layers:
         fail("joint_attention_layers", "model", "one with Flux's or SD3's attention", type(model).__name__)
@@ -97,7 +97,7 @@ def _refuse_adapter(processor: str, **arguments: object) -> None:
             fail(processor, name, "None while the processor is active", "an IP-Adapter's", hint, NotImplementedError)
 
 
-class CustomFluxAttnProcessor(_OwnProcessor, FluxAttnProcessor):
+class CustomFluxAttnProcessor(OwnProcessor, FluxAttnProcessor):
     """Flux's joint attention by `attention`; None: diffusers' own processor, bit for bit.
 
     Raises:
@@ -122,7 +122,7 @@ class CustomFluxAttnProcessor(_OwnProcessor, FluxAttnProcessor):
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         _refuse_adapter(type(self).__name__, ip_hidden_states=ip_hidden_states, ip_adapter_masks=ip_adapter_masks)
         if attention_mask is not None:
-            _refuse_mask(type(self).__name__)
+            refuse_mask(type(self).__name__)
         if getattr(attn, "fused_projections", False):
             fail(type(self).__name__, "attn", "separate projections", "fused ones", "call unfuse_qkv_projections()",
                  NotImplementedError)  # fmt: skip
@@ -150,7 +150,7 @@ class CustomFluxAttnProcessor(_OwnProcessor, FluxAttnProcessor):
         return out, attn.to_add_out(text_out.flatten(2).to(text.query.dtype))
 
 
-class CustomSD3AttnProcessor(_OwnProcessor, JointAttnProcessor2_0):
+class CustomSD3AttnProcessor(OwnProcessor, JointAttnProcessor2_0):
     """SD3's joint attention by `attention`; None: diffusers' own processor, bit for bit.
 
     Raises:
@@ -173,7 +173,7 @@ class CustomSD3AttnProcessor(_OwnProcessor, JointAttnProcessor2_0):
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
         _refuse_adapter(type(self).__name__, ip_hidden_states=ip_hidden_states)
         if attention_mask is not None:
-            _refuse_mask(type(self).__name__)
+            refuse_mask(type(self).__name__)
 
         def tokens(x: Tensor, projections: tuple[nn.Module, ...], norms: tuple[nn.Module | None, ...]) -> Tokens:
             query, key, value = (project(x).unflatten(-1, (attn.heads, -1)) for project in projections)

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from ...attention.api import multi_source_attention
 from ...attention.plan import AttentionPlan, plan_attention
-from ...attention.source import Source
 from ...runtime.checks import fail
+from ...source import Source
 
 OWN, BACKGROUND, FOREGROUND = 1, 2, 4
 """Group bits: rows that attend to themselves, a target's surroundings, its subject (FOREGROUND << s of subject s)."""

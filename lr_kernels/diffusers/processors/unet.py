@@ -33,7 +33,7 @@ class AttentionState:
     backend: str = "auto"
 
 
-class _OwnProcessor:
+class OwnProcessor:
     """Base of this package's processors: made without arguments, each is diffusers' own, bit for bit."""
 
     is_stock = False
@@ -45,7 +45,7 @@ class _OwnProcessor:
         self.is_stock = True
 
 
-class _StockAttnProcessor(_OwnProcessor):
+class StockAttnProcessor(OwnProcessor):
     """AttnProcessor2_0 with its attention call as a method, `attend`, for subclasses to replace."""
 
     captures = False
@@ -122,7 +122,7 @@ class Pass:
     """(rows, columns) of the tokens of each layer, by name"""
 
 
-class CustomAttnProcessor(_StockAttnProcessor):
+class CustomAttnProcessor(StockAttnProcessor):
     """Self- or cross-attention by a function of your own, with everything around it as in AttnProcessor2_0.
 
     The function gets (query, key, value), with all rows of the UNet's batch, and returns the result, (B, N, H, D) like
@@ -278,7 +278,7 @@ class Buffer(Protocol):
     def read(self, key: Tensor) -> KeyValue: ...
 
 
-class MultiSourceAttnProcessor(_StockAttnProcessor):
+class MultiSourceAttnProcessor(StockAttnProcessor):
     """Self-attention in which rows of the batch read other rows: the retouch stage of arXiv 2407.09779.
 
     While `state.sharing` is set, each layer makes one `multi_source_attention` call for all rows, with the routing of
@@ -310,7 +310,7 @@ class MultiSourceAttnProcessor(_StockAttnProcessor):
         if is_cross or not self.state.sharing:
             return super().attend(query, key, value, attention_mask, is_cross)
         if attention_mask is not None:
-            _refuse_mask(type(self).__name__)
+            refuse_mask(type(self).__name__)
         tokens = query.shape[2]
         if self.tokens is not None and tokens != self.tokens:  # the number may be that of another layer's routing
             hint = "remove what merges tokens from the UNet, as tomesd.remove_patch() does"
@@ -323,7 +323,7 @@ class MultiSourceAttnProcessor(_StockAttnProcessor):
         return routing.attend(query, key, value, references, contexts, backend=self.state.backend).transpose(1, 2)
 
 
-class TokenMapAttnProcessor(_StockAttnProcessor):
+class TokenMapAttnProcessor(StockAttnProcessor):
     """Cross-attention that keeps the head-mean maps of chosen text tokens.
 
     While `state.capturing` is set, `maps` holds those of the last forward pass: fp32 (B, N, T) for
@@ -346,7 +346,7 @@ class TokenMapAttnProcessor(_StockAttnProcessor):
         if not (is_cross and self.state.capturing):
             return super().attend(query, key, value, attention_mask, is_cross)
         if attention_mask is not None:
-            _refuse_mask(type(self).__name__)
+            refuse_mask(type(self).__name__)
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         out, self.maps = attention_with_token_maps(
             query, key, value, self.state.token_indices, backend=self.state.backend
@@ -354,6 +354,6 @@ class TokenMapAttnProcessor(_StockAttnProcessor):
         return out.transpose(1, 2)
 
 
-def _refuse_mask(processor: str) -> None:
+def refuse_mask(processor: str) -> None:
     hint = "leave the mask out, or make the processor inactive"
     fail(processor, "attention_mask", "None while the processor is active", "a tensor", hint, NotImplementedError)

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 import PIL.Image
 import torch
+from diffusers.utils import BaseOutput
 from PIL import ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
 
 from ...runtime.checks import fail
-from ..pipelines.output import LayoutRetouchOutput
 from ..processors.routing import token_mask
 
 SUBJECT_COLOURS = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233))
@@ -46,7 +46,7 @@ class Row:
 
 
 def draw(
-    output: LayoutRetouchOutput, *, scale: float | None = None, reference_subjects: Sequence[int] | None = None
+    output: BaseOutput, *, scale: float | None = None, reference_subjects: Sequence[int] | None = None
 ) -> PIL.Image.Image:
     """A labelled sheet of a pipeline's output: references with their foreground, layouts and results with the masks of
     their subjects, maps of the subjects over the layouts, and which tokens of layouts match which of the references.
@@ -176,7 +176,7 @@ def _of_subject(mask: Tensor, subject: int, subjects: int) -> Tensor:
     return masks
 
 
-def _of_references(output: LayoutRetouchOutput, reference_subjects: Sequence[int] | None) -> Tensor | None:
+def _of_references(output: BaseOutput, reference_subjects: Sequence[int] | None) -> Tensor | None:
     """bool (subjects, R, h, w): the foreground of each reference as a mask of its subject."""
     foreground = output.reference_mask
     if foreground is None:
@@ -192,7 +192,7 @@ def _map_rows(maps: Tensor, images: list[PIL.Image.Image]) -> list[Row]:
 
 
 def _match_rows(
-    output: LayoutRetouchOutput, layouts: list[PIL.Image.Image], reference_subjects: Sequence[int] | None
+    output: BaseOutput, layouts: list[PIL.Image.Image], reference_subjects: Sequence[int] | None
 ) -> list[Row]:
     """The references' colours, then for each reference the layouts in the colours of what their tokens match."""
     foregrounds = output.reference_mask

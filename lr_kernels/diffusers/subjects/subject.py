@@ -11,10 +11,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from ...attention.api import multi_source_attention
-from ...attention.source import Source
 from ...runtime.checks import fail, plain_number
+from ...source import Source
 from ..processors.install import Installation, attention_layers, install_processors, layer_grid, layer_scale
-from ..processors.unet import AttentionState, TokenMapAttnProcessor, _StockAttnProcessor
+from ..processors.unet import AttentionState, StockAttnProcessor, TokenMapAttnProcessor
 
 MAP_TOKENS = 256
 """Maps have the grid of the layers nearest to this many tokens: 16 x 16."""
@@ -154,7 +154,7 @@ class SubjectMaps:
         unet: nn.Module,
         state: AttentionState,
         latent_size: tuple[int, int],
-        processors: Mapping[str, _StockAttnProcessor],
+        processors: Mapping[str, StockAttnProcessor],
     ):
         cross, self_attention = (attention_layers(unet, kind) for kind in ("cross", "self"))
         scales = {name: layer_scale(unet, name) for name in (*cross, *self_attention)}
@@ -170,7 +170,7 @@ class SubjectMaps:
         self._scales = scales
         there = [name for name in self_attention if scales[name] == scale]
         there = there[:: -(-len(there) // PROPAGATING_LAYERS)]
-        own = {name: _StockAttnProcessor(state) for name in there if name not in processors}
+        own = {name: StockAttnProcessor(state) for name in there if name not in processors}
         self._spreaders = [own[name] if name in own else processors[name] for name in there]
         self._new = self._recorders | own
         self._layers = {name: layer for name, layer in (cross | self_attention).items() if name in self._new}

@@ -11,8 +11,14 @@ from torch import Tensor, nn
 
 from ...features.subject_mask import subject_mask
 from ...runtime.checks import check_integer, fail
-from ..methods.sharing import check_not_compiled, pass_inputs
-from ..processors.install import attention_layers, install_processors, layer_grid, layer_scale
+from ..processors.install import (
+    attention_layers,
+    check_not_compiled,
+    install_processors,
+    layer_grid,
+    layer_scale,
+    pass_inputs,
+)
 from ..processors.unet import AttentionState, TokenMapAttnProcessor
 from .subject import as_subjects, find_subjects
 
