@@ -1,11 +1,9 @@
 """`python -m benchmarks.overhead`: what a call costs before any arithmetic, at one query, one key and head_dim 8; and
-what Python takes of a call on a GPU that repeats, with a launch that does nothing."""
+what Python takes of a call on a GPU that repeats, without the launch."""
 
 import statistics
 import time
 from collections.abc import Callable
-from types import SimpleNamespace
-from unittest import mock
 
 import torch
 from torch.nn import functional as F
@@ -27,9 +25,10 @@ def microseconds(call: Callable[[], object]) -> float:
     return statistics.median(rounds) * 1e6
 
 
-def null_launch() -> Callable[[], object]:
-    """A repeated call of multi_source_attention as on a GPU: three sources, one masked, one with a row table. All of
-    it but the launch itself; the tensors lie on the CPU, which Python cannot tell."""
+def repeated_call() -> Callable[[], object]:
+    """A repeated call of multi_source_attention as on a GPU: three sources, one masked, one with a row table. All that
+    Python does but the launch itself; the tensors lie on the CPU, which it cannot tell."""
+    from lr_kernels.attention.repeats import signature
     from lr_kernels.triton import attention, attention_replay, replay
 
     query, *parts = (torch.randn(2, 64, 8, 64).bfloat16() for _ in range(7))
@@ -39,25 +38,24 @@ def null_launch() -> Callable[[], object]:
     plan = plan_attention([None, mask, None])
 
     def call() -> attention_replay.Call:
-        found = attention_replay.recordable(query, sources, None, None, False, plan)
-        assert found is not None
-        return found
+        decides = signature(query, sources, None, None, False, plan)
+        assert decides is not None
+        return attention_replay.Call(*decides, False)
 
     first = call()
-    first._allocate(query)
-    arguments, constants, programs = attention.launch_arguments(
-        query, lay_out(query, sources, plan, None), first.out, None, 90
-    )
-    compiled = SimpleNamespace(
-        function=None, packed_metadata=None, launch_metadata=lambda *_: None, run=lambda *_: None
-    )
+    first.allocate(query)
+    tables = lay_out(query, sources, plan, None)
+    arguments, constants, programs = attention.launch_arguments(query, tables, first.out, None, 90)
     kernel = attention.multi_source_attention_forward_kernel
-    launch = replay.record(kernel, compiled, programs, arguments, constants, first.pointers)
+    launch = replay.record(kernel, None, programs, arguments, constants, first.pointers)
     assert launch is not None
-    attention_replay._recorder.add(first.key, launch)
+    attention_replay.recorder.add(first.key, launch)
 
-    def replayed() -> None:
-        assert call().replay(query)
+    def replayed() -> list:
+        again = call()
+        assert again.recorded is not None
+        again.allocate(query)
+        return again.recorded.arguments_of(again.pointers)
 
     return replayed
 
@@ -86,11 +84,7 @@ def main() -> None:
     with torch.no_grad():
         for name, call in calls.items():
             print(f"{name:<52}{microseconds(call):7.1f} us")
-        from lr_kernels.triton import replay
-
-        active = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda device: 0))
-        with mock.patch.object(replay, "driver", active), mock.patch.object(torch.cuda, "current_device", lambda: None):
-            print(f"{'multi_source_attention on a GPU, null launch':<52}{microseconds(null_launch()):7.1f} us")
+        print(f"{'multi_source_attention on a GPU, but the launch':<52}{microseconds(repeated_call()):7.1f} us")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lr_kernels import Source, multi_source_attention, plan_attention
+from lr_kernels.attention.repeats import signature
 from lr_kernels.attention.tables import lay_out
 from lr_kernels.testing import CASES, attention_inputs
 from lr_kernels.triton import attention, attention_replay, replay
@@ -26,11 +27,16 @@ class Compiled:
 
 @pytest.fixture
 def no_gpu(monkeypatch):
-    monkeypatch.setattr(attention_replay, "INTERPRETED", False)
-    monkeypatch.setattr(attention_replay._recorder, "_launches", {})
+    monkeypatch.setattr(attention_replay.recorder, "_launches", {})
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     active = type("Active", (), {"get_current_stream": staticmethod(lambda device: 7)})
     monkeypatch.setattr(replay, "driver", type("Driver", (), {"active": active}))
+
+
+def recordable(query, sources, query_groups, scale, return_lse, plan):
+    """The call as `prepare` sees it, or None where it must be laid out anew."""
+    decides = signature(query, sources, query_groups, scale, return_lse, plan)
+    return None if decides is None else attention_replay.Call(*decides, return_lse)
 
 
 def inputs_of(case_id: str, seed: int, dtype=torch.bfloat16):
@@ -55,7 +61,7 @@ def as_pointers(x):
 
 def laid_out(call, query, sources, plan):
     if not hasattr(call, "out"):
-        call._allocate(query)
+        call.allocate(query)
     tables = lay_out(query, sources, plan, None)
     arguments, constants, programs = attention.launch_arguments(query, tables, call.out, call.lse, 90)
     return arguments, constants, programs
@@ -68,20 +74,21 @@ def laid_out(call, query, sources, plan):
 def test_a_recorded_launch_takes_the_pointers_of_its_own_call(case_id, no_gpu):
     one_group = BY_ID[case_id].softmax_groups is None
     query, sources, groups, plan = inputs_of(case_id, 0)
-    call = attention_replay.recordable(query, sources, groups, None, one_group, plan)
-    assert call is not None and not call.replay(query)
+    call = recordable(query, sources, groups, None, one_group, plan)
+    assert call is not None and call.recorded is None
     arguments, constants, programs = laid_out(call, query, sources, plan)
     compiled = Compiled()
     launch = replay.record(KERNEL, compiled, programs, arguments, constants, call.pointers)
     if any(p % 16 for p in call.pointers):
         assert launch is None
         return
-    attention_replay._recorder.add(call.key, launch)
+    attention_replay.recorder.add(call.key, launch)
     assert not any(isinstance(x, torch.Tensor) for x in torch.utils._pytree.tree_leaves(launch.arguments)), "kept alive"
 
     query, sources, groups, plan = inputs_of(case_id, 1)
-    again = attention_replay.recordable(query, sources, groups, None, one_group, plan)
-    assert again.key == call.key and again.replay(query)
+    again = recordable(query, sources, groups, None, one_group, plan)
+    assert again.key == call.key and again.recorded is launch
+    again.replay(query)
     arguments, constants, programs = laid_out(again, query, sources, plan)
     whole = (*arguments, *(constants[name] for name in KERNEL.arg_names[len(arguments) :]))
     assert compiled.launched == (programs, 1, 1, 7, tuple(map(as_pointers, whole)))
@@ -97,7 +104,7 @@ def variant(**changes):
     key = wide[:, :, :2] if about["strided"] else wide[:, :, :2].contiguous()
     value = key if about["alias"] else key.clone() if not about["strided"] else wide[:, :, 2:]
     source = Source(key, value, about["rows"], softmax_group=about.get("group", 0))
-    return attention_replay.recordable(query, [source], None, about["scale"], about["lse"], None)
+    return recordable(query, [source], None, about["scale"], about["lse"], None)
 
 
 @pytest.mark.parametrize(
@@ -125,25 +132,25 @@ def test_calls_that_must_take_the_long_way(no_gpu):
     mask = torch.rand(1, 8) < 0.5
     plan = plan_attention([mask])
 
-    def recordable(sources, plan=None, groups=None):
-        return attention_replay.recordable(query, sources, groups, None, False, plan)
+    def found(sources, plan=None, groups=None):
+        return recordable(query, sources, groups, None, False, plan)
 
-    assert recordable([Source(key, key, key_mask=mask)], plan) is not None
-    assert recordable([Source(key, key, key_mask=mask)]) is None, "a mask without a plan"
-    assert recordable([Source(key, key, key_mask=mask.clone())], plan) is None, "a plan for another mask"
-    assert recordable([Source(key, key)] * 2, plan) is None, "a plan for one source"
-    assert recordable([Source(key, key, logit_scale=0.5)]) is None, "a number as strength"
-    assert recordable([Source(key.requires_grad_(), key)]) is None, "a gradient"
+    assert found([Source(key, key, key_mask=mask)], plan) is not None
+    assert found([Source(key, key, key_mask=mask)]) is None, "a mask without a plan"
+    assert found([Source(key, key, key_mask=mask.clone())], plan) is None, "a plan for another mask"
+    assert found([Source(key, key)] * 2, plan) is None, "a plan for one source"
+    assert found([Source(key, key, logit_scale=0.5)]) is None, "a number as strength"
+    assert found([Source(key.requires_grad_(), key)]) is None, "a gradient"
     with torch.no_grad():
-        assert recordable([Source(key, key)]) is not None
+        assert found([Source(key, key)]) is not None
 
 
 def test_05_addresses_off_a_16_byte_boundary_are_not_replayed(no_gpu):
     wide = torch.randn(2, 64, 2, 72).bfloat16()
     aligned, shifted = wide[..., :64], wide[..., 4:68]
-    calls = [attention_replay.recordable(q, [Source(q, q)], None, None, False, None) for q in (aligned, shifted)]
+    calls = [recordable(q, [Source(q, q)], None, None, False, None) for q in (aligned, shifted)]
     assert calls[0].key != calls[1].key
-    attention_replay._recorder.add(calls[0].key, None)
+    attention_replay.recorder.add(calls[0].key, None)
     arguments, constants, programs = laid_out(calls[1], shifted, [Source(shifted, shifted)], plan_attention([None]))
     assert replay.record(KERNEL, Compiled(), programs, arguments, constants, calls[1].pointers) is None
 
@@ -151,21 +158,21 @@ def test_05_addresses_off_a_16_byte_boundary_are_not_replayed(no_gpu):
 @pytest.mark.parametrize("change", [{"softmax_group": 0.0}, {"softmax_group": [0]}, {"key": [1]}], ids=str)
 def test_what_the_checks_refuse_reaches_them(change, no_gpu):
     x = torch.randn(2, 8, 2, 16)
-    assert attention_replay.recordable(x, [Source(x, x)._replace(**change)], None, None, False, None) is None
-    assert attention_replay.recordable(x, [(x, x)], None, None, False, None) is None
+    assert recordable(x, [Source(x, x)._replace(**change)], None, None, False, None) is None
+    assert recordable(x, [(x, x)], None, None, False, None) is None
 
 
 def test_28_forward_mode_takes_the_long_way(no_gpu):
     x = torch.randn(2, 8, 2, 16)
     with torch.autograd.forward_ad.dual_level():
-        assert attention_replay.recordable(x, [Source(x, x)], None, None, False, None) is None
+        assert recordable(x, [Source(x, x)], None, None, False, None) is None
 
 
 def test_tensors_that_the_launcher_makes_are_not_recorded(no_gpu):
     """An int64 row table is converted in every call: its address says nothing about the next call's."""
     query, key = (torch.randn(2, 8, 2, 16).bfloat16() for _ in range(2))
     sources = [Source(key, key, rows=torch.tensor([1, 0]))]
-    call = attention_replay.recordable(query, sources, None, None, False, None)
+    call = recordable(query, sources, None, None, False, None)
     arguments, constants, programs = laid_out(call, query, sources, plan_attention([None]))
     assert replay.record(KERNEL, Compiled(), programs, arguments, constants, call.pointers) is None
 

@@ -28,7 +28,7 @@ def test_only_the_case_gets_another_tile():
 def test_37_a_tile_that_writes_nothing_is_not_timed(kind, device, monkeypatch):
     job = (tune.Case(40, kind), tune.table_tile(tune.Case(40, kind), 0), device)
     assert tune.compile_tile(job) == ""
-    monkeypatch.setattr(tune, "attention_op", lambda backend: lambda *arguments: None)
+    monkeypatch.setattr(tune, "kernel", lambda operator, backend: lambda *arguments: None)
     assert "finite on one side only" in tune.compile_tile(job)
 
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -19,9 +19,19 @@ _REAL_TABLES = ("key_bias", "logit_scale", "logit_bias", "weight")
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def check(query: Tensor, sources: Sequence[Source], query_groups: Tensor | None, plan: AttentionPlan | None) -> bool:
-    """Shapes, dtypes and devices of every argument, in the order of the signature. Returns whether a tensor that a
-    kernel would read is lazy (see `resolve`); the dispatcher resolves negatives among query, keys and values."""
+class Facts(NamedTuple):
+    """What is seen of a call's arguments while they are checked."""
+
+    lazy: bool
+    """whether a tensor that a kernel would read is lazy (see `resolve`); the dispatcher resolves negatives among query,
+    keys and values"""
+    requires_grad: bool
+    groups: int
+    """softmax groups"""
+
+
+def check(query: Tensor, sources: Sequence[Source], query_groups: Tensor | None, plan: AttentionPlan | None) -> Facts:
+    """Shapes, dtypes and devices of every argument, in the order of the signature."""
     try:
         return _check(query, sources, query_groups, plan)
     except RuntimeError:  # a nested tensor has no shape
@@ -41,7 +51,7 @@ def check_types(query: Tensor, sources: Sequence[Source]) -> None:
                 check_dense(OP, f"{name}[{i}]", x)
 
 
-def _check(query: Tensor, sources: Sequence[Source], query_groups: Tensor | None, plan: AttentionPlan | None) -> bool:
+def _check(query: Tensor, sources: Sequence[Source], query_groups: Tensor | None, plan: AttentionPlan | None) -> Facts:
     eager = not torch.compiler.is_compiling()
     if eager and query.__class__ is not Tensor:
         check_dense(OP, "query", query)
@@ -57,9 +67,10 @@ def _check(query: Tensor, sources: Sequence[Source], query_groups: Tensor | None
     if not 1 <= len(sources) <= MAX_SOURCES:
         fail(OP, "sources", f"1 to {MAX_SOURCES}", len(sources))
     first_of_group: dict[int, int] = {}
-    lazy = eager and query._is_zerotensor()
+    lazy, requires_grad = eager and query._is_zerotensor(), query.requires_grad
     for i, source in enumerate(sources):
         lazy |= _check_source(i, source, query, eager)
+        requires_grad = requires_grad or _requires_grad(source)
         if not isinstance(source.softmax_group, (int, Integral)):
             fail(OP, f"softmax_group[{i}]", "an int", repr(source.softmax_group), error=TypeError)
         first = first_of_group.setdefault(source.softmax_group, i)
@@ -78,7 +89,14 @@ def _check(query: Tensor, sources: Sequence[Source], query_groups: Tensor | None
         _check_table("query_groups", query_groups, query, batch, tokens)
         if tokens > MAX_TOKENS:  # the order of the queries is a table of int32
             fail(OP, "query", f"at most {MAX_TOKENS} tokens with query_groups", tokens)
-    return lazy
+    return Facts(lazy, requires_grad, len(first_of_group))
+
+
+def _requires_grad(source: Source) -> bool:
+    for x in source:
+        if isinstance(x, Tensor) and x.requires_grad:
+            return True
+    return False
 
 
 def resolve(query: Tensor, sources: Sequence[Source]) -> tuple[Tensor, list[Source]]:

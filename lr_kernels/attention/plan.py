@@ -14,7 +14,7 @@ from torch import Tensor
 from ..runtime import backends, modes
 from ..runtime.checks import check_memory, check_sequence, fail
 from ..runtime.ops import kernel
-from ..runtime.tensors import check_dense, resolved_or_none
+from ..runtime.tensors import check_dense, resolved_or_none, true_places
 
 
 class _Kept:
@@ -103,15 +103,31 @@ def plan_attention(
     if len(key_groups) != len(key_masks):
         fail("plan_attention", "key_groups", f"{len(key_masks)} entries", len(key_groups))
     check_masks("plan_attention", key_masks, key_groups, query_groups)
-    eager = not torch.compiler.is_compiling()
+    if modes.transforms_active():
+        modes.refuse_vmap("plan_attention", dict(_named(key_masks, key_groups, query_groups)))
+    return build_plan(key_masks, key_groups, query_groups, query_classes)
+
+
+def _named(
+    key_masks: Sequence[Tensor | None], key_groups: Sequence[Tensor | None], query_groups: Tensor | None
+) -> list[tuple[str, Tensor]]:
+    """The masks that are given, with the names of the arguments that they are."""
     named = [
         *((f"key_mask[{i}]", x) for i, x in enumerate(key_masks)),
         *((f"key_groups[{i}]", x) for i, x in enumerate(key_groups)),
         ("query_groups", query_groups),
     ]
-    masks = [(name, x) for name, x in named if x is not None]
-    if modes.transforms_active():
-        modes.refuse_vmap("plan_attention", dict(masks))
+    return [(name, x) for name, x in named if x is not None]
+
+
+def build_plan(
+    key_masks: Sequence[Tensor | None],
+    key_groups: Sequence[Tensor | None],
+    query_groups: Tensor | None,
+    query_classes: Iterable[int] | None = None,
+) -> AttentionPlan:
+    """`plan_attention` of masks that are known to fit."""
+    masks = _named(key_masks, key_groups, query_groups)
     query_order = class_start = None
     classes: Sequence[int] = ()
     if query_groups is not None:
@@ -128,7 +144,9 @@ def plan_attention(
     lists = [visible_lists(mask, groups, classes) for mask, groups in zip(key_masks, key_groups)]
     index, count = tuple(index for index, _ in lists), tuple(count for _, count in lists)
     made = (tuple(key_masks), tuple(key_groups), query_groups, index, count, query_order, class_start)
-    stamp = PlanStamp(masks, made) if eager and all(_has_memory(x) for _, x in masks) else None
+    stamp = (
+        PlanStamp(masks, made) if not torch.compiler.is_compiling() and all(_has_memory(x) for _, x in masks) else None
+    )
     return AttentionPlan(*made, stamp)
 
 
@@ -303,11 +321,7 @@ def visible_lists(
     else:
         visible = torch.stack([(groups & c) != 0 for c in classes])
         visible = visible if mask is None else visible & mask
-    keys = visible.shape[-1]
-    place = torch.where(visible, visible.cumsum(-1) - 1, keys)  # hidden keys all land in one spare slot, cut off below
-    index = torch.zeros(*visible.shape[:-1], keys + 1, dtype=torch.int32, device=visible.device)
-    index.scatter_(-1, place, torch.arange(keys, dtype=torch.int32, device=visible.device).expand_as(place))
-    return index[..., :keys], visible.sum(-1, dtype=torch.int32)
+    return true_places(visible)
 
 
 def _compact(

@@ -9,7 +9,8 @@ import json
 import warnings
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,8 +28,8 @@ class Backend(NamedTuple):
     """That have a kernel of it."""
     unavailable: Callable[[str | None], str | None]
     """Why it cannot run here on tensors of a device type (None: of any), or None."""
-    load: Callable[[], None] | None = None
-    """Registers its kernels, where importing this package does not."""
+    load: Callable[[], ModuleType] | None = None
+    """Imports the module that registers its kernels, where importing this package does not."""
 
 
 def _cuda_unavailable(device_type: str | None) -> str | None:
@@ -55,8 +56,10 @@ def _has_cuda(device_type: str | None) -> bool:
     return device_type == "cuda" or (device_type is None and torch.cuda.is_available())
 
 
-def _load_triton() -> None:
-    from .. import triton  # noqa: F401  (registers its kernels)
+def _load_triton() -> ModuleType:
+    from .. import triton
+
+    return triton
 
 
 BACKENDS = {
@@ -75,6 +78,14 @@ def kernel(operator: str, backend: str) -> Callable[..., None]:
     if load is not None:
         load()
     return getattr(torch.ops.lr_kernels, f"{operator}_{backend}")
+
+
+def recorded_call(operator: str, backend: str, *arguments: Any) -> Any:
+    """A call that the backend can launch again where it repeats an earlier one (see `triton.attention_replay.Call`);
+    None where it records none of this operator."""
+    load = BACKENDS[backend].load
+    calls = {} if load is None else load().RECORDED_CALLS
+    return calls[operator](*arguments) if operator in calls else None
 
 
 _library = torch.library.Library("lr_kernels", "DEF")

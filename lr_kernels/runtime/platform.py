@@ -14,3 +14,8 @@ There the checks in Python always come first."""
 def interpreted() -> bool:
     """Whether Triton kernels run in Triton's interpreter (TRITON_INTERPRET=1), which also serves CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def tf32_allowed() -> bool:
+    """Whether PyTorch was told that TF32 is good enough for products of fp32 on a GPU."""
+    return torch.backends.cuda.matmul.allow_tf32 or torch.get_float32_matmul_precision() != "highest"

@@ -8,6 +8,7 @@ from triton import knobs
 from triton.runtime.jit import JITFunction
 
 from ..runtime.platform import interpreted
+from . import attention_replay
 from .adain import adain_triton
 from .attention import multi_source_attention_triton
 from .attention_backward import multi_source_attention_backward_triton
@@ -21,6 +22,9 @@ from .token_maps import attention_with_token_maps_triton
 
 if not interpreted():
     check_cache_folder(Path(knobs.cache.dir))
+
+RECORDED_CALLS = {} if interpreted() else {"multi_source_attention": attention_replay.Call}
+"""By operator, the calls that are launched without being laid out again where they repeat."""
 
 _library = torch.library.Library("lr_kernels", "IMPL")
 

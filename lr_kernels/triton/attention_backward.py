@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..attention.plan import visible_lists
 from ..runtime.schemas import AttentionTables
+from ..runtime.tensors import true_places
 from . import tiles
 from .arguments import check_attention_backward
 from .attention_backward_steps import (
@@ -31,6 +31,7 @@ from .attention_backward_steps import (
     sums_again,
     weights,
 )
+from .compact_keys import compact_keys_triton
 from .launch import INTERPRETED, architecture, check_grid, dense_last, on_device, strides
 from .sources import (
     INF,
@@ -422,9 +423,12 @@ def _keys_of_any_class(
     listed = torch.arange(keys, device=index.device) < count[..., None]
     visible = index.new_zeros(*index.shape[:2], keys + 1, dtype=torch.uint8)
     visible = visible.scatter_(2, torch.where(listed, index, keys).long(), 1)[..., :keys]
-    joint, joint_count = visible_lists(visible.amax(0) > 0, None, ())
-    assert joint is not None and joint_count is not None
-    return dense_last(joint[0]), joint_count[0], visible
+    seen = visible.amax(0) > 0
+    if seen.is_cuda:  # in one launch
+        joint, joint_count = index.new_empty(1, *seen.shape), count.new_empty(1, len(seen))
+        compact_keys_triton(seen, None, [0], joint, joint_count)
+        return joint[0], joint_count[0], visible
+    return *true_places(seen), visible
 
 
 def _in_units(*tensors: Tensor) -> tuple[int, list[tuple[int, ...]]]:

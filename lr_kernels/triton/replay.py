@@ -33,16 +33,21 @@ class Launch(NamedTuple):
 
     def run(self, pointers: Sequence[int], device: torch.device) -> None:
         """Launch with the tensors of another call of the same signature, on the current stream."""
-        arguments = list(self.arguments)
-        for place, i in self.single:
-            arguments[place] = pointers[i]
-        for place, many in self.several:
-            arguments[place] = tuple([pointers[i] for i in many])
+        arguments = self.arguments_of(pointers)
         if torch.cuda.current_device() != device.index:
             with on_device(device):
                 self._launch(arguments, device.index)
         else:
             self._launch(arguments, device.index)
+
+    def arguments_of(self, pointers: Sequence[int]) -> list:
+        """The kernel's arguments with the tensors of another call."""
+        arguments = list(self.arguments)
+        for place, i in self.single:
+            arguments[place] = pointers[i]
+        for place, many in self.several:
+            arguments[place] = tuple([pointers[i] for i in many])
+        return arguments
 
     def _launch(self, arguments: list, device: int) -> None:
         compiled, stream, hooks = self.compiled, driver.active.get_current_stream(device), knobs.runtime

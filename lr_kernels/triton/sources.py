@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..runtime.platform import tf32_allowed
 from .launch import dense_last, strides
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -195,5 +196,4 @@ def _from_boundary(x: Tensor, start: int) -> Tensor:
 
 def dot_precision(dtype: torch.dtype) -> str:
     """How tl.dot multiplies fp32: exactly, unless PyTorch was told that TF32 is good enough."""
-    allowed = torch.backends.cuda.matmul.allow_tf32 or torch.get_float32_matmul_precision() != "highest"
-    return "tf32" if dtype == torch.float32 and allowed else "ieee"
+    return "tf32" if dtype == torch.float32 and tf32_allowed() else "ieee"

@@ -142,8 +142,14 @@ _FLOAT32_BACKWARD = (  # on sm_90 the query kernel has 4 spills at D 64, the sou
 )
 
 
+FORCED: dict[str, Tile] = {}
+"""By kind, or backward kernel, the tile that every call takes instead of the table's: for the tuner."""
+
+
 def backward_tile(arch: int, head_dim: int, dtype: torch.dtype, kernel: str) -> Tile:
     """The tile of a backward kernel, "query" or "source"."""
+    if kernel in FORCED:
+        return FORCED[kernel]
     if arch == INTERPRETER:
         return Tile(32, 32, 4, 1, *split_head_dim(head_dim))
     table = _of_family(arch, dtype, _FLOAT32_BACKWARD, _BLACKWELL_BACKWARD, _HOPPER_BACKWARD, _MMA_BACKWARD)
@@ -177,6 +183,8 @@ def attention_tile(arch: int, head_dim: int, dtype: torch.dtype, kind: str, quer
 
     queries: of all rows and heads.
     """
+    if kind in FORCED:
+        return FORCED[kind]
     if arch == INTERPRETER:
         return Tile(64, 64, 4, 1, *split_head_dim(head_dim))
     table = _of_family(arch, dtype, _FLOAT32, _BLACKWELL, _HOPPER, _MMA)

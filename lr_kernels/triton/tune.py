@@ -12,11 +12,10 @@ import itertools
 import math
 import multiprocessing
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -75,16 +74,14 @@ def table_tile(case: Case, arch: int) -> tiles.Tile:
     return tiles.attention_tile(arch, case.head_dim, case.dtype, case.kind, BATCH * HEADS * max(TOKENS))
 
 
-def with_tile(case: Case, tile: tiles.Tile) -> AbstractContextManager:
+@contextmanager
+def with_tile(case: Case, tile: tiles.Tile) -> Iterator[None]:
     """While it lasts, the launcher of this case takes `tile`."""
-    if case.kind not in ("query", "source"):
-        return mock.patch.object(tiles, "attention_tile", lambda *_: tile)
-    original = tiles.backward_tile
-
-    def chosen(arch: int, head_dim: int, dtype: torch.dtype, kernel: str) -> tiles.Tile:
-        return tile if kernel == case.kind else original(arch, head_dim, dtype, kernel)
-
-    return mock.patch.object(tiles, "backward_tile", chosen)
+    tiles.FORCED[case.kind] = tile
+    try:
+        yield
+    finally:
+        del tiles.FORCED[case.kind]
 
 
 class Problem(NamedTuple):

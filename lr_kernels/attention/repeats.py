@@ -1,0 +1,75 @@
+"""Calls of multi_source_attention that repeat: what of a call decides how it is launched."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+from ..runtime.platform import tf32_allowed
+from ..runtime.tensors import is_plain
+from ..source import Source
+from .plan import AttentionPlan, as_made, changed_mask
+
+_PLAIN = (Tensor, Parameter)
+
+
+def signature(
+    query: Tensor, sources: Sequence[Source], query_groups: Tensor | None, scale: float | None, return_lse: bool,
+    plan: AttentionPlan | None,
+) -> tuple[list, list[Tensor]] | None:  # fmt: skip
+    """What decides the launch, as parts of a dictionary's key, and the tensors that it is launched with.
+
+    None for a call that must be checked and laid out anew: gradients, masks without a plan, a plan for other masks (the
+    checks say what is wrong), numbers instead of tensors as strengths, tensors of a subclass, a dispatch mode.
+    """
+    if torch._C._len_torch_dispatch_stack() or forward_ad._current_level >= 0:
+        return None
+    if type(scale) not in (float, int, type(None)):
+        return None
+    key: list = [scale, return_lse]
+    if query.dtype == torch.float32:
+        key.append(tf32_allowed())  # it may change between calls
+    tensors = [query]
+    if plan is None:
+        if query_groups is not None:
+            return None
+        key.append(None)
+    else:
+        if plan.__class__ is not AttentionPlan or not (plan.stamp is None or as_made(plan)):
+            return None
+        if plan.query_groups is not query_groups or len(plan.key_masks) != len(sources) or changed_mask(plan):
+            return None
+        for x in (*plan.key_index, *plan.key_count, plan.query_order, plan.class_start):
+            key.append(x is None)
+            if x is not None:
+                tensors.append(x)
+    for i, source in enumerate(sources):
+        if source.__class__ is not Source:
+            return None
+        mask, groups = (None, None) if plan is None else (plan.key_masks[i], plan.key_groups[i])
+        if source.key_mask is not mask or source.key_groups is not groups:
+            return None
+        tensors.append(source.key)
+        tensors.append(source.value)
+        for x in (
+            source.rows,
+            source.key_bias,
+            source.logit_scale,
+            source.logit_bias,
+            source.value_index,
+            source.weight,
+        ):
+            key.append(x is None)
+            if x is not None:
+                tensors.append(x)
+        if type(source.softmax_group) is not int:
+            return None
+        key.append(source.softmax_group)
+    gradients = torch.is_grad_enabled()
+    for x in tensors:
+        if x.__class__ not in _PLAIN or (gradients and x.requires_grad) or not is_plain(x):
+            return None
+        key += (x.shape, x.stride(), x.dtype, x.get_device())
+    return key, tensors
