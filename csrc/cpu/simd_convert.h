@@ -4,7 +4,6 @@
 
 namespace lr::LR_ISA {
 
-typedef uint32_t VecBits __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t VecHalf __attribute__((vector_size(kLanes * 2)));
 
 LR_INLINE Vec load_as_float(const float* p) {
@@ -29,6 +28,17 @@ LR_INLINE Vec load_as_float(const Float16* p) {
   for (int i = 0; i < kLanes; ++i) x[i] = to_float(p[i]);
   return x;
 #endif
+}
+
+// to[i] = from[i] for i < n.
+template <class S>
+LR_INLINE void to_floats(const S* from, int64_t n, float* to) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const Vec x = load_as_float(from + i);
+    std::memcpy(to + i, &x, sizeof(x));
+  }
+  for (; i < n; ++i) to[i] = to_float(from[i]);
 }
 
 // Stores x at p; with kStream past the caches, where x86 can: p is then aligned to x, and a stream_fence follows.
