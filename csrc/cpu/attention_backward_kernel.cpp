@@ -174,7 +174,7 @@ class Backward {
   template <class Visit>
   void each_block(const QueryTile& tile, const Visit& visit) const {
     for (int i = 0; i < p.sources; ++i) {
-      const VisibleKeys<S> keys(p, p.source[i], tile);
+      const VisibleKeys<S> keys(p.source[i], tile);
       for (int64_t k = 0; k < keys.count; k += kBlockKeys)
         visit(KeyBlock<S>{keys, i, k, int(std::min<int64_t>(kBlockKeys, keys.count - k))});
     }

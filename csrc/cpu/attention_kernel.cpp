@@ -144,7 +144,7 @@ class Attention {
         finish(p.source[i - 1].softmax_group);
         first = true;
       }
-      const VisibleKeys<S> keys(p, source, tile);
+      const VisibleKeys<S> keys(source, tile);
       if (keys.row < 0) continue;
       const Logits logits = logits_of(keys);
       if (!(logits == list.logits)) attend_list();

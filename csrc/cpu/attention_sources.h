@@ -72,8 +72,7 @@ struct VisibleKeys {
   float shift = 0;              // logit_bias in log2 units
   const float* bias = nullptr;  // of each token, or null
 
-  VisibleKeys(const AttentionParams& p, const AttentionSource& source, const QueryTile& tile)
-      : row(row_of(source, tile.b)) {
+  VisibleKeys(const AttentionSource& source, const QueryTile& tile) : row(row_of(source, tile.b)) {
     if (row < 0) return;
     count = source.m;
     if (source.key_index) {

@@ -48,7 +48,7 @@ class WideQuery {
       const int group = p.source[first].softmax_group;
       WideSoftmax softmax;
       for (; first < p.sources && p.source[first].softmax_group == group; ++first) {
-        if (add_keys(VisibleKeys<S>(p, p.source[first], tile), softmax)) continue;
+        if (add_keys(VisibleKeys<S>(p.source[first], tile), softmax)) continue;
         std::fill_n(result, d, double(NAN));
         return NAN;
       }

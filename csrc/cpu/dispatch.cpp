@@ -1,5 +1,4 @@
 // Chooses the instruction set at run time, and calls its version of a kernel.
-
 #include <cstdlib>
 #include <cstring>
 #if defined(__x86_64__) && defined(__linux__)

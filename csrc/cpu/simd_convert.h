@@ -13,9 +13,16 @@ LR_INLINE Vec load_as_float(const float* p) {
 }
 
 LR_INLINE Vec load_as_float(const BFloat16* p) {
-  VecHalf x;
-  std::memcpy(&x, p, sizeof(x));
-  return (Vec)(__builtin_convertvector(x, VecBits) << 16);
+#if defined(__AVX512F__)
+  const auto x = (VecBits)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)  // GCC 12 converts a vector in two halves
+  const auto x = (VecBits)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  VecHalf half;
+  std::memcpy(&half, p, sizeof(half));
+  const auto x = __builtin_convertvector(half, VecBits);
+#endif
+  return (Vec)(x << 16);
 }
 
 LR_INLINE Vec load_as_float(const Float16* p) {
