@@ -6,8 +6,11 @@
 #include "cuda/step_blend.h"
 #include "step_blend.h"
 
-namespace lr {
 namespace {
+
+using lr::MaybeTensor;
+using lr::ScalarType;
+using lr::Tensor;
 
 // Makes a device current, and knows its current stream.
 class OnDevice {
@@ -24,29 +27,29 @@ class OnDevice {
   cudaStream_t stream_;
 };
 
-void step_blend(Tensor sample, Tensors predictions, Tensor coefficients, MaybeTensor step, int64_t row,
+void step_blend(Tensor sample, lr::Tensors predictions, Tensor coefficients, MaybeTensor step, int64_t row,
                 MaybeTensor mask, MaybeTensor background, MaybeTensor noise, MaybeTensor history, MaybeTensor keep_rows,
                 Tensor out, MaybeTensor model_input, MaybeTensor history_out) {
-  Call call("step_blend", sample.get_device_index());
-  StepBlendCudaParams p{};
-  if (step) p.step = step_counter(call, *step);
-  p.blend = step_blend_params(call, sample, predictions, coefficients, mask, background, noise, history, keep_rows, out,
-                              model_input, history_out);
+  lr::Call call("step_blend", sample.get_device_index());
+  lr::StepBlendCudaParams p{};
+  if (step) p.step = lr::step_counter(call, *step);
+  p.blend = lr::step_blend_params(call, sample, predictions, coefficients, mask, background, noise, history, keep_rows,
+                                  out, model_input, history_out);
   p.row = row;
   p.steps = coefficients.size(0);
   call.require(step || (row >= 0 && row < p.steps), "step", row, "0 to ", p.steps - 1);
-  p.coefficient_step_stride = coefficients.size(1) * (p.blend.predictions + kStepBlendColumns);
+  p.coefficient_step_stride = coefficients.size(1) * (p.blend.predictions + lr::kStepBlendColumns);
   if (p.blend.b == 0 || p.blend.c == 0 || p.blend.plane == 0) return;
   const OnDevice device(sample);
   p.stream = device.stream();
-  const char* error = step_blend_cuda(p);
+  const char* error = lr::step_blend_cuda(p);
   STD_TORCH_CHECK(!error, "lr_kernels.step_blend: step_blend_kernel: ", error);
 }
 
 void compact_keys(MaybeTensor mask, MaybeTensor groups, std::vector<int64_t> classes, Tensor index, Tensor count) {
-  Call call("compact_keys", index.get_device_index());
-  CompactKeysParams p{};
-  call.count(classes.size(), "classes", 0, kMaxClasses);
+  lr::Call call("compact_keys", index.get_device_index());
+  lr::CompactKeysParams p{};
+  call.count(classes.size(), "classes", 0, lr::kMaxClasses);
   p.c = static_cast<int64_t>(classes.size());
   for (int64_t c = 0; c < p.c; ++c) {
     call.require(classes[c] >= 0 && classes[c] <= 255, {"classes", c}, classes[c], "0 to 255");
@@ -55,11 +58,11 @@ void compact_keys(MaybeTensor mask, MaybeTensor groups, std::vector<int64_t> cla
   call.require(index.dim() == 3, "index", index.dim(), "3 dimensions: classes, rows, keys");
   p.r = index.size(1);
   p.m = index.size(2);
-  call.require(p.m <= kMaxTokens, "index", p.m, "at most ", kMaxTokens, " keys");
+  call.require(p.m <= lr::kMaxTokens, "index", p.m, "at most ", lr::kMaxTokens, " keys");
   const auto read = [&](const MaybeTensor& x, ScalarType dtype, const char* name, const uint8_t*& data,
                         int64_t& stride) {
     if (!x) return;
-    const View view = call.input(*x, name, dtype, {one_or(p.r), p.m}, 1);
+    const lr::View view = call.input(*x, name, dtype, {lr::one_or(p.r), p.m}, 1);
     data = view.as<uint8_t>();
     stride = view.stride[0];
   };
@@ -70,7 +73,7 @@ void compact_keys(MaybeTensor mask, MaybeTensor groups, std::vector<int64_t> cla
   if (p.c == 0 || p.r == 0) return;
   const OnDevice device(index);
   p.stream = device.stream();
-  const char* error = compact_keys_cuda(p);
+  const char* error = lr::compact_keys_cuda(p);
   STD_TORCH_CHECK(!error, "lr_kernels.compact_keys: compact_keys_kernel: ", error);
 }
 
@@ -80,5 +83,3 @@ STABLE_TORCH_LIBRARY_IMPL(lr_kernels, CUDA, m) {
   m.impl("step_blend_cuda", TORCH_BOX(&step_blend));
   m.impl("compact_keys_cuda", TORCH_BOX(&compact_keys));
 }
-
-}  // namespace lr
