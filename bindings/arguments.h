@@ -22,7 +22,6 @@ using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
 constexpr int64_t kMaxTokens = (int64_t(1) << 31) - 1;  // of a table: index lists are int32
-constexpr int64_t kMaxHeadDim = 256;
 
 // An argument, or an entry of a list of tensors.
 struct Name {

@@ -1,20 +1,9 @@
 // lr_kernels::multi_source_attention_cpu and its backward: tensors -> AttentionParams, AttentionBackwardParams.
-#include "cpu/attention.h"
-
 #include "bindings.h"
-#include "cpu/attention_backward.h"
-#include "cpu/dispatch.h"
+#include "cpu/kernels.h"
 
+namespace lr {
 namespace {
-
-using lr::kAny;
-using lr::MaybeTensor;
-using lr::MaybeTensors;
-using lr::one_or;
-using lr::ScalarType;
-using lr::Tensor;
-using lr::Tensors;
-using lr::View;
 
 // The lists of one source, as in the schema.
 struct Lists {
@@ -23,14 +12,14 @@ struct Lists {
 };
 
 // Which keys each class sees; only those that count says are listed are read, here as in the kernel.
-void read_key_lists(lr::Call& call, lr::AttentionSource& s, int64_t i, int64_t classes, const Tensor& index,
+void read_key_lists(Call& call, AttentionSource& s, int64_t i, int64_t classes, const Tensor& index,
                     const Tensor& count) {
   const View counts = call.input(count, {"key_count", i}, ScalarType::Int, {one_or(classes), one_or(s.r)}, 0);
   const View lists = call.input(index, {"key_index", i}, ScalarType::Int, {counts.size[0], counts.size[1], s.m}, 1);
   s.key_index = lists.as<int32_t>();
   s.key_count = counts.as<int32_t>();
-  lr::copy_strides(lists, s.index_stride);
-  lr::copy_strides(counts, s.count_stride);
+  copy_strides(lists, s.index_stride);
+  copy_strides(counts, s.count_stride);
   for (int64_t c = 0; c < counts.size[0]; ++c)
     for (int64_t r = 0; r < counts.size[1]; ++r) {
       const int32_t* listed = s.key_count + c * s.count_stride[0] + r * s.count_stride[1];
@@ -39,20 +28,19 @@ void read_key_lists(lr::Call& call, lr::AttentionSource& s, int64_t i, int64_t c
     }
 }
 
-lr::AttentionSource source_params(lr::Call& call, const lr::AttentionParams& p, ScalarType dtype, int64_t i,
-                                  const Lists& x) {
+AttentionSource source_params(Call& call, const AttentionParams& p, ScalarType dtype, int64_t i, const Lists& x) {
   const View key = call.input(x.key[i], {"key", i}, dtype, {kAny, kAny, p.h, p.d}, 1);
-  lr::AttentionSource s{};
+  AttentionSource s{};
   s.r = key.size[0];
   s.m = key.size[1];
   const View value = call.input(x.value[i], {"value", i}, dtype, {s.r, x.value_index[i] ? kAny : s.m, p.h, p.d}, 1);
   s.v = value.size[1];
   for (const int64_t tokens : {s.r, s.m, s.v})
-    call.require(tokens <= lr::kMaxTokens, {"key", i}, tokens, "at most ", lr::kMaxTokens, " rows, keys and values");
+    call.require(tokens <= kMaxTokens, {"key", i}, tokens, "at most ", kMaxTokens, " rows, keys and values");
   s.key = key.data;
   s.value = value.data;
-  lr::copy_strides(key, s.key_stride);
-  lr::copy_strides(value, s.value_stride);
+  copy_strides(key, s.key_stride);
+  copy_strides(value, s.value_stride);
   if (const MaybeTensor& rows = x.rows[i]) {
     s.rows = call.input(*rows, {"rows", i}, ScalarType::Int, {p.b}, 1).as<int32_t>();
     call.entries({"rows", i}, s.rows, p.b, -1, s.r - 1);
@@ -81,7 +69,7 @@ lr::AttentionSource source_params(lr::Call& call, const lr::AttentionParams& p, 
     if (!table) return;
     const View view = call.input(*table, {name, i}, ScalarType::Float, {p.b, p.h}, 0);
     data = view.as<float>();
-    lr::copy_strides(view, stride);
+    copy_strides(view, stride);
   };
   per_head(x.logit_scale[i], "logit_scale", s.logit_scale, s.logit_scale_stride);
   per_head(x.logit_bias[i], "logit_bias", s.logit_bias, s.logit_bias_stride);
@@ -89,8 +77,7 @@ lr::AttentionSource source_params(lr::Call& call, const lr::AttentionParams& p, 
 }
 
 // The queries class by class; the classes follow each other and hold every place once.
-void read_query_order(lr::Call& call, lr::AttentionParams& p, const MaybeTensor& query_order,
-                      const MaybeTensor& class_start) {
+void read_query_order(Call& call, AttentionParams& p, const MaybeTensor& query_order, const MaybeTensor& class_start) {
   p.c = 1;
   call.require(query_order.has_value() == class_start.has_value(), "class_start", "one without the other",
                "a tensor beside query_order, or neither");
@@ -98,7 +85,7 @@ void read_query_order(lr::Call& call, lr::AttentionParams& p, const MaybeTensor&
   const View order = call.input(*query_order, "query_order", ScalarType::Int, {one_or(p.b), p.n}, 1);
   const View start = call.input(*class_start, "class_start", ScalarType::Int, {one_or(p.b), kAny}, 1);
   call.require(start.size[1] >= 2, "class_start", start.size[1], "at least 2 entries");
-  call.require(p.n <= lr::kMaxTokens, "query", p.n, "at most ", lr::kMaxTokens, " tokens");
+  call.require(p.n <= kMaxTokens, "query", p.n, "at most ", kMaxTokens, " tokens");
   p.query_order = order.as<int32_t>();
   p.class_start = start.as<int32_t>();
   p.order_stride = order.stride[0];
@@ -114,20 +101,20 @@ void read_query_order(lr::Call& call, lr::AttentionParams& p, const MaybeTensor&
 }
 
 // All but the outputs and the softmax groups.
-lr::AttentionParams attention_params(lr::Call& call, ScalarType dtype, const Tensor& query, const Lists& lists,
-                                     const MaybeTensor& query_order, const MaybeTensor& class_start, double scale) {
+AttentionParams attention_params(Call& call, ScalarType dtype, const Tensor& query, const Lists& lists,
+                                 const MaybeTensor& query_order, const MaybeTensor& class_start, double scale) {
   const View queries = call.input(query, "query", dtype, {kAny, kAny, kAny, kAny}, 1);
-  lr::AttentionParams p{};
+  AttentionParams p{};
   p.query = queries.data;
   p.b = queries.size[0];
   p.n = queries.size[1];
   p.h = queries.size[2];
   p.d = queries.size[3];
-  call.require(p.d >= 1 && p.d <= lr::kMaxHeadDim, "query", p.d, "head_dim from 1 to ", lr::kMaxHeadDim);
-  lr::copy_strides(queries, p.query_stride);
+  call.require(p.d >= 1 && p.d <= kMaxHeadDim, "query", p.d, "head_dim from 1 to ", kMaxHeadDim);
+  copy_strides(queries, p.query_stride);
   read_query_order(call, p, query_order, class_start);
   const size_t sources = lists.key.size();
-  call.count(sources, "key", 1, lr::kMaxSources);
+  call.count(sources, "key", 1, kMaxSources);
   const auto as_many = [&](size_t entries, const char* name) { call.count(entries, name, sources, sources); };
   as_many(lists.value.size(), "value");
   as_many(lists.rows.size(), "rows");
@@ -140,7 +127,7 @@ lr::AttentionParams attention_params(lr::Call& call, ScalarType dtype, const Ten
   p.sources = static_cast<int32_t>(sources);
   for (int32_t i = 0; i < p.sources; ++i) p.source[i] = source_params(call, p, dtype, i, lists);
   p.softmax_groups = 1;
-  p.dtype = lr::dtype_of(dtype);
+  p.dtype = dtype_of(dtype);
   p.scale = static_cast<float>(scale);
   return p;
 }
@@ -150,10 +137,10 @@ void multi_source_attention(Tensor query, Tensors key, Tensors value, MaybeTenso
                             MaybeTensors logit_scale, MaybeTensors logit_bias, MaybeTensor query_order,
                             MaybeTensor class_start, std::vector<int64_t> softmax_group, MaybeTensors weight,
                             double scale, Tensor out, MaybeTensor lse) {
-  lr::Call call("multi_source_attention");
+  Call call("multi_source_attention");
   const ScalarType dtype = call.floating(query, "query");
   const Lists lists{key, value, rows, key_index, key_count, value_index, key_bias, logit_scale, logit_bias};
-  lr::AttentionParams p = attention_params(call, dtype, query, lists, query_order, class_start, scale);
+  AttentionParams p = attention_params(call, dtype, query, lists, query_order, class_start, scale);
   call.count(softmax_group.size(), "softmax_group", p.sources, p.sources);
   int64_t groups = 0;
   for (int32_t i = 0; i < p.sources; ++i) {
@@ -169,20 +156,20 @@ void multi_source_attention(Tensor query, Tensors key, Tensors value, MaybeTenso
     if (!weight[g]) continue;
     const View view = call.input(*weight[g], {"weight", g}, ScalarType::Float, {p.b, p.n}, 0);
     p.weight[g] = view.as<float>();
-    lr::copy_strides(view, p.weight_stride[g]);
+    copy_strides(view, p.weight_stride[g]);
   }
   const View result = call.output(out, "out", dtype, {p.b, p.n, p.h, p.d}, 1);
   p.out = result.data;
-  lr::copy_strides(result, p.out_stride);
+  copy_strides(result, p.out_stride);
   if (lse) {
     call.require(groups == 1, "lse", "a tensor", "None, since each of ", groups, " softmax groups has its own");
-    p.lse_is_double = lse->defined() && lr::Call::is(*lse, ScalarType::Double);
+    p.lse_is_double = lse->defined() && Call::is(*lse, ScalarType::Double);
     const ScalarType lse_dtype = p.lse_is_double ? ScalarType::Double : ScalarType::Float;
     const View sums = call.output(*lse, "lse", lse_dtype, {p.b, p.n, p.h}, 0);
     p.lse = sums.data;
-    lr::copy_strides(sums, p.lse_stride);
+    copy_strides(sums, p.lse_stride);
   }
-  lr::attention_cpu(p, lr::torch_parallel());
+  attention_cpu(p, torch_parallel());
 }
 
 void multi_source_attention_backward(Tensor grad_out, MaybeTensor grad_lse, Tensor query, Tensors key, Tensors value,
@@ -191,11 +178,11 @@ void multi_source_attention_backward(Tensor grad_out, MaybeTensor grad_lse, Tens
                                      MaybeTensors logit_bias, MaybeTensor query_order, MaybeTensor class_start,
                                      double scale, Tensor out, Tensor lse, Tensor grad_query, Tensors grad_key,
                                      Tensors grad_value, Tensors grad_key_bias) {
-  lr::Call call("multi_source_attention_backward");
+  Call call("multi_source_attention_backward");
   const ScalarType dtype = call.floating(query, "query");
   const Lists lists{key, value, rows, key_index, key_count, value_index, key_bias, logit_scale, logit_bias};
-  lr::AttentionBackwardParams g{};
-  lr::AttentionParams& p = g.forward;
+  AttentionBackwardParams g{};
+  AttentionParams& p = g.forward;
   p = attention_params(call, dtype, query, lists, query_order, class_start, scale);
   const View result = call.input(out, "out", dtype, {p.b, p.n, p.h, p.d}, 1);
   const View sums = call.input(lse, "lse", ScalarType::Double, {p.b, p.n, p.h}, 0);
@@ -204,20 +191,20 @@ void multi_source_attention_backward(Tensor grad_out, MaybeTensor grad_lse, Tens
   p.lse = sums.data;
   p.lse_is_double = true;
   g.grad_out = grad.data;
-  lr::copy_strides(result, p.out_stride);
-  lr::copy_strides(sums, p.lse_stride);
-  lr::copy_strides(grad, g.grad_out_stride);
+  copy_strides(result, p.out_stride);
+  copy_strides(sums, p.lse_stride);
+  copy_strides(grad, g.grad_out_stride);
   if (grad_lse) {
     const View grad_sums = call.input(*grad_lse, "grad_lse", ScalarType::Float, {p.b, p.n, p.h}, 0);
     g.grad_lse = grad_sums.as<float>();
-    lr::copy_strides(grad_sums, g.grad_lse_stride);
+    copy_strides(grad_sums, g.grad_lse_stride);
   }
   g.grad_query = call.output(grad_query, "grad_query", dtype, {p.b, p.n, p.h, p.d}, 4).data;
   call.count(grad_key.size(), "grad_key", p.sources, p.sources);
   call.count(grad_value.size(), "grad_value", p.sources, p.sources);
   call.count(grad_key_bias.size(), "grad_key_bias", p.sources, p.sources);
   for (int32_t i = 0; i < p.sources; ++i) {
-    const lr::AttentionSource& s = p.source[i];
+    const AttentionSource& s = p.source[i];
     g.grad_key[i] = call.output(grad_key[i], {"grad_key", i}, ScalarType::Float, {s.r, s.m, p.h, p.d}, 4).as<float>();
     g.grad_value[i] =
         call.output(grad_value[i], {"grad_value", i}, ScalarType::Float, {s.r, s.v, p.h, p.d}, 4).as<float>();
@@ -227,7 +214,7 @@ void multi_source_attention_backward(Tensor grad_out, MaybeTensor grad_lse, Tens
     g.grad_key_bias[i] =
         call.output(bias, {"grad_key_bias", i}, ScalarType::Float, {p.h, key_bias[i]->size(0), s.m}, 3).as<float>();
   }
-  lr::attention_backward_cpu(g, lr::torch_parallel());
+  attention_backward_cpu(g, torch_parallel());
 }
 
 }  // namespace
@@ -236,6 +223,8 @@ STABLE_TORCH_LIBRARY_IMPL(lr_kernels, CPU, m) {
   m.impl("multi_source_attention_cpu", TORCH_BOX(&multi_source_attention));
   m.impl("multi_source_attention_backward_cpu", TORCH_BOX(&multi_source_attention_backward));
 }
+
+}  // namespace lr
 
 // For `python -m lr_kernels info`.
 extern "C" __attribute__((visibility("default"))) const char* lr_kernels_isa() { return lr::isa(); }

@@ -1,27 +1,23 @@
 // lr_kernels::subject_mask_cpu: tensors -> SubjectMaskParams.
-#include "cpu/subject_mask.h"
-
 #include <algorithm>
 
 #include "bindings.h"
+#include "cpu/kernels.h"
 
+namespace lr {
 namespace {
-
-using lr::kAny;
-using lr::ScalarType;
-using lr::Tensor;
 
 void subject_mask(Tensor maps, std::optional<double> threshold, std::optional<double> quantile, int64_t smoothing,
                   Tensor out) {
-  lr::Call call("subject_mask");
-  const lr::View images = call.input(maps, "maps", ScalarType::Float, {kAny, kAny, kAny, kAny}, 4);
-  lr::SubjectMaskParams p{};
+  Call call("subject_mask");
+  const View images = call.input(maps, "maps", ScalarType::Float, {kAny, kAny, kAny, kAny}, 4);
+  SubjectMaskParams p{};
   p.b = images.size[0];
   p.l = images.size[1];
   p.h = images.size[2];
   p.w = images.size[3];
   call.require(p.l > 0 && p.h > 0 && p.w > 0, "maps", "none", "at least one map of at least one pixel");
-  const lr::View mask = call.output(out, "out", ScalarType::Bool, {p.b, kAny, kAny}, 3);
+  const View mask = call.output(out, "out", ScalarType::Bool, {p.b, kAny, kAny}, 3);
   p.out_h = mask.size[1];
   p.out_w = mask.size[2];
   call.require(p.out_h > 0 && p.out_w > 0, "out", "none", "at least one pixel");
@@ -38,12 +34,14 @@ void subject_mask(Tensor maps, std::optional<double> threshold, std::optional<do
   p.maps = images.as<float>();
   p.out = mask.as<uint8_t>();
   p.smoothing = smoothing;
-  using Level = lr::SubjectMaskParams::Level;
+  using Level = SubjectMaskParams::Level;
   p.level = quantile ? Level::kQuantile : threshold ? Level::kThreshold : Level::kOtsu;
   p.value = quantile.value_or(threshold.value_or(0.0));
-  lr::subject_mask_cpu(p, lr::torch_parallel());
+  subject_mask_cpu(p, torch_parallel());
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(lr_kernels, CPU, m) { m.impl("subject_mask_cpu", TORCH_BOX(&subject_mask)); }
+
+}  // namespace lr

@@ -1,36 +1,31 @@
 // lr_kernels::attention_with_token_maps_cpu: tensors -> TokenMapsParams.
-#include "cpu/token_maps.h"
-
 #include "bindings.h"
+#include "cpu/kernels.h"
 
+namespace lr {
 namespace {
-
-using lr::kAny;
-using lr::one_or;
-using lr::ScalarType;
-using lr::Tensor;
 
 void attention_with_token_maps(Tensor query, Tensor key, Tensor value, Tensor token_indices, double scale, Tensor out,
                                Tensor maps) {
-  lr::Call call("attention_with_token_maps");
+  Call call("attention_with_token_maps");
   const ScalarType dtype = call.floating(query, "query");
-  const lr::View queries = call.input(query, "query", dtype, {kAny, kAny, kAny, kAny}, 1);
-  lr::TokenMapsParams p{};
+  const View queries = call.input(query, "query", dtype, {kAny, kAny, kAny, kAny}, 1);
+  TokenMapsParams p{};
   p.b = queries.size[0];
   p.n = queries.size[1];
   p.h = queries.size[2];
   p.d = queries.size[3];
-  call.require(p.d >= 1 && p.d <= lr::kMaxHeadDim, "query", p.d, "head_dim from 1 to ", lr::kMaxHeadDim);
+  call.require(p.d >= 1 && p.d <= kMaxHeadDim, "query", p.d, "head_dim from 1 to ", kMaxHeadDim);
   call.require(p.h >= 1, "query", p.h, "at least one head");
-  const lr::View keys = call.input(key, "key", dtype, {p.b, kAny, p.h, p.d}, 1);
+  const View keys = call.input(key, "key", dtype, {p.b, kAny, p.h, p.d}, 1);
   p.m = keys.size[1];
-  call.require(p.m <= lr::kMaxTokens, "key", p.m, "at most ", lr::kMaxTokens, " keys");
-  const lr::View values = call.input(value, "value", dtype, {p.b, p.m, p.h, p.d}, 1);
-  const lr::View tokens = call.input(token_indices, "token_indices", ScalarType::Int, {p.b, kAny}, 1);
+  call.require(p.m <= kMaxTokens, "key", p.m, "at most ", kMaxTokens, " keys");
+  const View values = call.input(value, "value", dtype, {p.b, p.m, p.h, p.d}, 1);
+  const View tokens = call.input(token_indices, "token_indices", ScalarType::Int, {p.b, kAny}, 1);
   p.t = tokens.size[1];
   call.entries("token_indices", tokens, 0, p.m - 1);
-  const lr::View result = call.output(out, "out", dtype, {p.b, p.n, p.h, p.d}, 1);
-  const lr::View shares = call.output(maps, "maps", ScalarType::Float, {p.b, p.n, p.t}, 3);
+  const View result = call.output(out, "out", dtype, {p.b, p.n, p.h, p.d}, 1);
+  const View shares = call.output(maps, "maps", ScalarType::Float, {p.b, p.n, p.t}, 3);
   if (result.reach == 0) return;
   p.query = queries.data;
   p.key = keys.data;
@@ -38,14 +33,14 @@ void attention_with_token_maps(Tensor query, Tensor key, Tensor value, Tensor to
   p.token_indices = tokens.as<int32_t>();
   p.out = result.data;
   p.maps = shares.as<float>();
-  lr::copy_strides(queries, p.query_stride);
-  lr::copy_strides(keys, p.key_stride);
-  lr::copy_strides(values, p.value_stride);
-  lr::copy_strides(result, p.out_stride);
+  copy_strides(queries, p.query_stride);
+  copy_strides(keys, p.key_stride);
+  copy_strides(values, p.value_stride);
+  copy_strides(result, p.out_stride);
   p.token_stride = tokens.stride[0];
-  p.dtype = lr::dtype_of(dtype);
+  p.dtype = dtype_of(dtype);
   p.scale = static_cast<float>(scale);
-  lr::token_maps_cpu(p, lr::torch_parallel());
+  token_maps_cpu(p, torch_parallel());
 }
 
 }  // namespace
@@ -53,3 +48,5 @@ void attention_with_token_maps(Tensor query, Tensor key, Tensor value, Tensor to
 STABLE_TORCH_LIBRARY_IMPL(lr_kernels, CPU, m) {
   m.impl("attention_with_token_maps_cpu", TORCH_BOX(&attention_with_token_maps));
 }
+
+}  // namespace lr

@@ -13,6 +13,7 @@ struct Parallel {
   void (*run)(int64_t count, void (*worker)(void* context, int64_t i), void* context);
 };
 
+constexpr int kMaxHeadDim = 256;
 constexpr int kMaxSources = 16;
 
 struct AttentionSource {
@@ -156,6 +157,12 @@ struct CorrespondenceParams {
   int64_t target_stride[2], reference_stride[2], radius_stride;  // b (0 where shared), token; channels are contiguous
   int64_t columns;                                               // of the grid
   DType dtype;
+};
+
+struct PeakParams {
+  int64_t rounds;      // of independent multiply-adds, on every thread
+  bool bf16;           // bf16 pairs summed in fp32, else fp32
+  double* operations;  // [1] floating-point operations done; 0: the instruction set has no products of bf16 pairs
 };
 
 }  // namespace lr

@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cpu/launch.h"
 #include "cpu/simd_convert.h"
-#include "params.h"
 
 namespace lr::LR_ISA {
 namespace {
@@ -16,10 +16,8 @@ constexpr int64_t kSerialElements = 1 << 16;  // below this, waking a thread cos
 // n elements and zeros up to kStrip.
 template <class T>
 LR_INLINE void load_strip(const T* p, int64_t n, float* out) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store_from_float(out + i, load_as_float(p + i));
-  for (; i < n; ++i) out[i] = to_float(p[i]);
-  for (; i < kStrip; ++i) out[i] = 0;
+  to_floats(p, n, out);
+  for (int64_t i = n; i < kStrip; ++i) out[i] = 0;
 }
 
 template <class T>
@@ -222,12 +220,8 @@ void adain_kernel(const AdainParams& params, const Parallel& parallel) {
   work.strips = (p.d + kStrip - 1) / kStrip;
   work.along_tokens = p.d == 1;
   const int64_t items = p.b * p.h * work.strips;
-  const auto worker = p.dtype == DType::kFloat32   ? strip<float>
-                      : p.dtype == DType::kFloat16 ? strip<Float16>
-                                                   : strip<BFloat16>;
-  if (p.b * p.h * p.d * (p.x.tokens + p.reference.tokens) >= kSerialElements && parallel.threads > 1)
-    return parallel.run(items, worker, &work);
-  for (int64_t i = 0; i < items; ++i) worker(&work, i);
+  const bool alone = p.b * p.h * p.d * (p.x.tokens + p.reference.tokens) < kSerialElements;
+  run_items(parallel, items, alone, with_element(p.dtype, [](auto x) { return strip<decltype(x)>; }), &work);
 }
 
 }  // namespace lr::LR_ISA

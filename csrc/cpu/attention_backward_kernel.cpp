@@ -2,8 +2,8 @@
 //
 // With P = exp(logit - lse), dP = <grad_out, V> and dS = P · (dP - <grad_out, out> + grad_lse):
 //
-//   grad_query = Σ alpha · dS · K     grad_key = Σ alpha · dS · Q     grad_value = Σ P · grad_out     grad_key_bias = Σ
-//   dS
+//   grad_query = Σ alpha · dS · K     grad_key = Σ alpha · dS · Q     grad_value = Σ P · grad_out
+//   grad_key_bias = Σ dS
 //
 // P is computed again from lse, so nothing of size N x M is stored. The products over keys hold queries in SIMD lanes
 // as the forward pass does; those over queries hold channels in lanes. One thread takes all batch rows that share a row
@@ -14,20 +14,18 @@
 #include <vector>
 
 #include "cpu/attention_block.h"
+#include "cpu/attention_sources.h"
+#include "cpu/launch.h"
 #include "cpu/scratch.h"
 #include "cpu/transpose.h"
 #include "params.h"
 
 namespace lr::LR_ISA {
-
-void attention_backward_kernel(const AttentionBackwardParams& p, const Parallel& parallel);
-
 namespace {
 
 constexpr int kTileQueries = 128;
 constexpr int kTileSlices = kTileQueries / kSlice;
 constexpr int kBlockKeys = 120;  // a multiple of all key counts of outer_tile
-constexpr float kLog2E = 1.44269504088896340736f;
 constexpr double kCoarse = 8192;
 // Channel vectors per accumulator tile of the products over queries, and how many keys fit the registers beside them.
 #if defined(__AVX512F__) || defined(__ARM_NEON)
@@ -38,19 +36,15 @@ constexpr int kMaxVectors = 3;
 constexpr int kKeysFor[kMaxVectors + 1] = {0, 8, 6, 4};
 #endif
 
-struct QueryTile {
-  int64_t b, query_class, start;  // start: position in query_order
-  int count, slices;
-};
-
+// Visible keys first .. first + count of a source.
+template <class S>
 struct KeyBlock {
+  const VisibleKeys<S>& keys;
   int source;
-  int64_t row;
-  const int32_t* index;  // the visible keys of the row, or null: all
-  int64_t first;         // of them
+  int64_t first;
   int count;
 
-  int64_t token(int i) const { return index ? int64_t(index[first + i]) : first + i; }
+  int64_t token(int i) const { return keys.token(first + i); }
 };
 
 struct Scratch {
@@ -66,20 +60,16 @@ struct Scratch {
   float *keys, *values, *bias;
 
   Scratch(int d, int width) {
-    Arena measure;
-    lay_out(measure, d, width);
-    Arena arena(thread_buffer(measure.used()));
-    lay_out(arena, d, width);
-  }
-
- private:
-  void lay_out(Arena& arena, int d, int width) {
-    for (float** x : {&query, &grad_out, &grad_query}) arena.take(*x, size_t(d) * kTileQueries);
-    for (float** x : {&lse, &lse_rest, &delta, &grad_lse}) arena.take(*x, kTileQueries);
-    for (float** x : {&query_rows, &grad_out_rows}) arena.take(*x, size_t(width) * kTileQueries);
-    for (float** x : {&p, &ds}) arena.take(*x, size_t(kBlockKeys) * kTileQueries);
-    for (float** x : {&keys, &values}) arena.take(*x, size_t(kBlockKeys + kKeyTile) * d);
-    arena.take(bias, kBlockKeys + kKeyTile);
+    lay_out(
+        [&](Arena& arena) {
+          for (float** x : {&query, &grad_out, &grad_query}) arena.take(*x, size_t(d) * kTileQueries);
+          for (float** x : {&lse, &lse_rest, &delta, &grad_lse}) arena.take(*x, kTileQueries);
+          for (float** x : {&query_rows, &grad_out_rows}) arena.take(*x, size_t(width) * kTileQueries);
+          for (float** x : {&p, &ds}) arena.take(*x, size_t(kBlockKeys) * kTileQueries);
+          for (float** x : {&keys, &values}) arena.take(*x, size_t(kBlockKeys + kKeyTile) * d);
+          arena.take(bias, kBlockKeys + kKeyTile);
+        },
+        thread_buffer);
   }
 };
 
@@ -152,14 +142,7 @@ class Backward {
       : g(params), p(params.forward), d(int(p.d)), width(int(round_up(d, kLanes))) {}
 
   void run(int64_t b, int64_t h, const Scratch& scratch) const {
-    for (int64_t c = 0; c < p.c; ++c) {
-      const int32_t* start = p.class_start ? p.class_start + b * p.class_stride + c : nullptr;
-      const int64_t begin = start ? start[0] : 0, end = start ? start[1] : p.n;
-      for (int64_t i = begin; i < end; i += kTileQueries) {
-        const int count = int(std::min<int64_t>(kTileQueries, end - i));
-        run_tile({b, c, i, count, (count + kSlice - 1) / kSlice}, h, scratch);
-      }
-    }
+    each_tile(p, b, h, kTileQueries, [&](const QueryTile& tile) { run_tile(tile, scratch); });
   }
 
   int channels() const { return d; }
@@ -170,68 +153,52 @@ class Backward {
   const AttentionParams& p;
   const int d, width;  // width: d rounded up to whole vectors
 
-  int64_t query_at(const QueryTile& tile, int position) const {
-    const int64_t i = tile.start + position;
-    return p.query_order ? p.query_order[tile.b * p.order_stride + i] : i;
-  }
-
-  void run_tile(const QueryTile& tile, int64_t h, const Scratch& scratch) const {
-    const bool coarse = load_queries(tile, h, scratch);
+  void run_tile(const QueryTile& tile, const Scratch& scratch) const {
+    const bool coarse = load_queries(tile, scratch);
     if (coarse) {
       std::fill_n(scratch.lse, kTileQueries, -FLT_MAX);
       std::fill_n(scratch.lse_rest, kTileQueries, 0.0f);
-      each_block(tile, [&](const KeyBlock& block) {
-        const float alpha = load_keys(tile, h, block, true, scratch);
-        for (int s = 0; s < tile.slices; ++s) add_to_sums(block.count, scratch, s, alpha);
+      each_block(tile, [&](const KeyBlock<S>& block) {
+        const float alpha = load_keys(block, true, scratch);
+        for (int s = 0; s < tile.slices(); ++s) add_to_sums(block.count, scratch, s, alpha);
       });
       for (int i = 0; i < kTileQueries; ++i) {
         if (scratch.lse_rest[i] == 0 || i >= tile.count) scratch.lse[i] = INFINITY;  // sees nothing: P = 0
         scratch.lse_rest[i] = scratch.lse[i] == INFINITY ? 0.0f : std::log2(scratch.lse_rest[i]);
       }
     }
-    each_block(tile, [&](const KeyBlock& block) { run_block(tile, h, block, coarse, scratch); });
-    store_grad_query(tile, h, scratch);
+    each_block(tile, [&](const KeyBlock<S>& block) { run_block(tile, block, coarse, scratch); });
+    store_grad_query(tile, scratch);
   }
 
   template <class Visit>
   void each_block(const QueryTile& tile, const Visit& visit) const {
     for (int i = 0; i < p.sources; ++i) {
-      const AttentionSource& source = p.source[i];
-      const int64_t row = source.rows ? source.rows[tile.b] : source.r == 1 ? 0 : tile.b;
-      if (row < 0) continue;
-      const int32_t* index = nullptr;
-      int64_t count = source.m;
-      if (source.key_index) {
-        index = source.key_index + tile.query_class * source.index_stride[0] + row * source.index_stride[1];
-        count = source.key_count[tile.query_class * source.count_stride[0] + row * source.count_stride[1]];
-      }
-      for (int64_t k = 0; k < count; k += kBlockKeys)
-        visit(KeyBlock{i, row, index, k, int(std::min<int64_t>(kBlockKeys, count - k))});
+      const VisibleKeys<S> keys(p.source[i], tile);
+      for (int64_t k = 0; k < keys.count; k += kBlockKeys)
+        visit(KeyBlock<S>{keys, i, k, int(std::min<int64_t>(kBlockKeys, keys.count - k))});
     }
   }
 
   // Whether an lse is coarse.
-  bool load_queries(const QueryTile& tile, int64_t h, const Scratch& x) const {
+  bool load_queries(const QueryTile& tile, const Scratch& x) const {
     bool coarse = false;
-    const int padded = tile.slices * kSlice;
+    const int padded = tile.slices() * kSlice;
     std::fill_n(x.query_rows, padded * width, 0.0f);
     std::fill_n(x.grad_out_rows, padded * width, 0.0f);
-    const S* query = static_cast<const S*>(p.query) + tile.b * p.query_stride[0] + h * p.query_stride[2];
-    const S* out = static_cast<const S*>(p.out) + tile.b * p.out_stride[0] + h * p.out_stride[2];
-    const S* grad_out = static_cast<const S*>(g.grad_out) + tile.b * g.grad_out_stride[0] + h * g.grad_out_stride[2];
+    const TileRows<const S> query(p, tile, static_cast<const S*>(p.query), p.query_stride);
+    const TileRows<const S> out(p, tile, static_cast<const S*>(p.out), p.out_stride);
+    const TileRows<const S> grad_out(p, tile, static_cast<const S*>(g.grad_out), g.grad_out_stride);
+    const TileRows<const double> lses(p, tile, static_cast<const double*>(p.lse), p.lse_stride);
+    const TileRows<const float> grad_lses(p, tile, g.grad_lse, g.grad_lse_stride);
     for (int position = 0; position < padded; ++position) {
       double lse = INFINITY;  // P = 0
       float grad_lse = 0;
       if (position < tile.count) {
-        const int64_t i = query_at(tile, position);
-        const S *q = query + i * p.query_stride[1], *go = grad_out + i * g.grad_out_stride[1];
-        for (int c = 0; c < d; ++c) {
-          x.query_rows[position * width + c] = to_float(q[c]);
-          x.grad_out_rows[position * width + c] = to_float(go[c]);
-        }
-        if (g.grad_lse)
-          grad_lse = g.grad_lse[tile.b * g.grad_lse_stride[0] + i * g.grad_lse_stride[1] + h * g.grad_lse_stride[2]];
-        lse = static_cast<const double*>(p.lse)[tile.b * p.lse_stride[0] + i * p.lse_stride[1] + h * p.lse_stride[2]];
+        to_floats(query(position), d, x.query_rows + position * width);
+        to_floats(grad_out(position), d, x.grad_out_rows + position * width);
+        if (g.grad_lse) grad_lse = *grad_lses(position);
+        lse = *lses(position);
         coarse |= std::isfinite(lse) && std::abs(lse) > kCoarse;
         lse = lse == -INFINITY ? INFINITY : lse * 1.4426950408889634;  // -inf: sees nothing
       }
@@ -239,16 +206,14 @@ class Backward {
       x.lse_rest[position] = std::isfinite(lse) ? static_cast<float>(lse - x.lse[position]) : 0.0f;
       x.grad_lse[position] = grad_lse;  // apart from delta: dP and delta nearly cancel where one key has all the weight
     }
-    for (int s = 0; s < tile.slices; ++s) {
+    for (int s = 0; s < tile.slices(); ++s) {
       auto rows_of = [&](const float* rows) {
         return [=](int64_t lane) { return rows + (s * kSlice + lane) * width; };
       };
       rows_to_columns(rows_of(x.query_rows), kSlice, d, x.query + s * d * kSlice);
       rows_to_columns(rows_of(x.grad_out_rows), kSlice, d, x.grad_out + s * d * kSlice);
       float* outs = x.grad_query + s * d * kSlice;  // not in use yet
-      auto out_row = [&](int64_t lane) {
-        return out + query_at(tile, std::min(s * kSlice + int(lane), tile.count - 1)) * p.out_stride[1];
-      };
+      auto out_row = [&](int64_t lane) { return out(std::min(s * kSlice + int(lane), tile.count - 1)); };
       rows_to_columns(out_row, kSlice, d, outs);
       lane_products(x.grad_out + s * d * kSlice, outs, x.delta + s * kSlice);
       std::fill_n(outs, d * kSlice, 0.0f);
@@ -270,37 +235,29 @@ class Backward {
     }
   }
 
-  // Rows of `base` for the keys of a block as fp32, zeros up to whole key tiles.
-  template <class Token>
-  void load_rows(const S* base, int64_t stride, Token token, int count, float* to) const {
-    for (int i = 0; i < count; ++i, to += d) {
-      const S* from = base + token(i) * stride;
-      for (int c = 0; c < d; ++c) to[c] = to_float(from[c]);
-    }
-    std::fill_n(to, (round_up(count, kKeyTile) - count) * d, 0.0f);
+  // row(i) for the keys of a block as fp32, zeros up to whole key tiles.
+  template <class Row>
+  void load_rows(const Row& row, int count, float* to) const {
+    for (int i = 0; i < count; ++i) to_floats(row(i), d, to + i * d);
+    std::fill_n(to + count * d, (round_up(count, kKeyTile) - count) * d, 0.0f);
   }
 
   // The keys of a block and what is added to their logits, in natural units where they are coarse; returns the factor
   // of the scores.
-  float load_keys(const QueryTile& tile, int64_t h, const KeyBlock& block, bool coarse, const Scratch& x) const {
-    const AttentionSource& source = p.source[block.source];
-    const S* keys = static_cast<const S*>(source.key) + block.row * source.key_stride[0] + h * source.key_stride[2];
-    load_rows(keys, source.key_stride[1], [&](int i) { return block.token(i); }, block.count, x.keys);
-    auto per_head = [&](const float* table, const int64_t (&stride)[2], float otherwise) {
-      return table ? table[tile.b * stride[0] + h * stride[1]] : otherwise;
-    };
-    const float own = per_head(source.logit_bias, source.logit_bias_stride, 0.0f), shift = own * kLog2E;
-    const float* bias = source.key_bias ? source.key_bias + block.row * source.bias_stride : nullptr;
-    for (int i = 0; i < round_up(block.count, kKeyTile); ++i) {
-      const float b = i >= block.count ? -INFINITY : bias ? bias[block.token(i)] : 0.0f;
+  float load_keys(const KeyBlock<S>& block, bool coarse, const Scratch& x) const {
+    const VisibleKeys<S>& keys = block.keys;
+    load_rows([&](int i) { return keys.key(block.token(i)); }, block.count, x.keys);
+    for (int i = 0; i < block.count; ++i) {
+      const int64_t token = block.token(i);
       if (coarse) {
-        const double sum = double(b) + own;
+        const double sum = double(keys.bias_of(token)) + keys.logit_bias;
         x.bias[i] = std::isfinite(sum) ? float(std::clamp<double>(sum, -FLT_MAX, FLT_MAX)) : float(sum);
       } else {
-        x.bias[i] = shift == -INFINITY ? shift : b > -INFINITY ? std::max(b * kLog2E + shift, -FLT_MAX) : b;
+        x.bias[i] = keys.log2_bias_of(token);
       }
     }
-    return p.scale * per_head(source.logit_scale, source.logit_scale_stride, 1.0f);
+    std::fill(x.bias + block.count, x.bias + round_up(block.count, kKeyTile), -INFINITY);
+    return p.scale * keys.logit_scale;
   }
 
   // score · alpha + bias, rounded as it is in every use. What is finite stays so: only a bias of -inf hides a key.
@@ -325,34 +282,30 @@ class Backward {
     }
   }
 
-  void run_block(const QueryTile& tile, int64_t h, const KeyBlock& block, bool coarse, const Scratch& x) const {
+  void run_block(const QueryTile& tile, const KeyBlock<S>& block, bool coarse, const Scratch& x) const {
+    const VisibleKeys<S>& keys = block.keys;
     const AttentionSource& source = p.source[block.source];
-    const int64_t row = block.row;
-    const int number = block.source, count = block.count;
-    const int32_t* moved = source.value_index;
-    if (moved) moved += row * source.value_index_stride[0] + tile.b * source.value_index_stride[1];
-    auto key_token = [&](int i) { return block.token(i); };
-    auto value_token = [&](int i) { return moved ? int64_t(moved[key_token(i)]) : key_token(i); };
-    const float alpha = load_keys(tile, h, block, coarse, x);
-    const S* values = static_cast<const S*>(source.value) + row * source.value_stride[0] + h * source.value_stride[2];
-    load_rows(values, source.value_stride[1], value_token, count, x.values);
-    float* grad_bias = g.grad_key_bias[number];
+    const int count = block.count, slices = tile.slices();
+    const float alpha = load_keys(block, coarse, x);
+    load_rows([&](int i) { return keys.value(block.token(i)); }, count, x.values);
+    float* grad_bias = g.grad_key_bias[block.source];
     float bias_sums[kBlockKeys] = {};
 
-    for (int s = 0; s < tile.slices; ++s) weigh(count, x, s, alpha, coarse, grad_bias ? bias_sums : nullptr);
+    for (int s = 0; s < slices; ++s) weigh(count, x, s, alpha, coarse, grad_bias ? bias_sums : nullptr);
 
     float *key_rows[kBlockKeys], *value_rows[kBlockKeys];
-    float* grad_key = g.grad_key[number] + row * source.m * p.h * d + h * d;
-    float* grad_value = g.grad_value[number] + row * source.v * p.h * d + h * d;
+    float* grad_key = g.grad_key[block.source] + (keys.row * source.m * p.h + tile.h) * d;
+    float* grad_value = g.grad_value[block.source] + (keys.row * source.v * p.h + tile.h) * d;
     for (int i = 0; i < count; ++i) {
-      key_rows[i] = grad_key + key_token(i) * p.h * d;
-      value_rows[i] = grad_value + value_token(i) * p.h * d;
+      const int64_t token = block.token(i);
+      key_rows[i] = grad_key + token * p.h * d;
+      value_rows[i] = grad_value + keys.value_token(token) * p.h * d;
     }
-    add_outer(x.p, x.grad_out_rows, width, tile.slices, count, d, value_rows);
-    add_outer(x.ds, x.query_rows, width, tile.slices, count, d, key_rows);
+    add_outer(x.p, x.grad_out_rows, width, slices, count, d, value_rows);
+    add_outer(x.ds, x.query_rows, width, slices, count, d, key_rows);
     if (grad_bias) {
-      grad_bias += (h * source.bias_rows + (source.bias_rows > 1 ? row : 0)) * source.m;
-      for (int i = 0; i < count; ++i) grad_bias[key_token(i)] += bias_sums[i];
+      grad_bias += (tile.h * source.bias_rows + (source.bias_rows > 1 ? keys.row : 0)) * source.m;
+      for (int i = 0; i < count; ++i) grad_bias[block.token(i)] += bias_sums[i];
     }
   }
 
@@ -398,18 +351,15 @@ class Backward {
         }
       }
     }
-    float* grad_query = x.grad_query + s * d * kSlice;
-    if (kChannelTile > 8 && d % kChannelTile != 0 && d % 8 == 0)
-      add_values<Fp32, 8>(x.keys, d, ds_rows, count, d, grad_query);
-    else
-      add_values<Fp32, kChannelTile>(x.keys, d, ds_rows, count, d, grad_query);
+    add_values<Fp32>(x.keys, ds_rows, count, d, x.grad_query + s * d * kSlice);
   }
 
-  void store_grad_query(const QueryTile& tile, int64_t h, const Scratch& x) const {
-    S* grad = static_cast<S*>(g.grad_query) + (tile.b * p.n * p.h + h) * d;
-    for (int s = 0; s < tile.slices; ++s)
+  void store_grad_query(const QueryTile& tile, const Scratch& x) const {
+    const int64_t row = p.h * d;
+    const TileRows<S> grad(p, tile, static_cast<S*>(g.grad_query), {p.n * row, row, d});
+    for (int s = 0; s < tile.slices(); ++s)
       columns_to_rows(x.grad_query + s * d * kSlice, kSlice, std::min(kSlice, tile.count - s * kSlice), d,
-                      [&](int64_t lane) { return grad + query_at(tile, s * kSlice + int(lane)) * p.h * d; });
+                      [&](int64_t lane) { return grad(s * kSlice + lane); });
   }
 };
 
@@ -433,7 +383,7 @@ std::vector<BatchRow> join_batch_rows(const AttentionBackwardParams& g) {
     const bool one = g.grad_key_bias[i] && source.bias_rows == 1;
     std::vector<BatchRow> reader(std::max<int64_t>(source.r, 1), BatchRow{-1});
     for (int64_t b = 0; b < p.b; ++b) {
-      const int64_t row = source.rows ? source.rows[b] : source.r == 1 ? 0 : b;
+      const int64_t row = row_of(source, b);
       if (row < 0) continue;
       BatchRow& first = reader[one ? 0 : row];
       if (first.leader < 0) first.leader = b;
@@ -471,14 +421,7 @@ void backward(const AttentionBackwardParams& g, const Parallel& parallel) {
 
 void attention_backward_kernel(const AttentionBackwardParams& p, const Parallel& parallel) {
   if (p.forward.b == 0 || p.forward.n == 0 || p.forward.h == 0) return;
-  switch (p.forward.dtype) {
-    case DType::kFloat32:
-      return backward<float>(p, parallel);
-    case DType::kFloat16:
-      return backward<Float16>(p, parallel);
-    case DType::kBFloat16:
-      return backward<BFloat16>(p, parallel);
-  }
+  with_element(p.forward.dtype, [&](auto x) { backward<decltype(x)>(p, parallel); });
 }
 
 }  // namespace lr::LR_ISA

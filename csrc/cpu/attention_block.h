@@ -139,11 +139,20 @@ LR_INLINE void value_remainder(int count, const typename C::Unit* values, int64_
 }
 
 template <class C, int kTile>
-void add_values(const typename C::Unit* values, int64_t value_stride, const typename C::Unit* p, int units, int d,
-                float* out) {
+void add_value_tiles(const typename C::Unit* values, const typename C::Unit* p, int units, int d, float* out) {
   int c = 0;
-  for (; c + kTile <= d; c += kTile) value_tile<C, kTile>(values + c, value_stride, p, units, out + c * kSlice);
-  value_remainder<C, kTile - 1>(d - c, values + c, value_stride, p, units, out + c * kSlice);
+  for (; c + kTile <= d; c += kTile) value_tile<C, kTile>(values + c, d, p, units, out + c * kSlice);
+  value_remainder<C, kTile - 1>(d - c, values + c, d, p, units, out + c * kSlice);
+}
+
+// out[c] += Σ_keys value[key][c] · p[key] for all d channels of values: units x d.
+template <class C>
+LR_INLINE void add_values(const typename C::Unit* values, const typename C::Unit* p, int units, int d, float* out) {
+  // A channel tile that divides d leaves no remainder; 8 does for most head dims where kChannelTile does not.
+  if (kChannelTile > 8 && d % kChannelTile != 0 && d % 8 == 0)
+    add_value_tiles<C, 8>(values, p, units, d, out);
+  else
+    add_value_tiles<C, kChannelTile>(values, p, units, d, out);
 }
 
 // ---- one block of keys for one slice of queries ----
@@ -285,12 +294,7 @@ void attend_block(const Slice<C>& s, const Block<C>& block, int units, int d, ty
     m0 = n0;
     m1 = n1;
   }
-  // A channel tile that divides d leaves no remainder; 8 does for most head dims where kChannelTile does not.
-  const int key_units = (block.keys_count + C::kPack - 1) / C::kPack;
-  if (kChannelTile > 8 && d % kChannelTile != 0 && d % 8 == 0)
-    add_values<C, 8>(block.values, d, p, key_units, d, s.out);
-  else
-    add_values<C, kChannelTile>(block.values, d, p, key_units, d, s.out);
+  add_values<C>(block.values, p, (block.keys_count + C::kPack - 1) / C::kPack, d, s.out);
 }
 
 }  // namespace

@@ -5,13 +5,10 @@
 #include <cfloat>
 #include <cmath>
 
-#include "cpu/simd.h"
-#include "params.h"
+#include "cpu/attention_sources.h"
 
 namespace lr::LR_ISA {
 namespace {
-
-constexpr int kMaxHeadDim = 256;
 
 // The softmax over the keys of one group so far.
 struct WideSoftmax {
@@ -36,8 +33,8 @@ template <class S>
 class WideQuery {
  public:
   // query: [d]
-  WideQuery(const AttentionParams& params, int64_t batch, int64_t head, int64_t group, const S* query)
-      : p(params), b(batch), h(head), query_class(group), d(int(params.d)) {
+  WideQuery(const AttentionParams& params, const QueryTile& its_tile, const S* query)
+      : p(params), tile(its_tile), d(int(params.d)) {
     for (int c = 0; c < d; ++c) q[c] = double(to_float(query[c]));
   }
 
@@ -51,7 +48,7 @@ class WideQuery {
       const int group = p.source[first].softmax_group;
       WideSoftmax softmax;
       for (; first < p.sources && p.source[first].softmax_group == group; ++first) {
-        if (add_source(p.source[first], softmax)) continue;
+        if (add_keys(VisibleKeys<S>(p.source[first], tile), softmax)) continue;
         std::fill_n(result, d, double(NAN));
         return NAN;
       }
@@ -65,36 +62,18 @@ class WideQuery {
 
  private:
   const AttentionParams& p;
-  const int64_t b, h, query_class;
+  const QueryTile& tile;
   const int d;
   double q[kMaxHeadDim];
 
   // False where a logit is NaN: so is the result, then.
-  bool add_source(const AttentionSource& source, WideSoftmax& softmax) const {
-    const int64_t row = source.rows ? source.rows[b] : source.r == 1 ? 0 : b;
-    if (row < 0) return true;
-    const int32_t* index = nullptr;
-    int64_t count = source.m;
-    if (source.key_index) {
-      index = source.key_index + query_class * source.index_stride[0] + row * source.index_stride[1];
-      count = source.key_count[query_class * source.count_stride[0] + row * source.count_stride[1]];
-    }
-    auto per_head = [&](const float* x, const int64_t (&stride)[2], float otherwise) {
-      return double(x ? x[b * stride[0] + h * stride[1]] : otherwise);
-    };
-    const double scale = p.scale * per_head(source.logit_scale, source.logit_scale_stride, 1.0f);
-    const double shift = per_head(source.logit_bias, source.logit_bias_stride, 0.0f);
-    const S* keys = static_cast<const S*>(source.key) + row * source.key_stride[0] + h * source.key_stride[2];
-    const S* values = static_cast<const S*>(source.value) + row * source.value_stride[0] + h * source.value_stride[2];
-    const int32_t* moved = source.value_index;
-    if (moved) moved += row * source.value_index_stride[0] + b * source.value_index_stride[1];
-    const float* bias = source.key_bias ? source.key_bias + row * source.bias_stride : nullptr;
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t token = index ? index[i] : i;
-      const double logit =
-          scale * score(keys + token * source.key_stride[1]) + shift + (bias ? double(bias[token]) : 0.0);
+  bool add_keys(const VisibleKeys<S>& keys, WideSoftmax& softmax) const {
+    const double scale = p.scale * double(keys.logit_scale);
+    for (int64_t i = 0; i < keys.count; ++i) {
+      const int64_t token = keys.token(i);
+      const double logit = scale * score(keys.key(token)) + double(keys.logit_bias) + double(keys.bias_of(token));
       if (std::isnan(logit)) return false;
-      softmax.add(logit, values + (moved ? moved[token] : token) * source.value_stride[1], d);
+      softmax.add(logit, keys.value(token), d);
     }
     return true;
   }

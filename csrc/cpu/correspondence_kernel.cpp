@@ -4,12 +4,11 @@
 // changes only a few times, so the test that it stands costs one comparison.
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
-#include <new>
 
 #include "cpu/attention_block.h"
+#include "cpu/launch.h"
+#include "cpu/scratch.h"
 #include "cpu/simd_convert.h"
-#include "params.h"
 
 namespace lr::LR_ISA {
 namespace {
@@ -119,31 +118,25 @@ void measure(void* context, int64_t item) {
 
 // ---- products ----
 
-// Not std::unique_ptr: its functions would be shared by the objects of all instruction sets.
-struct Memory {
-  explicit Memory(int64_t bytes) : data(static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64))) {
-    if (!data) throw std::bad_alloc();
-  }
-  Memory(const Memory&) = delete;
-  Memory& operator=(const Memory&) = delete;
-  ~Memory() { std::free(data); }
-  char* const data;
-};
-
-// Of one thread: parts of one allocation, each aligned to a vector.
+// Of one thread.
 struct Scratch {
-  Scratch(int64_t slices, int64_t c)
-      : memory((slices * (c + 2) * kSlice + (kKeys + kKeyTile) * c) * sizeof(float)),
-        targets(reinterpret_cast<float*>(memory.data)),
-        top(reinterpret_cast<Vec*>(targets + slices * c * kSlice)),
-        index(reinterpret_cast<VecInt*>(top + 2 * slices)),
-        keys(reinterpret_cast<float*>(index + 2 * slices)) {}
+  float* targets;  // [slices, c, kSlice] unit vectors
+  Vec* top;        // [slices, 2] similarity to the best reference token so far, kLanes targets each
+  VecInt* index;   // [slices, 2] of that token
+  float* keys;     // [kKeys + kKeyTile, c] unit vectors
 
-  const Memory memory;
-  float* const targets;  // [slices, c, kSlice] unit vectors
-  Vec* const top;        // [slices, 2] similarity to the best reference token so far, kLanes targets each
-  VecInt* const index;   // [slices, 2] of that token
-  float* const keys;     // [kKeys + kKeyTile, c] unit vectors
+  Scratch(int64_t slices, int64_t c)
+      : memory_(lay_out(
+            [&](Arena& arena) {
+              arena.take(targets, slices * c * kSlice);
+              arena.take(top, 2 * slices);
+              arena.take(index, 2 * slices);
+              arena.take(keys, (kKeys + kKeyTile) * c);
+            },
+            allocate)) {}
+
+ private:
+  const Memory memory_;
 };
 
 // A block of up to kKeys reference tokens, padded to whole tiles.
@@ -251,31 +244,23 @@ void run(const CorrespondenceParams& p, const Parallel& parallel) {
   int64_t slices = std::clamp<int64_t>(kTargetBytes / (kSlice * p.c * sizeof(float)), 1, all);
   while (slices > 2 && p.b * ((all + slices - 1) / slices) < 4 * threads) slices /= 2;
 
-  const int64_t words = p.b * p.m;
-  const Memory memory(words * sizeof(uint64_t) + (shared ? p.m : words) * sizeof(Size));
-  auto* best = reinterpret_cast<uint64_t*>(memory.data);
-  Job job{p, reinterpret_cast<Size*>(best + words), best, shared, slices, (all + slices - 1) / slices};
-  const auto run_items = [&](int64_t items, void (*worker)(void*, int64_t)) {
-    if (threads > 1) return parallel.run(items, worker, &job);
-    for (int64_t i = 0; i < items; ++i) worker(&job, i);
-  };
-  run_items(p.b * ((p.m + kMeasured - 1) / kMeasured), measure<T>);
-  run_items(threads, match_worker<T>);
-  run_items(p.b, check_row);
+  Job job{p, nullptr, nullptr, shared, slices, (all + slices - 1) / slices};
+  const Memory memory = lay_out(
+      [&](Arena& arena) {
+        arena.take(job.best, p.b * p.m);
+        arena.take(job.size, shared ? p.m : p.b * p.m);
+      },
+      allocate);
+  run_items(parallel, p.b * ((p.m + kMeasured - 1) / kMeasured), threads == 1, measure<T>, &job);
+  run_items(parallel, threads, threads == 1, match_worker<T>, &job);
+  run_items(parallel, p.b, threads == 1, check_row, &job);
 }
 
 }  // namespace
 
 void correspondence_kernel(const CorrespondenceParams& p, const Parallel& parallel) {
   if (p.b == 0 || p.n == 0) return;
-  switch (p.dtype) {
-    case DType::kFloat32:
-      return run<float>(p, parallel);
-    case DType::kFloat16:
-      return run<Float16>(p, parallel);
-    case DType::kBFloat16:
-      return run<BFloat16>(p, parallel);
-  }
+  with_element(p.dtype, [&](auto x) { run<decltype(x)>(p, parallel); });
 }
 
 }  // namespace lr::LR_ISA

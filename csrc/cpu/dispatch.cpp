@@ -1,5 +1,4 @@
-#include "cpu/dispatch.h"
-
+// Chooses the instruction set at run time, and calls its version of a kernel.
 #include <cstdlib>
 #include <cstring>
 #if defined(__x86_64__) && defined(__linux__)
@@ -8,9 +7,12 @@
 #include <unistd.h>
 #endif
 
+#include "cpu/kernels.h"
+
 namespace lr {
 namespace {
 
+enum class Isa { kBaseline, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512bf16", "amx"};
 
 // Whether the processor has bf16 tiles and Linux gives this process their registers: 8 KiB a thread, on request.
@@ -47,13 +49,46 @@ Isa read_isa() {
   return best;
 }
 
-}  // namespace
-
 Isa chosen_isa() {
   static const Isa isa = read_isa();
   return isa;
 }
 
+}  // namespace
+
 const char* isa() { return kNames[static_cast<int>(chosen_isa())]; }
+
+// The entry of a kernel.
+#define LR_DECLARE(isa, name, Params)                 \
+  namespace isa {                                     \
+  void name##_kernel(const Params&, const Parallel&); \
+  }
+#if defined(__x86_64__)
+#define LR_DEFINE_ENTRY(name, Params, on_amx)                       \
+  LR_DECLARE(on_amx, name, Params)                                  \
+  LR_DECLARE(avx512bf16, name, Params)                              \
+  LR_DECLARE(avx512, name, Params)                                  \
+  LR_DECLARE(avx2, name, Params)                                    \
+  LR_DECLARE(baseline, name, Params)                                \
+  void name##_cpu(const Params& params, const Parallel& parallel) { \
+    switch (chosen_isa()) {                                         \
+      case Isa::kAmx:                                               \
+        return on_amx::name##_kernel(params, parallel);             \
+      case Isa::kAvx512Bf16:                                        \
+        return avx512bf16::name##_kernel(params, parallel);         \
+      case Isa::kAvx512:                                            \
+        return avx512::name##_kernel(params, parallel);             \
+      case Isa::kAvx2:                                              \
+        return avx2::name##_kernel(params, parallel);               \
+      case Isa::kBaseline:                                          \
+        return baseline::name##_kernel(params, parallel);           \
+    }                                                               \
+  }
+#else
+#define LR_DEFINE_ENTRY(name, Params, on_amx) \
+  LR_DECLARE(baseline, name, Params)          \
+  void name##_cpu(const Params& params, const Parallel& parallel) { baseline::name##_kernel(params, parallel); }
+#endif
+LR_CPU_KERNELS(LR_DEFINE_ENTRY)
 
 }  // namespace lr

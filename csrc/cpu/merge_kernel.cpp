@@ -2,8 +2,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cpu/launch.h"
 #include "cpu/simd_convert.h"
-#include "params.h"
 
 namespace lr::LR_ISA {
 namespace {
@@ -78,13 +78,9 @@ void merge_tokens(void* context, int64_t item) {
 
 void merge_kernel(const MergeParams& p, const Parallel& parallel) {
   const int64_t items = (p.b * p.n + kTokens - 1) / kTokens;
-  const auto worker = p.dtype == DType::kFloat32   ? merge_tokens<float>
-                      : p.dtype == DType::kFloat16 ? merge_tokens<Float16>
-                                                   : merge_tokens<BFloat16>;
-  auto* context = const_cast<MergeParams*>(&p);
-  if (p.parts * p.b * p.n * p.h * p.d >= kSerialElements && parallel.threads > 1)
-    return parallel.run(items, worker, context);
-  for (int64_t i = 0; i < items; ++i) worker(context, i);
+  const bool alone = p.parts * p.b * p.n * p.h * p.d < kSerialElements;
+  run_items(parallel, items, alone, with_element(p.dtype, [](auto x) { return merge_tokens<decltype(x)>; }),
+            const_cast<MergeParams*>(&p));
 }
 
 }  // namespace lr::LR_ISA

@@ -4,8 +4,6 @@
 
 namespace lr::LR_ISA {
 
-void peak_kernel(bool bf16, int64_t rounds, const Parallel& parallel, double& operations);
-
 namespace {
 
 constexpr int kChains = 12;  // latency times ports is 8 to 12; with two operands they fit 16 registers
@@ -60,15 +58,17 @@ void bf16_chains(void* rounds, int64_t) {
 
 }  // namespace
 
-void peak_kernel(bool bf16, int64_t rounds, const Parallel& parallel, double& operations) {
+void peak_kernel(const PeakParams& p, const Parallel& parallel) {
+  int64_t rounds = p.rounds;
   const double all_rounds = double(parallel.threads) * double(rounds);
-  if (!bf16) {
+  *p.operations = 0;
+  if (!p.bf16) {
     parallel.run(parallel.threads, fp32_chains, &rounds);
-    operations = all_rounds * 2.0 * kChains * kLanes;
+    *p.operations = all_rounds * 2.0 * kChains * kLanes;
   } else {
 #if LR_HAS_BF16_DOT
     parallel.run(parallel.threads, bf16_chains, &rounds);
-    operations = all_rounds * kBf16Operations;
+    *p.operations = all_rounds * kBf16Operations;
 #endif
   }
 }

@@ -1,32 +1,43 @@
-// Working memory of one thread, and the copies that fill it.
+// Working memory, and the arrays that lie in it.
 #pragma once
+#include <algorithm>
+#include <cstdint>
 #include <cstdlib>
 #include <memory>
-#include <type_traits>
-
-#include "cpu/simd.h"
+#include <new>
 
 namespace lr::LR_ISA {
 namespace {
 
 inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
-struct FreeBuffer {
+// In an unnamed namespace, as all here: functions of the std library that take other types are shared by the objects of
+// all instruction sets.
+struct Free {
   void operator()(char* x) const { std::free(x); }
 };
+using Memory = std::unique_ptr<char, Free>;
+
+inline Memory allocate(size_t bytes) {
+  constexpr size_t kPage = 4096;
+  Memory memory(static_cast<char*>(std::aligned_alloc(kPage, round_up(std::max<size_t>(bytes, 1), kPage))));
+  if (!memory) throw std::bad_alloc();
+  return memory;
+}
 
 // The thread's buffer, kept between calls: a fresh one would cost its page faults every time.
 inline char* thread_buffer(size_t bytes) {
-  static thread_local std::unique_ptr<char, FreeBuffer> buffer;
+  static thread_local Memory buffer;
   static thread_local size_t capacity = 0;
   if (capacity < bytes) {
-    capacity = round_up(bytes, 4096);
-    buffer.reset(static_cast<char*>(std::aligned_alloc(4096, capacity)));
+    capacity = 0;
+    buffer = allocate(bytes);
+    capacity = bytes;
   }
   return buffer.get();
 }
 
-// Hands out 64-byte aligned arrays; the first pass, without memory, finds how much is needed.
+// Hands out 64-byte aligned arrays.
 class Arena {
  public:
   explicit Arena(char* base = nullptr) : base_(base) {}
@@ -43,6 +54,18 @@ class Arena {
   char* base_;
   size_t used_ = 0;
 };
+
+// Lays the arrays that take(arena) asks for out in get(bytes), which is `thread_buffer` or `allocate`: a first pass
+// finds the bytes.
+template <class Take, class Get>
+auto lay_out(const Take& take, const Get& get) {
+  Arena measure;
+  take(measure);
+  auto memory = get(measure.used());
+  Arena arena(&*memory);
+  take(arena);
+  return memory;
+}
 
 }  // namespace
 }  // namespace lr::LR_ISA

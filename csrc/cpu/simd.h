@@ -79,6 +79,8 @@ LR_INLINE bool any_at_least(Vec a, Vec b) {
 #endif
 }
 
+constexpr float kLog2E = 1.44269504088896340736f;  // exp(x) = 2^(x · kLog2E)
+
 // 2^x with a polynomial of the given degree on [-0.5, 0.5]: relative error 1.2e-7 (degree 6), 7.5e-5 (degree 3, enough
 // for bf16). 0 below -126, NaN stays NaN, above 128 any number. kRoundBf16 adds half a bf16 unit, so that cutting the
 // low 16 bits rounds.

@@ -4,7 +4,6 @@
 
 namespace lr::LR_ISA {
 
-typedef uint32_t VecBits __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t VecHalf __attribute__((vector_size(kLanes * 2)));
 
 LR_INLINE Vec load_as_float(const float* p) {
@@ -14,9 +13,16 @@ LR_INLINE Vec load_as_float(const float* p) {
 }
 
 LR_INLINE Vec load_as_float(const BFloat16* p) {
-  VecHalf x;
-  std::memcpy(&x, p, sizeof(x));
-  return (Vec)(__builtin_convertvector(x, VecBits) << 16);
+#if defined(__AVX512F__)
+  const auto x = (VecBits)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)  // GCC 12 converts a vector in two halves
+  const auto x = (VecBits)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  VecHalf half;
+  std::memcpy(&half, p, sizeof(half));
+  const auto x = __builtin_convertvector(half, VecBits);
+#endif
+  return (Vec)(x << 16);
 }
 
 LR_INLINE Vec load_as_float(const Float16* p) {
@@ -29,6 +35,17 @@ LR_INLINE Vec load_as_float(const Float16* p) {
   for (int i = 0; i < kLanes; ++i) x[i] = to_float(p[i]);
   return x;
 #endif
+}
+
+// to[i] = from[i] for i < n.
+template <class S>
+LR_INLINE void to_floats(const S* from, int64_t n, float* to) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const Vec x = load_as_float(from + i);
+    std::memcpy(to + i, &x, sizeof(x));
+  }
+  for (; i < n; ++i) to[i] = to_float(from[i]);
 }
 
 // Stores x at p; with kStream past the caches, where x86 can: p is then aligned to x, and a stream_fence follows.

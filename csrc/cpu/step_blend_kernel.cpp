@@ -6,8 +6,8 @@
 
 #include <algorithm>
 
+#include "cpu/launch.h"
 #include "cpu/simd_convert.h"
-#include "params.h"
 
 namespace lr::LR_ISA {
 namespace {
@@ -214,11 +214,8 @@ void step_blend_kernel(const StepBlendParams& p, const Parallel& parallel) {
   }
   work.segments = (work.plane + kSegment - 1) / kSegment;
   const int64_t items = p.b * work.c * work.segments;
-  const auto worker = p.dtype == DType::kFloat32   ? segment<float>
-                      : p.dtype == DType::kFloat16 ? segment<Float16>
-                                                   : segment<BFloat16>;
-  if (elements >= kSerialElements && parallel.threads > 1) return parallel.run(items, worker, &work);
-  for (int64_t i = 0; i < items; ++i) worker(&work, i);
+  const auto worker = with_element(p.dtype, [](auto x) { return segment<decltype(x)>; });
+  run_items(parallel, items, elements < kSerialElements, worker, &work);
 }
 
 }  // namespace lr::LR_ISA

@@ -2,45 +2,19 @@
 // softmax over the few text tokens needs no sum across lanes.
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
-#include <new>
-#include <vector>
 
+#include "cpu/launch.h"
+#include "cpu/scratch.h"
 #include "cpu/transpose.h"
-#include "params.h"
 
 namespace lr::LR_ISA {
 namespace {
 
 constexpr int kQueries = 2 * kLanes;         // of one block: two vectors
-constexpr int64_t kSlice = 128;              // queries of one work item; the keys of a head are converted once for them
+constexpr int64_t kTileQueries = 128;        // of one work item; the keys of a head are converted once for them
 constexpr int64_t kKeyBlock = 128;           // each block's sums start at 0, which keeps fp32 rounding small
 constexpr int kTile = kLanes == 16 ? 8 : 4;  // keys or channels whose sums stay in registers
-constexpr float kLog2E = 1.44269504088896340736f;
-static_assert(kSlice % kQueries == 0);
-
-// Parts of one allocation, each aligned to 64 bytes.
-class Scratch {
- public:
-  static int64_t padded(int64_t floats) { return (floats + 15) / 16 * 16; }
-
-  explicit Scratch(int64_t padded_floats) : data_(static_cast<float*>(std::aligned_alloc(64, padded_floats * 4))) {
-    if (!data_) throw std::bad_alloc();
-  }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  ~Scratch() { std::free(data_); }
-
-  float* take(int64_t floats) {
-    float* part = data_ + used_;
-    used_ += padded(floats);
-    return part;
-  }
-
- private:
-  float* data_;
-  int64_t used_ = 0;
-};
+static_assert(kTileQueries % kQueries == 0);
 
 // Keys or values of one head as floats: in place, or converted to [m, d].
 struct Rows {
@@ -52,11 +26,7 @@ Rows float_rows(const float* x, int64_t stride, int64_t, int64_t, float*) { retu
 
 template <class T>
 Rows float_rows(const T* x, int64_t stride, int64_t m, int64_t d, float* copy) {
-  for (int64_t j = 0; j < m; ++j) {
-    int64_t i = 0;
-    for (; i + kLanes <= d; i += kLanes) store_from_float(copy + j * d + i, load_as_float(x + j * stride + i));
-    for (; i < d; ++i) copy[j * d + i] = to_float(x[j * stride + i]);
-  }
+  for (int64_t j = 0; j < m; ++j) to_floats(x + j * stride, d, copy + j * d);
   return {copy, d};
 }
 
@@ -183,7 +153,8 @@ bool any_nan(const Vec (&x)[2]) {
 // finite in a query or key stays NaN.
 void wide_exponentials(const Rows& key, int64_t m, const float* query, int64_t d, double scale, float* scores,
                        Vec (&inverse)[2]) {
-  std::vector<double> logits(m);  // in memory: a product that a subtraction absorbs is rounded apart from the maximum
+  double* logits;  // in memory: a product that a subtraction absorbs is rounded apart from the maximum
+  const Memory memory = lay_out([&](Arena& arena) { arena.take(logits, m); }, allocate);
   for (int64_t q = 0; q < kQueries; ++q) {
     double most = -INFINITY, total = 0;
     for (int64_t j = 0; j < m; ++j) {
@@ -201,8 +172,8 @@ void wide_exponentials(const Rows& key, int64_t m, const float* query, int64_t d
   }
 }
 
-struct Buffers {
-  Scratch scratch;
+// Of one thread.
+struct Scratch {
   float* key;     // [m, d], for 16-bit dtypes
   float* value;   // [m, d], for 16-bit dtypes
   float* query;   // [d, kQueries]
@@ -210,62 +181,67 @@ struct Buffers {
   float* out;     // [d, kQueries]
   float* maps;    // [block, t, kQueries]
 
-  Buffers(const TokenMapsParams& p, int64_t converted)
-      : scratch(2 * Scratch::padded(converted) + 2 * Scratch::padded(kQueries * p.d) + Scratch::padded(kQueries * p.m) +
-                Scratch::padded(kSlice * p.t)),
-        key(scratch.take(converted)),
-        value(scratch.take(converted)),
-        query(scratch.take(kQueries * p.d)),
-        scores(scratch.take(kQueries * p.m)),
-        out(scratch.take(kQueries * p.d)),
-        maps(scratch.take(kSlice * p.t)) {}
+  Scratch(const TokenMapsParams& p, int64_t converted)
+      : memory_(lay_out(
+            [&](Arena& arena) {
+              arena.take(key, converted);
+              arena.take(value, converted);
+              arena.take(query, kQueries * p.d);
+              arena.take(scores, kQueries * p.m);
+              arena.take(out, kQueries * p.d);
+              arena.take(maps, kTileQueries * p.t);
+            },
+            allocate)) {}
+
+ private:
+  const Memory memory_;
 };
 
 template <class T>
-void attend(const TokenMapsParams& p, Buffers& buffer, int64_t b, int64_t first, int64_t count) {
+void attend(const TokenMapsParams& p, Scratch& scratch, int64_t b, int64_t first, int64_t count) {
   const float factor = std::fabs(p.scale) * kLog2E, sign = p.scale < 0 ? -1.0f : 1.0f;
   const float share = 1.0f / static_cast<float>(p.h);
   const int32_t* chosen = p.token_indices + b * p.token_stride;
-  std::fill(buffer.maps, buffer.maps + kSlice * p.t, 0.0f);
+  std::fill(scratch.maps, scratch.maps + kTileQueries * p.t, 0.0f);
   for (int64_t h = 0; h < p.h; ++h) {
     const auto head = [&](const void* x, const int64_t (&stride)[3]) {
       return static_cast<const T*>(x) + b * stride[0] + h * stride[2];
     };
-    const Rows key = float_rows(head(p.key, p.key_stride), p.key_stride[1], p.m, p.d, buffer.key);
-    const Rows value = float_rows(head(p.value, p.value_stride), p.value_stride[1], p.m, p.d, buffer.value);
+    const Rows key = float_rows(head(p.key, p.key_stride), p.key_stride[1], p.m, p.d, scratch.key);
+    const Rows value = float_rows(head(p.value, p.value_stride), p.value_stride[1], p.m, p.d, scratch.value);
     for (int64_t start = 0; start < count; start += kQueries) {
       const int64_t n = std::min<int64_t>(kQueries, count - start);
       const T* query = head(p.query, p.query_stride) + (first + start) * p.query_stride[1];
       rows_to_columns([&](int64_t i) { return query + std::min(i, n - 1) * p.query_stride[1]; }, kQueries, p.d,
-                      buffer.query);
+                      scratch.query);
 
       Vec most[2] = {set1(-INFINITY), set1(-INFINITY)}, inverse[2];
-      score_keys<kTile>(key, p.m, buffer.query, p.d, sign, buffer.scores, most);
-      exponentials(buffer.scores, p.m, factor, most, inverse);
-      if (any_nan(inverse)) wide_exponentials(key, p.m, buffer.query, p.d, p.scale, buffer.scores, inverse);
+      score_keys<kTile>(key, p.m, scratch.query, p.d, sign, scratch.scores, most);
+      exponentials(scratch.scores, p.m, factor, most, inverse);
+      if (any_nan(inverse)) wide_exponentials(key, p.m, scratch.query, p.d, p.scale, scratch.scores, inverse);
 
       for (int64_t t = 0; t < p.t; ++t)
         for (int v = 0; v < 2; ++v) {
-          float* sum = buffer.maps + (start * p.t + t * kQueries) + v * kLanes;
-          store(sum, load(sum) + load(buffer.scores + chosen[t] * kQueries + v * kLanes) * inverse[v] * share);
+          float* sum = scratch.maps + (start * p.t + t * kQueries) + v * kLanes;
+          store(sum, load(sum) + load(scratch.scores + chosen[t] * kQueries + v * kLanes) * inverse[v] * share);
         }
 
       for (int64_t j = 0; j < p.m; j += kKeyBlock)
-        value_channels<kTile>(value.data + j * value.stride, value.stride, buffer.scores + j * kQueries,
-                              std::min(kKeyBlock, p.m - j), j == 0, p.d, buffer.out);
+        value_channels<kTile>(value.data + j * value.stride, value.stride, scratch.scores + j * kQueries,
+                              std::min(kKeyBlock, p.m - j), j == 0, p.d, scratch.out);
       for (int64_t i = 0; i < p.d; ++i)
         for (int v = 0; v < 2; ++v) {
-          float* o = buffer.out + i * kQueries + v * kLanes;
+          float* o = scratch.out + i * kQueries + v * kLanes;
           store(o, load(o) * inverse[v]);
         }
       T* out = static_cast<T*>(p.out) + b * p.out_stride[0] + h * p.out_stride[2];
-      columns_to_rows(buffer.out, kQueries, n, p.d,
+      columns_to_rows(scratch.out, kQueries, n, p.d,
                       [&](int64_t i) { return out + (first + start + i) * p.out_stride[1]; });
     }
   }
   for (int64_t i = 0; i < count; ++i)
     for (int64_t t = 0; t < p.t; ++t)
-      p.maps[(b * p.n + first + i) * p.t + t] = buffer.maps[(i / kQueries * p.t + t) * kQueries + i % kQueries];
+      p.maps[(b * p.n + first + i) * p.t + t] = scratch.maps[(i / kQueries * p.t + t) * kQueries + i % kQueries];
 }
 
 template <class T>
@@ -280,40 +256,33 @@ void no_keys(const TokenMapsParams& p) {
 
 struct Work {
   const TokenMapsParams& p;
-  int64_t slices, workers;
+  int64_t tiles, workers;
 };
 
-// Each worker takes an equal run of (row, slice) items, so that scratch is allocated once per thread.
+// Each worker takes an equal run of (row, tile) items, so that scratch is allocated once per thread.
 template <class T>
 void run_items(void* context, int64_t worker) {
-  const auto& [p, slices, workers] = *static_cast<const Work*>(context);
-  const int64_t items = p.b * slices;
-  Buffers buffer(p, sizeof(T) < sizeof(float) ? p.m * p.d : 0);
+  const auto& [p, tiles, workers] = *static_cast<const Work*>(context);
+  const int64_t items = p.b * tiles;
+  Scratch scratch(p, sizeof(T) < sizeof(float) ? p.m * p.d : 0);
   for (int64_t item = items * worker / workers; item < items * (worker + 1) / workers; ++item) {
-    const int64_t first = item % slices * kSlice;
-    attend<T>(p, buffer, item / slices, first, std::min(kSlice, p.n - first));
+    const int64_t first = item % tiles * kTileQueries;
+    attend<T>(p, scratch, item / tiles, first, std::min(kTileQueries, p.n - first));
   }
 }
 
 template <class T>
 void run(const TokenMapsParams& p, const Parallel& parallel) {
   if (p.m == 0) return no_keys<T>(p);
-  const int64_t slices = (p.n + kSlice - 1) / kSlice;
-  Work work{p, slices, std::min<int64_t>(parallel.threads, p.b * slices)};
+  const int64_t tiles = (p.n + kTileQueries - 1) / kTileQueries;
+  Work work{p, tiles, std::min<int64_t>(parallel.threads, p.b * tiles)};
   parallel.run(work.workers, run_items<T>, &work);
 }
 
 }  // namespace
 
 void token_maps_kernel(const TokenMapsParams& p, const Parallel& parallel) {
-  switch (p.dtype) {
-    case DType::kFloat32:
-      return run<float>(p, parallel);
-    case DType::kFloat16:
-      return run<Float16>(p, parallel);
-    case DType::kBFloat16:
-      return run<BFloat16>(p, parallel);
-  }
+  with_element(p.dtype, [&](auto x) { run<decltype(x)>(p, parallel); });
 }
 
 }  // namespace lr::LR_ISA
