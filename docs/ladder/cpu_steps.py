@@ -123,7 +123,7 @@ def runner(library: ctypes.CDLL, inputs: Inputs) -> tuple[Callable[[], None], Te
         sources.append(_Source(source.key.data_ptr(), source.value.data_ptr(), index, count))
     problem = _Problem(inputs.query.data_ptr(), out.data_ptr(), (_Source * 2)(*sources), queries, heads, d, d**-0.5)
 
-    def run(keep: object = (inputs, lists)) -> None:
+    def run(keep: object = (inputs, lists, out)) -> None:
         library.attend(problem)
 
     return run, out
