@@ -105,39 +105,35 @@ void score_group(const uint32_t* key, int units, const Slice& s, float (*score)[
   _tile_stored(3, score[kTileRow] + kTileRow, kRowBytes);
 }
 
-// The larger of `top` and the logits of a vector of queries.
-Vec raise(Vec top, const Scratch& x, int lane, float scale) {
-  for (int k = 0; k < kGroup; ++k) top = max(top, scale * load(x.score[k] + lane));
-  return top;
-}
-
-// Softmax weights of a group for a vector of queries, rounded to bf16 and paired; returns the sum of the rounded ones.
-Vec weigh(Scratch& x, int lane, float scale, Vec top) {
-  Vec sum = Vec{};
+// Softmax weights of a group for a vector of queries, relative to `top`, rounded to bf16 and paired. Returns the sum of
+// the rounded ones; `reached` becomes the largest logit.
+Vec weigh(Scratch& x, int lane, float scale, Vec top, Vec& reached) {
+  Vec sum = Vec{}, largest = set1(-INFINITY);
   for (int k = 0; k < kGroup; k += 2) {
-    const VecBits even = (VecBits)exp2<3, true>(scale * load(x.score[k] + lane) - top) >> 16;
-    const VecBits odd = (VecBits)exp2<3, true>(scale * load(x.score[k + 1] + lane) - top) >> 16;
+    const Vec score0 = load(x.score[k] + lane), score1 = load(x.score[k + 1] + lane);
+    largest = max(largest, max(score0, score1));
+    const VecBits even = (VecBits)exp2<3, true>(scale * score0 - top) >> 16;
+    const VecBits odd = (VecBits)exp2<3, true>(scale * score1 - top) >> 16;
     sum += (Vec)(even << 16) + (Vec)(odd << 16);
     const VecBits both = even | odd << 16;
     std::memcpy(x.weight[k / 2] + lane, &both, sizeof(both));
   }
+  reached = scale * largest;
   return sum;
 }
 
-void attend_group(Slice& s, Scratch& x, float scale, int channels, bool first) {
+void attend_group(Slice& s, Scratch& x, float scale, int channels) {
   for (int lane = 0; lane < kSlice; lane += kLanes) {
-    Vec top = load(s.max + lane);
-    if (first) top = raise(top, x, lane, scale);
-    Vec sum = weigh(x, lane, scale, top);
-    if (any_greater(sum, set1(0x1p60f))) {
-      const Vec moved = raise(top, x, lane, scale), shrink = exp2<6>(top - moved);
+    const Vec top = load(s.max + lane);
+    Vec reached, sum = weigh(x, lane, scale, top, reached);
+    if (any_greater(reached - top, set1(60))) {  // so for the first group, whose top is -FLT_MAX
+      const Vec moved = max(top, reached), shrink = exp2<6>(top - moved);
       store(s.sum + lane, load(s.sum + lane) * shrink);
       for (int c = 0; c < channels; ++c) store(s.out[c] + lane, load(s.out[c] + lane) * shrink);
-      top = moved;
-      sum = weigh(x, lane, scale, top);
+      store(s.max + lane, moved);
+      sum = weigh(x, lane, scale, moved, reached);
     }
     store(s.sum + lane, load(s.sum + lane) + sum);
-    store(s.max + lane, top);
   }
 }
 
@@ -157,13 +153,13 @@ void add_values(const uint32_t* value, const Scratch& x, int channels, Slice& s)
   }
 }
 
-void attend_block(Slice& s, const Block& block, Scratch& x, int d, float scale, bool first) {
+void attend_block(Slice& s, const Block& block, Scratch& x, int d, float scale) {
   const int units = round_up(d, 2 * kTileRow) / 2, channels = round_up(d, kTileRow);
   for (int k = 0; k < block.count; k += kGroup) {
     score_group(block.key.data() + k * units, units, s, x.score);
     const int live = std::min(kGroup, block.count - k);
     std::fill(x.score[live], x.score[kGroup], -INFINITY);
-    attend_group(s, x, scale, channels, first && k == 0);
+    attend_group(s, x, scale, channels);
     add_values(block.value.data() + k / 2 * channels, x, channels, s);
   }
 }
@@ -202,7 +198,7 @@ extern "C" void attend(const Problem<BFloat16>& p) {
       for (int i = 0; i < slices; ++i) load_queries(p, h, first + i * kSlice, tile[i]);
       for (size_t k = 0; k < list.key.size(); k += kBlock) {
         pack(list, k, int(p.d), block);
-        for (int i = 0; i < slices; ++i) attend_block(tile[i], block, scratch, int(p.d), p.scale * kLog2E, k == 0);
+        for (int i = 0; i < slices; ++i) attend_block(tile[i], block, scratch, int(p.d), p.scale * kLog2E);
       }
       for (int i = 0; i < slices; ++i) store_out(p, h, first + i * kSlice, tile[i]);
     }
