@@ -6,6 +6,7 @@ With --write the tables of the pages beside this file are replaced.
 import argparse
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,9 +17,17 @@ sys.path[:0] = [str(FOLDER), str(FOLDER.parent.parent)]
 import cpu_steps  # noqa: E402
 import triton_steps  # noqa: E402
 
+
+def compiled_table() -> list[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(FOLDER.parent.parent)
+    command = [sys.executable, "-W", "ignore", str(FOLDER / "compile_steps.py")]
+    return subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+
+
 TABLES = {
     "cpu.md": {"ladder": cpu_steps.table},
-    "triton.md": {"ladder": triton_steps.table, "tiles": triton_steps.tile_table},
+    "triton.md": {"ladder": triton_steps.table, "compiled": compiled_table, "tiles": triton_steps.tile_table},
 }
 
 
