@@ -49,7 +49,7 @@ def test_rows_table_and_csv(tmp_path):
 
 
 def test_captions_of_cpu_tables_name_the_instruction_set_and_say_when_bf16_pays():
-    for name in ("attention", "retouch", "price"):
+    for name in ("attention", "operators", "retouch", "price"):
         assert re.search(r"\((baseline|avx2|avx512|avx512bf16|amx)\), \d+ threads", readme.TABLES[name]()), name
     for text in (readme.attention_table(), readme.retouch_table(), table.markdown(*one_row())):
         assert "bf16 pays where the processor multiplies it (avx512bf16, amx)" in text
