@@ -1,8 +1,8 @@
 """`python -m benchmarks`: the kernels against their peers; one Markdown table, and a CSV if asked.
 
 Cases: attention (self-attention of a retouch step in the layers of SD1.5 and SDXL), backward (training through it),
-step_blend (one denoising step), retouch (all self-attention of a retouch step of SD1.5), unet (that whole step: ten
-minutes), sweep (time over tokens, visible share and sources, for the plot).
+each other operator by its name, or all of them as "operators", retouch (all self-attention of a retouch step of SD1.5),
+unet (that whole step: ten minutes), sweep (time over tokens, visible share and sources, for the plot).
 """
 
 import argparse
@@ -17,9 +17,10 @@ require("bench", "tqdm")
 
 from tqdm import tqdm
 
-from . import attention, backward, harness, retouch, step_blend, sweep, table
+from . import attention, backward, harness, operators, retouch, sweep, table
+from .target import Target
 
-CASES = ("attention", "backward", "step_blend", "retouch", "unet", "sweep")
+CASES = ("attention", "backward", *operators.SMALL, "retouch", "unet", "sweep")
 FLEX_LAYERS = ("sd32", "xl32")
 SMALL_LAYERS = ("sd32", "sd16", "xl32")
 SWEEP_REPEATS = 3
@@ -31,7 +32,7 @@ ERROR_LIMIT = 1.5
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     names = [layer.id for layer in attention.LAYERS]
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES, help="default: all")
+    parser.add_argument("--cases", nargs="+", choices=(*CASES, "operators"), default=CASES, help="default: all")
     parser.add_argument("--layers", nargs="+", choices=names, default=names, help="of attention and backward")
     parser.add_argument("--dtypes", nargs="+", choices=list(harness.DTYPES), default=list(harness.DTYPES))
     shares = list(attention.VISIBLE)
@@ -42,12 +43,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--flex", action="store_true", help=f"also FlexAttention, in {', '.join(FLEX_LAYERS)}")
     parser.add_argument("--flex-layers", nargs="+", choices=names, help="FlexAttention in these; it compiles slowly")
     parser.add_argument("--scaling", action="store_true", help="also our kernel on one thread, with every key visible")
-    parser.add_argument("--quick", action="store_true", help="attention in the smaller layers and step_blend, 5 rounds")
+    quick = "attention in the smaller layers, every other operator in its smallest case, nothing compiled, 5 rounds"
+    parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--csv", type=Path, help="write the rows there, with machine, versions and commit")
     parser.add_argument("--markdown", type=Path, help="write the table there instead of printing it")
     options = parser.parse_args()
     if options.quick:
-        options.cases, options.layers, options.repeats = ("attention", "step_blend"), SMALL_LAYERS, 5
+        options.cases, options.layers, options.repeats = ("attention", "operators"), SMALL_LAYERS, 5
         options.visible = ["100%", "67%", "10%"]
     if options.flex_layers is None:
         options.flex_layers = FLEX_LAYERS if options.flex else ()
@@ -63,8 +65,12 @@ def groups(options: argparse.Namespace) -> list[tuple[Callable[[], list[harness.
         found += attention.problems(layers, options.dtypes, options.visible, **extra)
     if "backward" in options.cases:
         found += backward.problems(layers)
-    if "step_blend" in options.cases:
-        found += step_blend.problems(options.dtypes)
+    for name, problems in operators.SMALL.items():
+        if name in options.cases or "operators" in options.cases:
+            if options.quick:
+                found += problems(options.dtypes[:1], Target(compiles=False))[:1]
+            else:
+                found += problems(options.dtypes)
     rounds = [(build, options.repeats) for build in found]
     if "retouch" in options.cases:
         rounds += [(build, min(SWEEP_REPEATS, options.repeats)) for build in retouch.problems(options.dtypes)]

@@ -1,9 +1,9 @@
-"""`python -m benchmarks.gpu PART … --out FOLDER`: the Triton kernels on a GPU against what is used there today.
+"""`python -m benchmarks.gpu PART … --out FOLDER`: the kernels on a GPU against what is used there today.
 
 Parts: attention (a retouch step's self-attention), rows (one reference read by 1, 4 and 16 rows), lse (also returned),
-backward, layer, unet (gpu_unet.py), step_blend, ceilings (what the card's copies and products reach). Each writes
-FOLDER/PART.csv, a row per contender; who cannot run is there with the reason. With --dry the same code runs on a CPU at
-toy sizes, kernels interpreted, and nothing is timed.
+backward, layer, unet (gpu_unet.py), operators (all others), ceilings (what the card's copies and products reach). Each
+writes FOLDER/PART.csv, a row per contender; who cannot run is there with the reason. With --dry the same code runs on a
+CPU at toy sizes, kernels interpreted, and nothing is timed.
 
 ms is the GPU's own time: the calls are enqueued behind a kernel that waits, so that how long Python takes does not
 count; host_us is how long the call itself took.
@@ -27,17 +27,18 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lr_kernels import Source, multi_source_attention, plan_attention, reference, step_blend, step_coefficients
+from lr_kernels import Source, multi_source_attention, plan_attention, reference
 from lr_kernels.info import versions
 
 from . import attention as layers
-from . import gpu_unet
-from . import step_blend as blending
-from .harness import OURS, NotRun, checked_error, commit, relative_error
+from . import gpu_unet, operators
+from .harness import OURS, NotRun, checked_error, commit
 from .table import write_csv
+from .target import Target
 
 DEVICE = "cpu" if DRY else "cuda"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+TARGET = Target(DEVICE, backend="triton", toy=DRY, compiles=not DRY)
 ROUNDS = 15
 CHECKED = 64
 """Queries whose results are compared with float64."""
@@ -88,7 +89,6 @@ class Timer:
 def peak_mib(call: Callable[[], object]) -> float:
     """Device memory that a call takes at its peak beyond what it returns."""
     if DRY:
-        call()
         return 0.0
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -141,9 +141,7 @@ LAYERS = (
 
 
 def sizes() -> tuple[layers.Layer, ...]:
-    if not DRY:
-        return LAYERS
-    return tuple(layers.Layer(x.id, x.model, max(16, x.tokens // 64), 2, x.head_dim) for x in LAYERS)
+    return tuple(map(TARGET.layer, LAYERS))
 
 
 def forced(backend: SDPBackend, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -307,50 +305,20 @@ def backward(timer: Timer) -> Iterator[dict[str, str]]:
             yield from attention_case(layer, "bf16", visible, layers.VISIBLE[visible], 2, timer, True)
 
 
-def step_blending(timer: Timer) -> Iterator[dict[str, str]]:
-    """One DDIM step of two guided models; `copy` moves as many bytes, which is the floor."""
-    for model, shape in blending.SHAPES.items():
-        if DRY:
-            shape = (shape[0], shape[1], 8, 8)
-        for dtype in DTYPES:
-            tensors = [torch.randn(shape, device=DEVICE).to(DTYPES[dtype]) for _ in range(5)]
-            now, after = (blending.LEVELS[t].to(DEVICE) for t in blending.TIMESTEPS)
-            table = step_coefficients(
-                blending.LEVELS, blending.TIMESTEPS, final_alpha_cumprod=1.0, guidance_scale=blending.GUIDANCE,
-                blend_weights=[blending.WEIGHT, blending.WEIGHT],
-            ).to(DEVICE)  # fmt: skip
-            out = torch.empty_like(tensors[0])
-            halves = torch.empty(3 * out.numel(), dtype=out.dtype, device=DEVICE)
-            spare = torch.empty_like(halves)
-            compiled = blending.by_hand if DRY else torch.compile(blending.by_hand, dynamic=False, fullgraph=True)
-            truth = reference.step_blend(tensors[0].double(), [x.double() for x in tensors[1:]], table, 0)
-            low = reference.step_blend(tensors[0], tensors[1:], table, 0)
-            contenders = {
-                OURS: lambda t=tensors, c=table, o=out: step_blend(t[0], t[1:], c, 0, out=o, backend="cuda"),
-                f"{OURS} (Triton)": lambda t=tensors, c=table, o=out: step_blend(
-                    t[0], t[1:], c, 0, out=o, backend="triton"
-                ),
-                "eager": lambda t=tensors, n=now, a=after: blending.by_hand(*t, n, a),
-                "torch.compile": lambda t=tensors, n=now, a=after, f=compiled: f(*t, n, a),
-                "copy of the same bytes": lambda x=halves, y=spare: y.copy_(x),
-            }
-
-            def error(name: str, result: object, low: Tensor = low, truth: Tensor = truth) -> float:
-                assert isinstance(result, Tensor)
-                if name.startswith("copy"):
-                    return 0.0
-                return (
-                    checked_error(name, result, low, truth) if name.startswith(OURS) else relative_error(result, truth)
-                )
-
-            about = {"op": "step_blend", "layer": "x".join(map(str, shape)), "model": model, "dtype": dtype}
-            about |= {"shape": about["layer"], "visible": "", "rows": str(shape[0])}
-            yield from compare(about, 10.0 * out.numel(), contenders, error, timer)
+def small_operators(timer: Timer) -> Iterator[dict[str, str]]:
+    for problems in operators.SMALL.values():
+        for build in problems(("bf16",) if DRY else ("bf16", "fp32"), TARGET):
+            for problem in build():
+                about = {key: getattr(problem, key) for key in ("op", "layer", "model", "shape", "dtype")}
+                about |= {"visible": "", "rows": ""}
+                calls = {name: contender.call for name, contender in problem.contenders.items()}
+                with torch.no_grad():
+                    yield from compare(about, problem.flops, calls, problem.error, timer)
 
 
 PARTS = {
     "ceilings": ceilings, "attention": attention, "rows": rows, "lse": lse, "backward": backward,
-    "layer": of_unet(gpu_unet.layer), "unet": of_unet(gpu_unet.unet), "step_blend": step_blending,
+    "layer": of_unet(gpu_unet.layer), "unet": of_unet(gpu_unet.unet), "operators": small_operators,
 }  # fmt: skip
 
 

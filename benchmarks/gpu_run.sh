@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command on a bare machine with torch, triton and, for some peers, wheels of its own:
 #   benchmarks/gpu_run.sh [--dry] [PART ...]
-# Parts: build tests sanitizer tiles ceilings attention rows lse backward layer unet step_blend report (default: all,
+# Parts: build tests sanitizer tiles ceilings attention rows lse backward layer unet operators report (default: all,
 # about 9 minutes).
 # Results go to $OUT (default: a dated folder under benchmarks/results): a CSV and a log per part, and parts.csv, which
 # says of every part whether it ran, how long it took, and why not. --dry: on a machine without a GPU, every part runs
@@ -16,7 +16,7 @@ PARTS=()
 for argument in "$@"; do
   if [ "$argument" = --dry ]; then DRY=(--dry); else PARTS+=("$argument"); fi
 done
-[ ${#PARTS[@]} -gt 0 ] || PARTS=(build tests sanitizer tiles ceilings attention rows lse backward layer unet step_blend report)
+[ ${#PARTS[@]} -gt 0 ] || PARTS=(build tests sanitizer tiles ceilings attention rows lse backward layer unet operators report)
 mkdir -p "$OUT"
 echo "part,status,seconds,reason" > "$OUT/parts.csv"
 
@@ -70,8 +70,8 @@ for part in "${PARTS[@]}"; do
       else
         run tiles 150 "$PYTHON" -m lr_kernels.triton.tune --kind dense gathered --processes "$(nproc)" --out "$OUT"
       fi ;;
-    ceilings | attention | rows | lse | backward | layer | unet | step_blend)
-      run "$part" 150 "$PYTHON" -m benchmarks.gpu "$part" "${DRY[@]}" --out "$OUT" ;;
+    ceilings | attention | rows | lse | backward | layer | unet | operators)
+      run "$part" 240 "$PYTHON" -m benchmarks.gpu "$part" "${DRY[@]}" --out "$OUT" ;;
     report)
       if ! "$PYTHON" -c "import matplotlib" 2> /dev/null; then not_run report "matplotlib is missing"; continue; fi
       run report 60 "$PYTHON" -m benchmarks.gpu_report "$OUT" ;;

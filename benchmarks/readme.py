@@ -5,7 +5,9 @@ import json
 import re
 from pathlib import Path
 
+from .harness import OURS
 from .table import BF16_PAYS
+from .target import FLOOR
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -37,6 +39,43 @@ def attention_table() -> str:
     lines[-1] += "batch 2, three sources, medians of interleaved runs, memory beyond inputs and result; "
     lines[-1] += f"`make bench` writes the file behind this table. {BF16_PAYS}"
     return "\n".join(lines)
+
+
+def operators_table() -> str:
+    """Every other operator against the strongest peer of each of its cases."""
+    with (RESULTS / "operators.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    cases: dict[str, dict[tuple[str, str], list[dict[str, str]]]] = {}
+    for row in rows:
+        timed = row["ms"] and not row["contender"].startswith(FLOOR)
+        if timed:
+            cases.setdefault(row["op"], {}).setdefault((row["dtype"], row["layer"]), []).append(row)
+    lines = [
+        "| operator | cases | vs the strongest peer: fp32 | bf16 | which those are | extra memory, largest case |",
+        "|---|---|---|---|---|---|",
+    ]
+    for op, found in cases.items():
+        best = {case: strongest([r for r in group if r["contender"] != OURS], "") for case, group in found.items()}
+        fp32 = [r for (dtype, _), r in best.items() if dtype != "bf16"]  # masks, which have no dtype, among them
+        bf16 = [r for (dtype, _), r in best.items() if dtype == "bf16"]
+        names = "; ".join(dict.fromkeys(r["contender"] for r in best.values()))
+        ours = found[fp32[-1]["dtype"], fp32[-1]["layer"]][0]
+        memory = f"{ours['peak_mib']} / {fp32[-1]['peak_mib']} MiB"
+        lines.append(f"| `{op}` | {len(fp32)} | {_range(fp32)} | {_range(bf16)} | {names} | {memory} |")
+    text = (
+        f"{about_cpu(rows[0])}: the range over the cases of SD1.5 and SDXL, medians of interleaved runs; below 1, in "
+    )
+    text += "bold, the peer is faster. The peer is the fastest of each case, torch.compile among them."
+    return "\n".join([*lines, "", text])
+
+
+def _range(rows: list[dict[str, str]]) -> str:
+    """From the smallest to the largest of how many times as fast as the peers ours is; in bold where it is slower."""
+    if not rows:
+        return "–"
+    low, high = (pick(float(r["ours_is_faster"]) for r in rows) for pick in (min, max))
+    text = f"{low:.2f}–{high:.2f}×"
+    return f"**{text}**" if low < 1 else text
 
 
 GPU_LAYERS = (*LAYERS, "sd3", "flux")
@@ -226,6 +265,7 @@ def price_table() -> str:
 
 TABLES = {
     "attention": attention_table,
+    "operators": operators_table,
     "retouch": retouch_table,
     "gpu": gpu_table,
     "step": step_table,

@@ -7,10 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
+from torch import Tensor
 
-from benchmarks import harness, readme, table
+from benchmarks import harness, operators, readme, table
 from benchmarks.harness import OURS, Contender, NotRun, Problem
+from benchmarks.target import FLOOR, Target
+from lr_kernels.ops import SCHEMAS
 
 
 def refuse():
@@ -45,7 +49,7 @@ def test_rows_table_and_csv(tmp_path):
 
 
 def test_captions_of_cpu_tables_name_the_instruction_set_and_say_when_bf16_pays():
-    for name in ("attention", "retouch", "price"):
+    for name in ("attention", "operators", "retouch", "price"):
         assert re.search(r"\((baseline|avx2|avx512|avx512bf16|amx)\), \d+ threads", readme.TABLES[name]()), name
     for text in (readme.attention_table(), readme.retouch_table(), table.markdown(*one_row())):
         assert "bf16 pays where the processor multiplies it (avx512bf16, amx)" in text
@@ -92,7 +96,7 @@ def test_the_gpu_script_runs_dry(tmp_path):
     """Without a GPU, at toy sizes: every contender is called, nothing is timed, and the CSV says so."""
     root = Path(__file__).parent.parent
     environment = {**os.environ, "OUT": str(tmp_path), "PYTHON": sys.executable}
-    ran = ("ceilings", "lse", "layer", "unet", "tiles", "step_blend", "report")
+    ran = ("ceilings", "lse", "layer", "unet", "tiles", "operators", "report")
     command = [str(root / "benchmarks" / "gpu_run.sh"), "--dry", *ran, "sanitizer"]
     subprocess.run(command, env=environment, check=True, capture_output=True)
     with (tmp_path / "parts.csv").open() as file:
@@ -100,7 +104,47 @@ def test_the_gpu_script_runs_dry(tmp_path):
     assert parts == {**dict.fromkeys(ran, "ok"), "sanitizer": "not run"}
     table_of_all = (tmp_path / "table.md").read_text()
     assert "## attention\n\nnot run" in table_of_all and "not run: dry run" in table_of_all
-    with (tmp_path / "step_blend.csv").open() as file:
+    with (tmp_path / "operators.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 30 and all(row["ms"] == "" and row["not_run"] for row in rows)
-    assert {row["not_run"] for row in rows if "(Triton)" in row["contender"]} == {"dry run"}
+    assert {row["op"] for row in rows} == set(operators.SMALL)
+    assert all(row["ms"] == "" and row["not_run"] for row in rows)
+    elsewhere = ("xformers", "scikit-image", "OpenCV", OURS)  # not installed, or without the CUDA C++ extension
+    other = {r["op"] + r["contender"]: r["not_run"] for r in rows if r["not_run"] != "dry run"}
+    assert all(name.endswith(elsewhere) for name in other), other
+    assert {name for name in other if name.endswith(OURS)} <= {"step_blend" + OURS}, other
+
+
+def test_every_operator_has_problems():
+    assert set(operators.OPERATORS) == set(SCHEMAS)
+
+
+@pytest.mark.parametrize("operator", operators.SMALL)
+def test_every_contender_is_right_and_a_wrong_one_is_refused(operator):
+    """At toy sizes, uncompiled: what the benchmark checks before it times."""
+    for build in operators.SMALL[operator](("fp32", "bf16"), Target(toy=True, compiles=False)):
+        for problem in build():
+            assert problem.op == operator and next(iter(problem.contenders)) == OURS
+            for name, contender in problem.contenders.items():
+                try:
+                    result = contender.call()
+                except NotRun:
+                    continue
+                assert problem.error(name, result) < 0.1
+                if name != "eager" and not name.startswith(FLOOR) and result is not None:
+                    with pytest.raises(AssertionError):
+                        problem.error(name, wrong(result))
+
+
+def wrong(result: object) -> object:
+    """Every number another one."""
+    if isinstance(result, Tensor):
+        return ~result if result.dtype == torch.bool else result + 1
+    return type(result)(map(wrong, result)) if isinstance(result, (tuple, list)) else result
+
+
+def test_compiled_peers_are_among_the_contenders_where_wanted():
+    """And one that the compiler cannot take is not run, with its reason."""
+    line = Target().compiled({"compiled": lambda: torch._dynamo.graph_break()})["compiled"]
+    with pytest.raises(NotRun):
+        line()
+    assert Target(compiles=False).compiled({"compiled": line}) == {}
