@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
-PUBLIC := $(addprefix lr_kernels/,$(addsuffix .py,__init__ adain attention attention_checks attention_grad attention_tables backends checks coefficients correspondence extras info installation masks merge ops plan reference source step_blend tensors token_maps triton/cache))
+PUBLIC := $(addprefix lr_kernels/,__init__.py source.py info.py interop.py triton/cache.py runtime attention denoising features presets reference)
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/* bindings/*)
 
 .PHONY: demo test test-oldest-triton lint bench readme sanitize fuzz properties clean
@@ -30,8 +30,8 @@ properties: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/test_properties.py --hypothesis-profile thorough --hypothesis-show-statistics
 
 bench: $(VENV)/.installed
-	$(BIN)/python -m benchmarks --cases attention backward step_blend --flex --scaling \
-		--csv benchmarks/results/cpu.csv
+	$(BIN)/python -m benchmarks --cases attention backward --flex --scaling --csv benchmarks/results/cpu.csv
+	$(BIN)/python -m benchmarks --cases operators --csv benchmarks/results/operators.csv
 	$(BIN)/python -m benchmarks --cases sweep --csv benchmarks/results/scaling.csv
 	$(BIN)/python -m benchmarks.plots
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks import harness, operators, readme, table
 from benchmarks.harness import OURS, Contender, NotRun, Problem
 from benchmarks.target import FLOOR, Target
-from lr_kernels.ops import SCHEMAS
+from lr_kernels.runtime.schemas import SCHEMAS
 
 
 def refuse():

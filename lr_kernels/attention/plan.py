@@ -131,11 +131,11 @@ def build_plan(
     query_order = class_start = None
     classes: Sequence[int] = ()
     if query_groups is not None:
-        classes = query_groups.unique().tolist() if query_classes is None else query_classes
-        for c in classes:
+        named = query_groups.unique().tolist() if query_classes is None else list(query_classes)
+        for c in named:
             if not isinstance(c, Integral) or not 0 <= int(c) <= 255:
                 fail("plan_attention", "query_classes", "integers from 0 to 255", c)
-        classes = sorted({int(c) for c in classes})
+        classes = sorted({int(c) for c in named})
         classes = classes or [0]  # no queries at all
         _check_list_memory(masks, query_groups, len(classes))
         query_order, class_start = _order_queries(query_groups, classes)

@@ -91,8 +91,13 @@ def _plan(sources: Sequence[Source], query_groups: Tensor | None) -> AttentionPl
     return _EVERY_KEY[len(sources)]
 
 
-_EVERY_KEY = [AttentionPlan(*[(None,) * n] * 2, None, *[(None,) * n] * 2, None, None) for n in range(MAX_SOURCES + 1)]
-"""The plan of n sources without masks."""
+def _every_key(count: int) -> AttentionPlan:
+    none = (None,) * count
+    return AttentionPlan(none, none, None, none, none, None, None)
+
+
+_EVERY_KEY = [_every_key(count) for count in range(MAX_SOURCES + 1)]
+"""By their number, the plan of sources without masks."""
 
 
 def _run(backend: str, query: Tensor, tables: AttentionTables, return_lse: bool) -> Result:

@@ -1,6 +1,7 @@
 """Calls of multi_source_attention that repeat: what of a call decides how it is launched."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,14 +54,10 @@ def signature(
             return None
         tensors.append(source.key)
         tensors.append(source.value)
-        for x in (
-            source.rows,
-            source.key_bias,
-            source.logit_scale,
-            source.logit_bias,
-            source.value_index,
-            source.weight,
-        ):
+        given: tuple[Any, ...] = (
+            source.rows, source.key_bias, source.logit_scale, source.logit_bias, source.value_index, source.weight,
+        )  # fmt: skip
+        for x in given:
             key.append(x is None)
             if x is not None:
                 tensors.append(x)

@@ -118,7 +118,7 @@ def adain_apply_kernel(
 def adain_triton(
     x: Tensor, reference: Tensor, mask: Tensor | None, reference_mask: Tensor | None, eps: float, out: Tensor
 ) -> None:
-    """Shapes as in the schema `adain` of lr_kernels/ops.py."""
+    """Shapes as in the schema `adain` of runtime/schemas.py."""
     check_adain(x, reference, mask, reference_mask, eps, out)
     # Early return for trivial cases
     if out.numel() == 0:

@@ -101,7 +101,7 @@ def _value_index_strides(indices: tuple[Tensor, ...] | None, key: Sequence[Tenso
 
 def multi_source_attention_triton(query: Tensor, *arguments) -> None:
     """arguments: those of AttentionTables, out, lse; shapes as in the schema `multi_source_attention` of
-    lr_kernels/ops.py. An entry of rows outside the source reads nothing; one of value_index outside the values reads
+    runtime/schemas.py. An entry of rows outside the source reads nothing; one of value_index outside the values reads
     the nearest token inside."""
     *fields, out, lse = arguments
     tables = AttentionTables(*fields)

@@ -304,7 +304,7 @@ def attention_backward_source_kernel(
 def multi_source_attention_backward_triton(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, *arguments
 ) -> None:
-    """Arguments as in the schema `multi_source_attention_backward` of lr_kernels/ops.py, without value_index."""
+    """Arguments as in the schema `multi_source_attention_backward` of runtime/schemas.py, without value_index."""
     *fields, scale, out, lse, grad_query, grad_key, grad_value, grad_key_bias = arguments
     tables = AttentionTables(*fields, softmax_group=[0] * len(grad_key), weight=[None], scale=scale)
     check_attention_backward(

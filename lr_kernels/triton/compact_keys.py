@@ -43,7 +43,7 @@ def compact_keys_kernel(
 def compact_keys_triton(
     mask: Tensor | None, groups: Tensor | None, classes: Sequence[int], index: Tensor, count: Tensor
 ) -> None:
-    """Shapes as in the schema `compact_keys` of lr_kernels/ops.py; the outputs are contiguous."""
+    """Shapes as in the schema `compact_keys` of runtime/schemas.py; the outputs are contiguous."""
     check_compact_keys(mask, groups, classes, index, count)
     # Early return for trivial cases
     if count.numel() == 0:

@@ -138,7 +138,7 @@ class _Tokens(NamedTuple):
 def correspondence_triton(
     target: Tensor, reference: Tensor, columns: int, radius_squared: Tensor, index: Tensor, consistent: Tensor
 ) -> None:
-    """Shapes as in the schema `correspondence` of lr_kernels/ops.py."""
+    """Shapes as in the schema `correspondence` of runtime/schemas.py."""
     check_correspondence(target, reference, columns, radius_squared, index, consistent)
     # Early return for trivial cases
     if index.numel() == 0:

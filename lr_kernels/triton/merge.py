@@ -56,7 +56,7 @@ def merge_attention_states_kernel(
 
 
 def merge_attention_states_triton(outs: list[Tensor], lses: list[Tensor], out: Tensor, lse: Tensor) -> None:
-    """Shapes as in the schema `merge_attention_states` of lr_kernels/ops.py."""
+    """Shapes as in the schema `merge_attention_states` of runtime/schemas.py."""
     check_merge(outs, lses, out, lse)
     # Early return for trivial cases
     if lse.numel() == 0:

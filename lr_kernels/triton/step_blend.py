@@ -105,7 +105,7 @@ def step_blend_triton(
     mask: Tensor | None, background: Tensor | None, noise: Tensor | None, history: Tensor | None,
     keep_rows: Tensor | None, out: Tensor, model_input: Tensor | None, history_out: Tensor | None,
 ) -> None:  # fmt: skip
-    """Shapes as in the schema `step_blend` of lr_kernels/ops.py; the outputs are contiguous."""
+    """Shapes as in the schema `step_blend` of runtime/schemas.py; the outputs are contiguous."""
     check_step_blend(
         sample, predictions, coefficients, step, row, mask, background, noise, history, keep_rows,
         out, model_input, history_out,

@@ -123,7 +123,7 @@ def subject_mask_otsu_kernel(
 def subject_mask_triton(
     maps: Tensor, threshold: float | None, quantile: float | None, smoothing: int, out: Tensor
 ) -> None:
-    """Shapes as in the schema `subject_mask` of lr_kernels/ops.py."""
+    """Shapes as in the schema `subject_mask` of runtime/schemas.py."""
     check_subject_mask(maps, threshold, quantile, smoothing, out)
     # Early return for trivial cases
     if out.numel() == 0:

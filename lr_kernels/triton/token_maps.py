@@ -115,7 +115,7 @@ def attention_with_token_maps_forward_kernel(
 def attention_with_token_maps_triton(
     query: Tensor, key: Tensor, value: Tensor, token_indices: Tensor, scale: float, out: Tensor, maps: Tensor
 ) -> None:
-    """Shapes as in the schema `attention_with_token_maps` of lr_kernels/ops.py."""
+    """Shapes as in the schema `attention_with_token_maps` of runtime/schemas.py."""
     check_token_maps(query, key, value, token_indices, out, maps)
     # Early return for trivial cases
     if out.numel() == 0 or key.shape[1] == 0:
