@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
-PUBLIC := $(addprefix lr_kernels/,__init__.py source.py info.py interop.py triton/cache.py runtime attention denoising features presets reference)
+PUBLIC := $(addprefix lr_kernels/,__init__.py source.py info.py triton/cache.py runtime attention denoising features reference)
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/* bindings/*)
 
 .PHONY: demo test test-oldest-triton lint bench readme sanitize fuzz properties clean
