@@ -94,11 +94,12 @@ def step_blend(
             names, expected = "out, model_input, history_out", "None inside a torch.func transform"
             fail(_OP, names, expected, "a tensor", "use the one that is returned", NotImplementedError)
     name = backends.choose(_OP, backend, device, sample.dtype, lacking, "sample")
+    refusal = None
     if name in ("cpu", "cuda") and background is None and mask is None and keep_rows is None:
         counter = None if type(step) is int else _counter(step, device)
         if (type(step) is int or counter is not None) and _plain(inputs, outputs, device, training):
             # The binding itself refuses what does not fit. Checking here as well would take a third of a small call, so
-            # it is only done to word the refusal.
+            # it is only done to word a refusal.
             result = torch.empty_like(sample) if out is None else out
             try:
                 kernel(_OP, name)(
@@ -106,8 +107,8 @@ def step_blend(
                     None, None, noise, history, None, result, model_input, history_out,
                 )  # fmt: skip
                 return result
-            except RuntimeError:
-                pass
+            except RuntimeError as error:
+                refusal = error
     sample, coefficients = resolved(_OP, "sample", sample), resolved(_OP, "coefficients", coefficients)
     predictions = [resolved(_OP, f"predictions[{i}]", x) for i, x in enumerate(predictions)]
     mask, background = resolved_or_none(_OP, "mask", mask), resolved_or_none(_OP, "background", background)
@@ -124,6 +125,8 @@ def step_blend(
     if history_out is not None:
         _check_output("history_out", _like("history_out", history_out, sample), inputs)
     row, step_tensor = _split_step(step, coefficients)
+    if refusal is not None:  # of what the binding alone looks at: coefficients that need a tensor, the launch
+        raise refusal
     _check_size(sample, [*predictions, background, noise, history], out, name)
     if name == "reference":
         result = reference.step_blend(

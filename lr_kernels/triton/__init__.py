@@ -1,6 +1,6 @@
 """The Triton implementations of the ops: importing this registers them for CUDA, and for CPU when interpreted."""
 
-import sys
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -8,17 +8,9 @@ from triton import knobs
 from triton.runtime.jit import JITFunction
 
 from ..runtime.platform import interpreted
+from ..runtime.schemas import SCHEMAS
 from . import attention_replay
-from .adain import adain_triton
-from .attention import multi_source_attention_triton
-from .attention_backward import multi_source_attention_backward_triton
 from .cache import check_cache_folder, compile_once
-from .compact_keys import compact_keys_triton
-from .correspondence import correspondence_triton
-from .merge import merge_attention_states_triton
-from .step_blend import step_blend_triton
-from .subject_mask import subject_mask_triton
-from .token_maps import attention_with_token_maps_triton
 
 if not interpreted():
     check_cache_folder(Path(knobs.cache.dir))
@@ -28,19 +20,18 @@ RECORDED_CALLS = {} if interpreted() else {"multi_source_attention": attention_r
 
 _library = torch.library.Library("lr_kernels", "IMPL")
 
-for _launcher in (
-    multi_source_attention_triton,
-    multi_source_attention_backward_triton,
-    attention_with_token_maps_triton,
-    subject_mask_triton,
-    step_blend_triton,
-    merge_attention_states_triton,
-    adain_triton,
-    correspondence_triton,
-    compact_keys_triton,
-):
+_FILES = {
+    "multi_source_attention": "attention",
+    "multi_source_attention_backward": "attention_backward",
+    "attention_with_token_maps": "token_maps",
+    "merge_attention_states": "merge",
+}
+"""Of operators with long names; the others have a file of their name."""
+
+for _operator in SCHEMAS:
+    _module = import_module(f".{_FILES.get(_operator, _operator)}", __name__)
     for _key in ("CUDA", "CPU") if interpreted() else ("CUDA",):
-        _library.impl(_launcher.__name__, _launcher, _key)
-    for _name, _kernel in vars(sys.modules[_launcher.__module__]).items():
+        _library.impl(f"{_operator}_triton", getattr(_module, f"{_operator}_triton"), _key)
+    for _name, _kernel in vars(_module).items():
         if _name.endswith("_kernel") and isinstance(_kernel, JITFunction):
             compile_once(_kernel)

@@ -2,12 +2,14 @@
 then every program merges the partials of its strip and writes its tokens. No atomics: the same bits every time.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import check_adain
+from .arguments import Call
 from .launch import check_grid, on_device, strides
 
 _TILE = 2048
@@ -119,7 +121,7 @@ def adain_triton(
     x: Tensor, reference: Tensor, mask: Tensor | None, reference_mask: Tensor | None, eps: float, out: Tensor
 ) -> None:
     """Shapes as in the schema `adain` of runtime/schemas.py."""
-    check_adain(x, reference, mask, reference_mask, eps, out)
+    _check(x, reference, mask, reference_mask, eps, out)
     # Early return for trivial cases
     if out.numel() == 0:
         return
@@ -160,3 +162,17 @@ def launch_arguments(
         x, table, own, other, out, *sizes, other.shape[1], *strides(other, 0), eps, *step, *strides(out, 0, 1, 2),
     )  # fmt: skip
     return [*launches, (adain_apply_kernel, arguments, constants, programs)]
+
+
+def _check(
+    x: Tensor, reference: Tensor, mask: Tensor | None, reference_mask: Tensor | None, eps: float, out: Tensor
+) -> None:
+    """The arguments of adain."""
+    call = Call("adain", x, "x")
+    batch, tokens, *channels = call.input("x", x, (None,) * 4)
+    others = call.input("reference", reference, ((batch, 1), None, *channels))[1]
+    for name, table, count in (("mask", mask, tokens), ("reference_mask", reference_mask, others)):
+        if table is not None:
+            call.input(name, table, ((batch, 1), count), 1, torch.bool)
+    call.require(eps > 0 and math.isfinite(eps), "eps", "a number above 0", eps)
+    call.output("out", out, x.shape)

@@ -8,6 +8,7 @@ does not have is None or a constant for the compiler; how its sources fall into 
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import triton
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from ..runtime.schemas import AttentionTables
 from . import tiles
-from .arguments import check_attention
+from .arguments import Call, attention_inputs
 from .attention_steps import attend_queries
 from .launch import INTERPRETED, architecture, check_grid, dense_last, on_device, strides
 from .sources import dot_precision, encode, query_tile, strided_tables, tables_of
@@ -105,7 +106,7 @@ def multi_source_attention_triton(query: Tensor, *arguments) -> None:
     the nearest token inside."""
     *fields, out, lse = arguments
     tables = AttentionTables(*fields)
-    check_attention(query, tables, out, lse)
+    _check(query, tables, out, lse)
     # Early return for trivial cases
     if out.numel() == 0:
         return
@@ -175,3 +176,23 @@ def launch_arguments(
         "num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True,
     }  # fmt: skip
     return arguments, constants, B * H * tiles_per_head
+
+
+def _check(query: Tensor, tables: AttentionTables, out: Tensor, lse: Tensor | None) -> None:
+    """The arguments of multi_source_attention."""
+    call = Call("multi_source_attention", query, "query")
+    attention_inputs(call, query, tables)
+    batch, tokens, heads, _ = query.shape
+    groups = list(tables.softmax_group)
+    call.lists(len(tables.key), softmax_group=groups)
+    ascending = groups[0] == 0 and all(0 <= b - a <= 1 for a, b in pairwise(groups))
+    call.require(ascending, "softmax_group", "numbers that ascend from 0 in steps of 1", groups)
+    call.lists(groups[-1] + 1, weight=tables.weight)
+    for g, weight in enumerate(tables.weight):
+        if weight is not None:
+            call.input(f"weight[{g}]", weight, (batch, tokens), 0, torch.float32)
+    call.output("out", out, query.shape)
+    if lse is not None:
+        call.require(groups[-1] == 0, "lse", "None, since each softmax group has its own", "a tensor")
+        dtype = torch.float64 if lse.dtype == torch.float64 else torch.float32
+        call.output("lse", lse, (batch, tokens, heads), 0, dtype)

@@ -10,6 +10,8 @@ that row. Logits and lse are in log2 units; lse has two fp32 parts, since a huge
 Where lse is coarse, the rounding of the logits decides, and a tile finds maximum and sum again, as P is computed.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -18,7 +20,7 @@ from torch import Tensor
 from ..runtime.schemas import AttentionTables
 from ..runtime.tensors import true_places
 from . import tiles
-from .arguments import check_attention_backward
+from .arguments import Call, attention_inputs
 from .attention_backward_steps import (
     COARSE,
     add_products,
@@ -307,9 +309,7 @@ def multi_source_attention_backward_triton(
     """Arguments as in the schema `multi_source_attention_backward` of runtime/schemas.py, without value_index."""
     *fields, scale, out, lse, grad_query, grad_key, grad_value, grad_key_bias = arguments
     tables = AttentionTables(*fields, softmax_group=[0] * len(grad_key), weight=[None], scale=scale)
-    check_attention_backward(
-        grad_out, grad_lse, query, tables, out, lse, grad_query, grad_key, grad_value, grad_key_bias
-    )
+    _check(grad_out, grad_lse, query, tables, out, lse, grad_query, grad_key, grad_value, grad_key_bias)
     # Early return for trivial cases
     if query.numel() == 0:
         return
@@ -446,3 +446,28 @@ def _constants(tile: tiles.Tile, head_dim: int, unit: int, dtype: torch.dtype) -
         "PRECISION": dot_precision(dtype), "UPCAST": INTERPRETED,
         "num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True,
     }  # fmt: skip
+
+
+def _check(
+    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, tables: AttentionTables, out: Tensor, lse: Tensor,
+    grad_query: Tensor, grad_key: Sequence[Tensor], grad_value: Sequence[Tensor], grad_key_bias: Sequence[Tensor],
+) -> None:  # fmt: skip
+    """The arguments of multi_source_attention_backward."""
+    call = Call("multi_source_attention_backward", query, "query")
+    attention_inputs(call, query, tables)
+    rows = query.shape[:3]
+    call.input("out", out, query.shape)
+    call.input("lse", lse, rows, 0, torch.float64)
+    call.input("grad_out", grad_out, query.shape)
+    if grad_lse is not None:
+        call.input("grad_lse", grad_lse, rows, 0, torch.float32)
+    call.output("grad_query", grad_query, query.shape, 4)
+    call.lists(len(tables.key), grad_key=grad_key, grad_value=grad_value, grad_key_bias=grad_key_bias)
+    for i, (key, value, bias) in enumerate(zip(tables.key, tables.value, tables.key_bias)):
+        call.require(tables.value_index[i] is None, f"value_index[{i}]", "None", "a tensor, which needs backend 'cpu'")
+        call.output(f"grad_key[{i}]", grad_key[i], key.shape, 4, torch.float32)
+        call.output(f"grad_value[{i}]", grad_value[i], value.shape, 4, torch.float32)
+        if grad_key_bias[i].numel():
+            call.require(bias is not None, f"grad_key_bias[{i}]", "an empty tensor, since key_bias is None", "a tensor")
+            assert bias is not None
+            call.output(f"grad_key_bias[{i}]", grad_key_bias[i], (query.shape[2], *bias.shape), 3, torch.float32)

@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import check_compact_keys
+from ..runtime.schemas import MAX_TOKENS
+from .arguments import Call
 from .launch import check_grid, dense_last, on_device, strides
 
 _BLOCK = 1024
@@ -44,7 +46,7 @@ def compact_keys_triton(
     mask: Tensor | None, groups: Tensor | None, classes: Sequence[int], index: Tensor, count: Tensor
 ) -> None:
     """Shapes as in the schema `compact_keys` of runtime/schemas.py; the outputs are contiguous."""
-    check_compact_keys(mask, groups, classes, index, count)
+    _check(mask, groups, classes, index, count)
     # Early return for trivial cases
     if count.numel() == 0:
         return
@@ -62,3 +64,18 @@ def launch_arguments(
     mask, groups = dense_last(mask), dense_last(groups)
     steps = [0 if x is None else strides(x, 0)[0] for x in (mask, groups)]
     return (mask, groups, index, count, M, query_class, *steps), {"BLOCK": _BLOCK, "num_warps": 4}, R
+
+
+def _check(mask: Tensor | None, groups: Tensor | None, classes: Sequence[int], index: Tensor, count: Tensor) -> None:
+    """The arguments of compact_keys."""
+    call = Call("compact_keys", index, "index", (torch.int32,))
+    for i, c in enumerate(classes):
+        call.require(0 <= c <= 255, f"classes[{i}]", "0 to 255", c)
+    call.require(index.dim() == 3, "index", "shape (classes, rows, keys)", tuple(index.shape))
+    _, rows, keys = index.shape
+    call.require(keys <= MAX_TOKENS, "index", f"at most {MAX_TOKENS} keys", keys)
+    for name, x, dtype in (("mask", mask, torch.bool), ("groups", groups, torch.uint8)):
+        if x is not None:
+            call.input(name, x, ((rows, 1), keys), 1, dtype)
+    call.output("index", index, (len(classes), rows, keys), 3)
+    call.output("count", count, (len(classes), rows), 2)

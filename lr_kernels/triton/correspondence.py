@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import check_correspondence
+from ..runtime.schemas import MAX_TOKENS
+from .arguments import Call
 from .launch import INTERPRETED, check_grid, on_device, strides
 from .sources import dot_precision
 
@@ -139,7 +140,7 @@ def correspondence_triton(
     target: Tensor, reference: Tensor, columns: int, radius_squared: Tensor, index: Tensor, consistent: Tensor
 ) -> None:
     """Shapes as in the schema `correspondence` of runtime/schemas.py."""
-    check_correspondence(target, reference, columns, radius_squared, index, consistent)
+    _check(target, reference, columns, radius_squared, index, consistent)
     # Early return for trivial cases
     if index.numel() == 0:
         return
@@ -195,3 +196,19 @@ def launch_arguments(
     constants = {"BLOCK": block, "num_warps": 4}
     arguments = (*there, *back, radius_squared, index, consistent, *sizes)
     return [*launches, (correspondence_check_kernel, arguments, constants, B * blocks)]
+
+
+def _check(
+    target: Tensor, reference: Tensor, columns: int, radius_squared: Tensor, index: Tensor, consistent: Tensor
+) -> None:
+    """The arguments of correspondence."""
+    call = Call("correspondence", target, "target")
+    batch, tokens, channels = call.input("target", target, (None,) * 3)
+    others = call.input("reference", reference, ((batch, 1), None, channels))[1]
+    call.require(tokens <= MAX_TOKENS, "target", f"at most {MAX_TOKENS} tokens", tokens)
+    call.require(1 <= others <= MAX_TOKENS, "reference", f"1 to {MAX_TOKENS} tokens", others)
+    call.require(channels >= 1, "target", "at least one channel", channels)
+    call.require(columns >= 1, "columns", "at least 1", columns)
+    call.input("radius_squared", radius_squared, ((batch, 1),), 1, torch.int64)
+    call.output("index", index, (batch, tokens), 2, torch.int64)
+    call.output("consistent", consistent, (batch, tokens), 2, torch.bool)

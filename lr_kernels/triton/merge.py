@@ -1,10 +1,14 @@
 """merge_attention_states: one pass over the parts; a program merges a block of (token, head) rows."""
 
+from collections.abc import Sequence
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import check_merge
+from ..runtime.schemas import MAX_PARTS
+from .arguments import Call
 from .launch import check_grid, on_device, strides
 
 _INF = tl.constexpr(float("inf"))
@@ -57,7 +61,7 @@ def merge_attention_states_kernel(
 
 def merge_attention_states_triton(outs: list[Tensor], lses: list[Tensor], out: Tensor, lse: Tensor) -> None:
     """Shapes as in the schema `merge_attention_states` of runtime/schemas.py."""
-    check_merge(outs, lses, out, lse)
+    _check(outs, lses, out, lse)
     # Early return for trivial cases
     if lse.numel() == 0:
         return
@@ -81,3 +85,16 @@ def _times_16(parts: list[Tensor]) -> tuple[tuple[int, ...], ...]:
     """(b, n, h) strides of every part, times 16: elements of a tuple that all look alike are compiled once (see
     `attention._encode`)."""
     return tuple(tuple(16 * x for x in dim) for dim in zip(*(strides(part, 0, 1, 2) for part in parts)))
+
+
+def _check(outs: Sequence[Tensor], lses: Sequence[Tensor], out: Tensor, lse: Tensor) -> None:
+    """The arguments of merge_attention_states."""
+    call = Call("merge_attention_states", out, "out")
+    call.require(1 <= len(outs) <= MAX_PARTS, "outs", f"1 to {MAX_PARTS} entries", len(outs))
+    call.lists(len(outs), lses=lses)
+    shape = call.input("outs[0]", outs[0], (None,) * 4)
+    for i, (part, part_lse) in enumerate(zip(outs, lses)):
+        call.input(f"outs[{i}]", part, shape)
+        call.input(f"lses[{i}]", part_lse, shape[:3], 0, torch.float32)
+    call.output("out", out, shape, 4)
+    call.output("lse", lse, shape[:3], 3, torch.float32)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import check_subject_mask
+from .arguments import Call
 from .launch import check_grid, on_device
 
 _BLOCK = 512  # at 1024 the smoothing kernel spills (2 instructions at sm_90)
@@ -124,7 +124,7 @@ def subject_mask_triton(
     maps: Tensor, threshold: float | None, quantile: float | None, smoothing: int, out: Tensor
 ) -> None:
     """Shapes as in the schema `subject_mask` of runtime/schemas.py."""
-    check_subject_mask(maps, threshold, quantile, smoothing, out)
+    _check(maps, threshold, quantile, smoothing, out)
     # Early return for trivial cases
     if out.numel() == 0:
         return
@@ -167,3 +167,18 @@ def launch_arguments(
         arguments = (smooth, counts, out, H, W, blocks, *out.stride())
         launches.append((subject_mask_otsu_kernel, arguments, shape, B * blocks))
     return launches, smooth
+
+
+def _check(maps: Tensor, threshold: float | None, quantile: float | None, smoothing: int, out: Tensor) -> None:
+    """The arguments of subject_mask."""
+    call = Call("subject_mask", maps, "maps", (torch.float32,))
+    sizes = call.input("maps", maps, (None,) * 4, 0)
+    call.require(0 not in sizes[1:], "maps", "at least one map of at least one pixel", tuple(sizes))
+    call.output("out", out, (sizes[0], None, None), 0, torch.bool)
+    call.require(0 not in out.shape[1:], "out", "at least one pixel", tuple(out.shape))
+    for name, x in (("threshold", threshold), ("quantile", quantile)):
+        call.require(x is None or 0 <= x <= 1, name, "0 to 1", x)
+    call.require(threshold is None or quantile is None, "quantile", "None beside a threshold", quantile)
+    longer = max(out.shape[1:])
+    fits = smoothing % 2 == 1 and 1 <= smoothing <= longer
+    call.require(fits, "smoothing", f"an odd number from 1 to {longer}", smoothing)
