@@ -21,8 +21,7 @@ from test_diffusers_compile import ONE_LEVEL, OPTIONS, WAYS
 from tiny_models import TOLERANCE, XL_UNET, components, distance, tiny_scheduler, tiny_unet
 from torch.nn import functional as F
 
-from lr_kernels.diffusers import CustomAttnProcessor, attention_layers, layer_grid, select_layers
-from lr_kernels.diffusers.methods import sharing
+from lr_kernels.diffusers import CustomAttnProcessor, attention_layers, layer_grid, select_layers, sharing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

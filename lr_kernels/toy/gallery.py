@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from .. import presets, subject_mask, toy
 from ..diffusers import AttentionState, TokenMapAttnProcessor, install_processors, select_layers
-from ..diffusers.methods import sharing
+from ..diffusers.methods.sharing import sharing
 from ..features import correspondence
 from .personalize import encode_references
 

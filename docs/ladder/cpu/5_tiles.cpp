@@ -26,7 +26,6 @@ constexpr int kGroup = 32, kBlock = 256;     // keys whose scores are computed a
 constexpr int kMaxChannels = 256;            // head_dim at most
 constexpr int kTileRow = 16;                 // units in a row of a tile, and its rows; a unit is a pair of bf16
 constexpr int kRowBytes = kSlice * 4;        // from one row to the next of everything that has a column per query
-constexpr float kLog2E = 1.44269504088896f;  // e^x = 2^(x · log2 e)
 
 struct alignas(64) Slice {
   uint32_t query[kMaxChannels / 2][kSlice];  // a row per pair of channels

@@ -12,7 +12,6 @@ using namespace lr::LR_ISA;
 
 constexpr int kSlice = 2 * kLanes;           // queries in a slice
 constexpr int kTile = kLanes == 8 ? 6 : 8;   // keys, or channels, whose sums are kept in registers: 12 of AVX2's 16
-constexpr float kLog2E = 1.44269504088896f;  // e^x = 2^(x · log2 e)
 
 struct Lanes {
   Vec low, high;
