@@ -16,10 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from .. import presets, subject_mask, toy
+from .. import correspondence, presets, subject_mask, toy
 from ..diffusers import AttentionState, TokenMapAttnProcessor, install_processors, select_layers
 from ..diffusers.methods.sharing import sharing
-from ..features import correspondence
 from .personalize import encode_references
 
 STEPS, GUIDANCE, SEED = 20, 3.0, 5
