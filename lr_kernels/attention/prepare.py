@@ -85,10 +85,10 @@ def prepare(
 
 
 def _plan(sources: Sequence[Source], query_groups: Tensor | None) -> AttentionPlan:
-    for source in sources:
-        if query_groups is not None or source.key_mask is not None or source.key_groups is not None:
-            return build_plan([s.key_mask for s in sources], [s.key_groups for s in sources], query_groups)
-    return _EVERY_KEY[len(sources)]
+    masks, groups = [s.key_mask for s in sources], [s.key_groups for s in sources]
+    if query_groups is None and all(x is None for x in (*masks, *groups)):
+        return _EVERY_KEY[len(sources)]
+    return build_plan(masks, groups, query_groups)
 
 
 def _every_key(count: int) -> AttentionPlan:

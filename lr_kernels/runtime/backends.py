@@ -55,8 +55,8 @@ def choose(
     if backend == "auto":
         if dtype in KERNEL_DTYPES:
             for name, about in ops.BACKENDS.items():
-                serves = about.device_type == device_type and not lacking.get(name)
-                if serves and unavailable(name, op, device_type) is None:
+                serves = about.device_type == device_type and op in about.operators and not lacking.get(name)
+                if serves and about.unavailable(device_type) is None:
                     return name
         return "reference"
     if backend not in BACKENDS:

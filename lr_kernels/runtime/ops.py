@@ -77,7 +77,7 @@ def kernel(operator: str, backend: str) -> Callable[..., None]:
     load = BACKENDS[backend].load
     if load is not None:
         load()
-    return getattr(torch.ops.lr_kernels, f"{operator}_{backend}")
+    return _ops[operator, backend]
 
 
 def recorded_call(operator: str, backend: str, *arguments: Any) -> Any:
@@ -89,11 +89,15 @@ def recorded_call(operator: str, backend: str, *arguments: Any) -> Any:
 
 
 _library = torch.library.Library("lr_kernels", "DEF")
+_ops: dict[tuple[str, str], Callable[..., None]] = {}
+"""By operator and backend."""
 
 for _backend, _about in BACKENDS.items():
     for _operator in _about.operators:
-        _library.define(f"{_operator}_{_backend}{SCHEMAS[_operator]}", tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(f"lr_kernels::{_operator}_{_backend}", lambda *args: None, lib=_library)
+        _name = f"{_operator}_{_backend}"
+        _library.define(_name + SCHEMAS[_operator], tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"lr_kernels::{_name}", lambda *args: None, lib=_library)
+        _ops[_operator, _backend] = getattr(torch.ops.lr_kernels, _name).default
 
 
 def _load_extension(folder: Path) -> tuple[str | None, str | None]:
