@@ -56,7 +56,8 @@ def check(arguments, masks, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_01_matches_reference(case, dtype, backend, device):
+@pytest.mark.fault(number=1)
+def test_matches_the_reference(case, dtype, backend, device):
     check(*make(case, dtype, device=place(backend, device)), backend)
 
 
@@ -88,13 +89,15 @@ def test_the_chosen_tokens_get_the_statistics_of_the_reference(backend, device):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("mean", [1e3, 1e5])
-def test_14_a_mean_far_from_zero_does_not_cancel(mean, backend, device):
+@pytest.mark.fault(number=14)
+def test_a_mean_far_from_zero_does_not_cancel(mean, backend, device):
     check(*make("both-masked", device=place(backend, device), mean=mean), backend)
 
 
 @pytest.mark.parametrize("backend", (*BACKENDS, "reference"))
 @pytest.mark.parametrize("empty", ["mask", "reference_mask"])
-def test_10_an_empty_choice_leaves_its_row(empty, backend, device):
+@pytest.mark.fault(number=10)
+def test_an_empty_choice_leaves_its_row(empty, backend, device):
     (x, r), masks = make("both-masked", device=place(backend, device))
     expected = adain(x, r, **masks, backend=backend)
     masks["reference_mask"] = masks["reference_mask"].repeat(2, 1)
@@ -105,7 +108,8 @@ def test_10_an_empty_choice_leaves_its_row(empty, backend, device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", (*BACKENDS, "reference"))
-def test_11_other_tokens_are_unchanged_and_without_effect(backend, dtype, device):
+@pytest.mark.fault(number=11)
+def test_other_tokens_are_unchanged_and_without_effect(backend, dtype, device):
     (x, r), masks = make("both-masked", dtype, device=place(backend, device))
     expected = adain(x, r, **masks, backend=backend)
     hidden, hidden_r = ~masks["mask"], ~masks["reference_mask"][0]
@@ -117,7 +121,8 @@ def test_11_other_tokens_are_unchanged_and_without_effect(backend, dtype, device
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_12_live_nan_reaches_its_row_head_and_channel(value, backend, device):
+@pytest.mark.fault(number=12)
+def test_live_nan_reaches_its_row_head_and_channel(value, backend, device):
     (x, r), masks = make("both-masked", device=place(backend, device))
     x[0, masks["mask"][0].nonzero()[5], 1, 3] = value
     r[1, masks["reference_mask"][0].nonzero()[5], 0, 2] = value
@@ -130,19 +135,23 @@ def test_12_live_nan_reaches_its_row_head_and_channel(value, backend, device):
 
 @pytest.mark.parametrize("backend", (*BACKENDS, "reference"))
 @pytest.mark.parametrize("sizes", [(0, 5, 2, 8), (2, 0, 2, 8), (2, 5, 0, 8), (2, 5, 2, 0)])
-def test_09_empty(sizes, backend, device):
+@pytest.mark.fault(number=9)
+def test_empty_dimensions_give_empty_or_zero_results(sizes, backend, device):
     x = torch.randn(sizes, device=place(backend, device))
     assert adain(x, x, backend=backend).shape == sizes
 
 
 @pytest.mark.parametrize("backend", (*BACKENDS, "reference"))
-def test_09_no_reference_tokens(backend, device):
+@pytest.mark.fault(number=9)
+def test_no_reference_tokens(backend, device):
     x = torch.randn(2, 5, 2, 8, device=place(backend, device))
     assert torch.equal(adain(x, x[:, :0], backend=backend), x)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_04_05_strides_and_odd_offsets(backend, device):
+@pytest.mark.fault(number=4)
+@pytest.mark.fault(number=5)
+def test_strides_and_odd_offsets_are_honoured(backend, device):
     (x, r), masks = make("masked", device=place(backend, device))
     expected = adain(x, r, **masks, backend=backend)
     odd = torch.empty(x.numel() + 1, device=x.device)[1:].view(x.shape).copy_(x)
@@ -175,7 +184,8 @@ def test_latents_as_a_view(backend, dtype, masked, device):
         assert torch.equal(back.permute(0, 2, 3, 1)[~region], latents.permute(0, 2, 3, 1)[~region])
 
 
-def test_13_nothing_is_read_past_the_ends():
+@pytest.mark.fault(number=13)
+def test_nothing_is_read_past_the_ends():
     (x, r), masks = make("masked")
     expected = adain(x, r, **masks, backend="cpu")
     padded = []
@@ -186,7 +196,9 @@ def test_13_nothing_is_read_past_the_ends():
     assert torch.equal(adain(*padded, **masks, backend="cpu"), expected)
 
 
-def test_30_and_31_threads_and_batch_order_do_not_change_a_bit():
+@pytest.mark.fault(number=30)
+@pytest.mark.fault(number=31)
+def test_threads_and_batch_order_do_not_change_a_bit():
     g = torch.Generator().manual_seed(0)
     x, r = (torch.randn(4, n, 4, 40, generator=g) for n in (300, 200))
     mask = torch.rand(4, 300, generator=g) < 0.5
@@ -202,7 +214,8 @@ def test_30_and_31_threads_and_batch_order_do_not_change_a_bit():
     assert torch.equal(adain(x[order], r[order], mask=mask[order], backend="cpu"), results[0][order])
 
 
-def test_28_gradients_use_the_reference():
+@pytest.mark.fault(number=28)
+def test_gradients_use_the_reference():
     (x, r), masks = make("masked")
     r.requires_grad_()
     adain(x, r, **masks).square().sum().backward()
@@ -220,13 +233,16 @@ def test_float64_uses_the_reference():
 
 
 @pytest.mark.parametrize("case", ["plain", "both-masked"])
-def test_26_27_opcheck(case):
+@pytest.mark.fault(number=26)
+@pytest.mark.fault(number=27)
+def test_passes_opcheck(case):
     (x, r), masks = make(case)
     out = torch.full(x.shape, math.nan)
     torch.library.opcheck(torch.ops.lr_kernels.adain_cpu.default, (x, r, *masks.values(), 1e-5, out))
 
 
-def test_29_compiles_without_breaks_or_recompiles():
+@pytest.mark.fault(number=29)
+def test_compiles_without_breaks_or_recompiles():
     compiled = torch.compile(adain, fullgraph=True, backend="aot_eager")
     (x, r), masks = make("both-masked")
     compiled(x, r, **masks)
@@ -265,6 +281,9 @@ X, R = torch.zeros(2, 6, 3, 8), torch.zeros(1, 5, 3, 8)
         ),
     ],
 )
-def test_07_17_18_errors(changes, error, message):
+@pytest.mark.fault(number=7)
+@pytest.mark.fault(number=17)
+@pytest.mark.fault(number=18)
+def test_errors_name_the_argument(changes, error, message):
     with pytest.raises(error, match=rf"^lr_kernels\.adain: {message}"):
         adain(**({"x": X, "reference": R} | changes))

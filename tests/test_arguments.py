@@ -68,13 +68,15 @@ OTHERS = [
 
 
 @pytest.mark.parametrize(("call", "name"), ATTENTION + OTHERS, ids=lambda x: x if isinstance(x, str) else "")
-def test_07_an_argument_of_the_wrong_kind_is_named(call, name):
+@pytest.mark.fault(number=7)
+def test_an_argument_of_the_wrong_kind_is_named(call, name):
     with pytest.raises((TypeError, ValueError), match=rf"lr_kernels\.\w+: {name}: expected .*, got "):
         call()
 
 
 @pytest.mark.parametrize(("call", "name"), ATTENTION, ids=[name for _, name in ATTENTION])
-def test_07_also_under_autocast_and_inside_a_transform(call, name):
+@pytest.mark.fault(number=7)
+def test_also_under_autocast_and_inside_a_transform(call, name):
     def inside(x):
         with pytest.raises((TypeError, ValueError), match=rf": {name}: expected"):
             call()
@@ -85,14 +87,16 @@ def test_07_also_under_autocast_and_inside_a_transform(call, name):
     torch.func.vjp(inside, Q)
 
 
-def test_07_token_maps_are_checked_before_autocast_rounds():
+@pytest.mark.fault(number=7)
+def test_token_maps_are_checked_before_autocast_rounds():
     with torch.autocast("cpu"):
         assert attention_with_token_maps(*[Q.double()] * 3, ONE)[0].dtype == torch.float64
         with pytest.raises(TypeError, match="query: expected one of float32"):
             attention_with_token_maps(Q.int(), Q, Q, ONE)
 
 
-def test_07_a_step_of_numpy_is_an_int():
+@pytest.mark.fault(number=7)
+def test_a_step_of_numpy_is_an_int():
     table = torch.randn(3, 1, 10)
     table[..., 3:5] = 0  # noise and history are not needed
     assert torch.equal(step_blend(SAMPLE, [SAMPLE], table, np.int64(1)), step_blend(SAMPLE, [SAMPLE], table, 1))
@@ -100,7 +104,8 @@ def test_07_a_step_of_numpy_is_an_int():
 
 @pytest.mark.parametrize("name", ["logit_scale", "logit_bias", "weight"])
 @pytest.mark.parametrize("x", [1e39, -1e39, 10**400])
-def test_04_numbers_beyond_float32_are_refused(name, x):
+@pytest.mark.fault(number=4)
+def test_numbers_beyond_float32_are_refused(name, x):
     with pytest.raises(ValueError, match=rf"{name}\[0\]: expected a number that float32 holds"):
         multi_source_attention(Q, [S._replace(**{name: x})])
     with pytest.raises(ValueError, match="scale: expected a number that float32 holds"):
@@ -108,14 +113,16 @@ def test_04_numbers_beyond_float32_are_refused(name, x):
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_04_float64_tables_beyond_float32_saturate(backend):
+@pytest.mark.fault(number=4)
+def test_float64_tables_beyond_float32_saturate(backend):
     wide = torch.tensor([[1e39, 0.0, -math.inf, -1e39, 1.0]], dtype=torch.float64)
     found = multi_source_attention(Q, [S._replace(key_bias=wide)], backend=backend)
     assert torch.equal(found, multi_source_attention(Q, [S._replace(key_bias=wide.clamp(max=MAX))], backend=backend))
     assert found.isfinite().all()
 
 
-def test_04_the_reference_computes_outside_autocast():
+@pytest.mark.fault(number=4)
+def test_the_reference_computes_outside_autocast():
     target = torch.randn(1, 64, 32), torch.randn(1, 64, 32)
     q = Q.clone().requires_grad_()
     calls = (
@@ -133,7 +140,8 @@ def test_04_the_reference_computes_outside_autocast():
 
 @pytest.mark.parametrize("x", [-1e30, -1e6, -MAX, MAX])
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_28_the_gradient_through_lse_beside_huge_logits(x, backend):
+@pytest.mark.fault(number=28)
+def test_the_gradient_through_lse_beside_huge_logits(x, backend):
     bias = torch.full((1, 5), x, requires_grad=True)
     lse = multi_source_attention(Q, [S._replace(key_bias=bias)], return_lse=True, backend=backend)[1]
     found = torch.autograd.grad(lse.sum(), bias, create_graph=True)[0]
@@ -143,7 +151,8 @@ def test_28_the_gradient_through_lse_beside_huge_logits(x, backend):
     assert torch.allclose(found.sum(), torch.tensor(3.0))
 
 
-def test_28_queries_that_see_nothing_have_gradients_of_zero():
+@pytest.mark.fault(number=28)
+def test_queries_that_see_nothing_have_gradients_of_zero():
     bias, query = torch.full((1, 5), -math.inf, requires_grad=True), Q.clone().requires_grad_()
     source = S._replace(key_bias=bias)
     out, lse = multi_source_attention(query, [source], return_lse=True)
@@ -155,13 +164,15 @@ def test_28_queries_that_see_nothing_have_gradients_of_zero():
                 assert not grad.any()
 
 
-def test_28_a_gradient_without_memory():
+@pytest.mark.fault(number=28)
+def test_a_gradient_without_memory():
     query = Q.clone().requires_grad_()
     out = multi_source_attention(query, [S])
     assert not torch.autograd.grad(out, query, torch._efficientzerotensor(*out.shape))[0].any()
 
 
-def test_28_rows_that_autograd_did_not_see_change_are_checked_again():
+@pytest.mark.fault(number=28)
+def test_rows_that_autograd_did_not_see_change_are_checked_again():
     rows, query = np.zeros(1, dtype=np.int64), Q.clone().requires_grad_()
     out = multi_source_attention(query, [S._replace(rows=torch.from_numpy(rows))])
     rows[:] = 7
@@ -180,7 +191,8 @@ def test_28_rows_that_autograd_did_not_see_change_are_checked_again():
     ],
     ids=["mask", "batch", "heads", "gqa", "causal"],
 )
-def test_26_what_pytorch_broadcasts(shapes, options):
+@pytest.mark.fault(number=26)
+def test_what_pytorch_broadcasts(shapes, options):
     given = [torch.randn(shape) for shape in shapes]
     truth = F.scaled_dot_product_attention(*(x.double() for x in given), **options)
     assert_matches(
@@ -188,7 +200,8 @@ def test_26_what_pytorch_broadcasts(shapes, options):
     )
 
 
-def test_26_masks_of_float64():
+@pytest.mark.fault(number=26)
+def test_masks_of_float64():
     mask = torch.zeros(1, 1, 1, 5, dtype=torch.float64)
     mask[..., :4] = torch.finfo(torch.float64).min
     given = [x.double().transpose(1, 2) for x in (Q, K, V)]
@@ -211,6 +224,7 @@ def test_26_masks_of_float64():
     ],
     ids=["adain", "token_maps", "correspondence"],
 )
-def test_09_copies_of_expanded_tables_are_counted(call, name):
+@pytest.mark.fault(number=9)
+def test_copies_of_expanded_tables_are_counted(call, name):
     with pytest.raises(ValueError, match=rf"{name}: expected a call that fits the memory"):
         call(1 << 42)

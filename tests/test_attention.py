@@ -1,4 +1,4 @@
-"""multi_source_attention on the reference and the CPU backend. Numbers in names: the fault list of DESIGN.md."""
+"""multi_source_attention on the reference and the CPU backend."""
 
 import itertools
 import math
@@ -34,12 +34,14 @@ def random_source(rows, keys, heads=2, head_dim=16, dtype=torch.float32):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
-def test_01_matches_reference(case, dtype):
+@pytest.mark.fault(number=1)
+def test_matches_the_reference(case, dtype):
     check_attention(on("cpu"), attention_inputs(case, dtype))
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512bf16", "amx"])
-def test_01_every_instruction_set(isa):
+@pytest.mark.fault(number=1)
+def test_every_instruction_set(isa):
     """LR_KERNELS_ISA is read once, so each runs in its own process; one that is missing falls to the best there is."""
     code = (
         "import torch, lr_kernels as lr; from lr_kernels.testing import *\n"
@@ -52,14 +54,16 @@ def test_01_every_instruction_set(isa):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_01_long_sequence_crosses_blocks_and_tiles(dtype):
+@pytest.mark.fault(number=1)
+def test_long_sequence_crosses_blocks_and_tiles(dtype):
     case = AttentionCase(
         "long", batch=1, queries=1100, heads=1, head_dim=40, keys=(1000, 700), rows=(None, 1), visible=0.6
     )
     check_attention(on("cpu"), attention_inputs(case, dtype))
 
 
-def test_01_growing_logits_redo_the_block():
+@pytest.mark.fault(number=1)
+def test_growing_logits_redo_the_block():
     """Logits that rise by far more than 2^60 between blocks force the lazy maximum to move."""
     inputs = attention_inputs(AttentionCase("rising", keys=(600,), rows=(None,), head_dim=16), torch.float32)
     key = inputs.sources[0].key * torch.linspace(0.1, 60, 600)[None, :, None, None]
@@ -67,7 +71,8 @@ def test_01_growing_logits_redo_the_block():
 
 
 @pytest.mark.parametrize("scale", [1e9, 1e12, 1e16, -1e12])
-def test_01_huge_finite_logits_pick_the_largest(scale):
+@pytest.mark.fault(number=1)
+def test_huge_finite_logits_pick_the_largest(scale):
     query, source = torch.randn(2, 40, 2, 16), random_source(2, 300)
     out, lse = on("cpu")(query, [source], scale=scale, return_lse=True)
     scores = torch.einsum("bnhd,bmhd->bhnm", query.double(), source.key.double()) * scale
@@ -80,7 +85,8 @@ def test_01_huge_finite_logits_pick_the_largest(scale):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dimension", [0, 1, 2], ids=["rows", "tokens", "heads"])
-def test_02_offsets_beyond_int32(dimension, dtype, tmp_path):
+@pytest.mark.fault(number=2)
+def test_offsets_beyond_int32_are_computed(dimension, dtype, tmp_path):
     """Views whose second row, token or head lies 2^31 elements away, in a sparse file that holds the touched pages."""
     strides = [64, 32, 16, 1]
     strides[dimension] = 2**31 + 64
@@ -95,7 +101,8 @@ def test_02_offsets_beyond_int32(dimension, dtype, tmp_path):
 
 @settings(**sizes)
 @given(data=st.data())
-def test_04_strides(data):
+@pytest.mark.fault(number=4)
+def test_strides_are_honoured(data):
     """Permuted, sliced, expanded and fused-QKV views give bitwise what their compact copies give."""
     heads, head_dim = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 20))
     tokens, rows = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 3))
@@ -129,7 +136,8 @@ def test_04_strides(data):
     assert torch.equal(out, compact)
 
 
-def test_04_last_dimension_must_be_contiguous():
+@pytest.mark.fault(number=4)
+def test_last_dimension_must_be_contiguous():
     x = torch.randn(1, 4, 2, 8)
     strided = torch.randn(1, 4, 8, 2).mT
     for argument, query, source in (
@@ -143,7 +151,8 @@ def test_04_last_dimension_must_be_contiguous():
 
 @pytest.mark.parametrize("head_dim", [1, 16, 37])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_05_views_at_an_odd_element(dtype, head_dim):
+@pytest.mark.fault(number=5)
+def test_views_at_an_odd_element(dtype, head_dim):
     """Pointers aligned to the element and to nothing more, read in place and gathered."""
     aligned, odd = [], []
     for tokens in (33, 50, 50):
@@ -158,7 +167,8 @@ def test_05_views_at_an_odd_element(dtype, head_dim):
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_08_one_source_is_plain_self_attention(backend):
+@pytest.mark.fault(number=8)
+def test_one_source_is_plain_self_attention(backend):
     source = random_source(2, 33)
     query = torch.randn(2, 33, 2, 16)
     q, k, v = (x.transpose(1, 2).double() for x in (query, source.key, source.value))
@@ -167,7 +177,8 @@ def test_08_one_source_is_plain_self_attention(backend):
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_09_empty_dimensions(backend):
+@pytest.mark.fault(number=9)
+def test_empty_dimensions_give_empty_or_zero_results(backend):
     run = on(backend)
     for batch, queries in ((0, 5), (2, 0)):
         out, lse = run(torch.randn(batch, queries, 2, 16), [random_source(1, 7)], return_lse=True)
@@ -180,7 +191,8 @@ def test_09_empty_dimensions(backend):
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_09_empty_groups_and_a_source_without_rows(backend):
+@pytest.mark.fault(number=9)
+def test_empty_groups_and_a_source_without_rows(backend):
     groups = torch.zeros(2, 0, dtype=torch.uint8)
     out = on(backend)(torch.randn(2, 0, 2, 16), [random_source(2, 7)], query_groups=groups)
     assert out.shape == (2, 0, 2, 16)
@@ -189,7 +201,8 @@ def test_09_empty_groups_and_a_source_without_rows(backend):
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_10_query_that_sees_nothing(backend):
+@pytest.mark.fault(number=10)
+def test_query_that_sees_nothing(backend):
     query, source = torch.randn(2, 6, 2, 16), random_source(2, 9)
     groups = torch.tensor([[1, 2, 1, 2, 0, 1]], dtype=torch.uint8)
     only_1 = source._replace(key_groups=torch.ones(1, 9, dtype=torch.uint8))
@@ -202,7 +215,8 @@ def test_10_query_that_sees_nothing(backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_11_nan_in_hidden_keys_is_ignored_bitwise(dtype):
+@pytest.mark.fault(number=11)
+def test_nan_in_hidden_keys_is_ignored_bitwise(dtype):
     case = AttentionCase("masked", visible=0.5, keys=(70, 45), rows=(None, 1), groups=2)
     inputs = attention_inputs(case, dtype)
     clean = multi_source_attention(inputs.query, inputs.sources, query_groups=inputs.query_groups, backend="cpu")
@@ -219,7 +233,8 @@ def test_11_nan_in_hidden_keys_is_ignored_bitwise(dtype):
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["key", "value"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_12_live_nan_reaches_only_queries_that_see_it(dtype, where, poison):
+@pytest.mark.fault(number=12)
+def test_live_nan_reaches_only_queries_that_see_it(dtype, where, poison):
     inputs = attention_inputs(AttentionCase("routed", groups=2, keys=(70, 45), rows=(None, 1)), dtype)
     source = inputs.sources[0]
     x = getattr(source, where).clone()
@@ -234,7 +249,8 @@ def test_12_live_nan_reaches_only_queries_that_see_it(dtype, where, poison):
 
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_15_a_logit_bias_of_minus_infinity_hides_the_source(dtype, biased):
+@pytest.mark.fault(number=15)
+def test_a_logit_bias_of_minus_infinity_hides_the_source(dtype, biased):
     """For batch row 0 alone: it sees nothing, or only the other source; no gradient is NaN."""
     query, key, value = (torch.randn(2, 37, 2, 16).to(dtype).requires_grad_() for _ in range(3))
     bias = torch.zeros(1, 37) if biased else None
@@ -251,7 +267,8 @@ def test_15_a_logit_bias_of_minus_infinity_hides_the_source(dtype, biased):
 @pytest.mark.parametrize("keys", [1, 31, 200])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_12_an_infinite_query_meets_no_padding(dtype, biased, keys):
+@pytest.mark.fault(number=12)
+def test_an_infinite_query_meets_no_padding(dtype, biased, keys):
     """All its logits are -inf: it sees nothing. Against the zeros of a padded block it would get NaN."""
     query = torch.ones(1, 40, 1, 1, dtype=dtype)
     query[0, 3] = math.inf
@@ -265,7 +282,8 @@ def test_12_an_infinite_query_meets_no_padding(dtype, biased, keys):
 
 @pytest.mark.parametrize("head_dim", [16, 37])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_13_garbage_past_the_tail_is_not_read(dtype, head_dim):
+@pytest.mark.fault(number=13)
+def test_garbage_past_the_tail_is_not_read(dtype, head_dim):
     """NaN after the last token, the last head and the last channel of query, keys and values."""
     shapes = [(2, tokens, 2, head_dim) for tokens in (5, 71, 71)]
     copies = [torch.randn(shape).to(dtype) for shape in shapes]
@@ -279,7 +297,8 @@ def test_13_garbage_past_the_tail_is_not_read(dtype, head_dim):
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_14_fp16_scores_do_not_overflow(backend):
+@pytest.mark.fault(number=14)
+def test_fp16_scores_do_not_overflow(backend):
     x = torch.full((1, 8, 1, 64), 300.0, dtype=torch.float16)
     value = torch.randn(1, 8, 1, 64).half()
     out, lse = on(backend)(x, [Source(x, value)], return_lse=True)
@@ -291,13 +310,15 @@ def test_14_fp16_scores_do_not_overflow(backend):
     bias=st.lists(st.sampled_from([0.0, -1.5, -math.inf, torch.finfo(torch.float32).min]), min_size=1, max_size=12),
     dtype=st.sampled_from(DTYPES),
 )
-def test_15_infinite_and_smallest_bias(bias, dtype):
+@pytest.mark.fault(number=15)
+def test_infinite_and_smallest_bias(bias, dtype):
     source = random_source(1, len(bias), dtype=dtype)._replace(key_bias=torch.tensor([bias]))
     check_attention(on("cpu"), AttentionInputs(torch.randn(2, 3, 2, 16).to(dtype), [source]))
 
 
 @pytest.mark.parametrize("head_dim", range(1, 257))
-def test_23_every_head_dim(head_dim):
+@pytest.mark.fault(number=23)
+def test_every_head_dim(head_dim):
     dtype = DTYPES[head_dim % 3]
     case = AttentionCase("", batch=1, queries=20, heads=1, head_dim=head_dim, keys=(11, 6), rows=(None, 1), visible=0.7)
     check_attention(on("cpu"), attention_inputs(case, dtype))
@@ -305,7 +326,8 @@ def test_23_every_head_dim(head_dim):
 
 @settings(**sizes)
 @given(seed=st.integers(0, 999), dtype=st.sampled_from(DTYPES))
-def test_31_permuting_the_batch_permutes_the_output_bitwise(seed, dtype):
+@pytest.mark.fault(number=31)
+def test_permuting_the_batch_permutes_the_output_bitwise(seed, dtype):
     case = AttentionCase("permuted", batch=4, queries=40, groups=2, visible=0.6, rows=(None, (2, -1, 0, 1)))
     inputs = attention_inputs(case, dtype, seed)
     order = torch.randperm(4, generator=torch.Generator().manual_seed(seed))
@@ -322,7 +344,8 @@ def test_31_permuting_the_batch_permutes_the_output_bitwise(seed, dtype):
 
 @settings(**sizes)
 @given(cuts=st.lists(st.integers(0, 90), min_size=1, max_size=4), seed=st.integers(0, 99), masked=st.booleans())
-def test_32_splitting_and_merging_sources(cuts, seed, masked):
+@pytest.mark.fault(number=32)
+def test_splitting_and_merging_sources_changes_no_result(cuts, seed, masked):
     """Any partition of the keys, as sources of one call or as merged calls, is the attention over all of them."""
     inputs = attention_inputs(
         AttentionCase("whole", keys=(90,), rows=(None,), visible=0.7 if masked else None), torch.float32, seed
@@ -345,7 +368,8 @@ def test_32_splitting_and_merging_sources(cuts, seed, masked):
     assert_matches(lse, reference.merge_attention_states(outs, lses)[1], expected[1])
 
 
-def test_32_permuting_sources():
+@pytest.mark.fault(number=32)
+def test_the_order_of_sources_changes_no_result():
     inputs = attention_inputs(AttentionCase("three", keys=(33, 64, 100), rows=(None, 1, None)), torch.float32)
     exact = inputs.to(torch.float64)
     truth = reference.multi_source_attention(exact.query, exact.sources)

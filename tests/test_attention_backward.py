@@ -1,4 +1,4 @@
-"""Gradients of multi_source_attention. Numbers in names: the fault list of DESIGN.md."""
+"""Gradients of multi_source_attention."""
 
 import math
 import resource
@@ -35,12 +35,14 @@ def random_source(rows, keys, heads=2, head_dim=16, dtype=torch.float32):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
-def test_28_gradients_match_the_formula(case, dtype):
+@pytest.mark.fault(number=28)
+def test_gradients_match_the_formula(case, dtype):
     check_attention_backward(on("cpu"), attention_inputs(case, dtype))
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_28_a_bias_that_rows_share_in_memory_has_a_gradient_per_row(rows):
+@pytest.mark.fault(number=28)
+def test_a_bias_that_rows_share_in_memory_has_a_gradient_per_row(rows):
     """A leaf that was expanded before it required gradients: its rows lie in one place, their gradients do not."""
     torch.manual_seed(0)
     query, source = torch.randn(3, 5, 2, 16), random_source(3, 7)
@@ -55,7 +57,8 @@ def test_28_a_bias_that_rows_share_in_memory_has_a_gradient_per_row(rows):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
-def test_28_the_formula_is_the_derivative_of_the_reference(case):
+@pytest.mark.fault(number=28)
+def test_the_formula_is_the_derivative_of_the_reference(case):
     """The explicit backward formula against autograd through the reference, both in float64."""
     inputs = attention_inputs(case, torch.float64)
     leaves = [inputs.query.requires_grad_()]
@@ -78,7 +81,8 @@ def test_28_the_formula_is_the_derivative_of_the_reference(case):
         torch.testing.assert_close(got, expected)
 
 
-def test_28_gradcheck_of_the_reference():
+@pytest.mark.fault(number=28)
+def test_gradcheck_of_the_reference():
     inputs = attention_inputs(
         AttentionCase("small", queries=4, keys=(5, 3), head_dim=3, key_bias=True, visible=0.7), torch.float64
     )
@@ -97,7 +101,8 @@ def test_28_gradcheck_of_the_reference():
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512bf16"])
-def test_28_every_instruction_set(isa, monkeypatch):
+@pytest.mark.fault(number=28)
+def test_every_instruction_set(isa, monkeypatch):
     code = (
         "import torch, lr_kernels as lr; from lr_kernels.testing import *\n"
         "run = lambda *a, **k: lr.multi_source_attention(*a, backend='cpu', **k)\n"
@@ -111,12 +116,14 @@ def test_28_every_instruction_set(isa, monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("extreme", EXTREMES, ids=str)
-def test_28_extreme_logits_of_all_visible_keys(extreme, dtype):
+@pytest.mark.fault(number=28)
+def test_extreme_logits_of_all_visible_keys(extreme, dtype):
     """Where the log of the sum is lost beside the largest logit: a softmax of what the rounding leaves."""
     check_attention_backward(on("cpu"), extreme_inputs(extreme, dtype, visible=0.6))
 
 
-def test_28_extreme_logits_of_some_queries_leave_the_others_alone():
+@pytest.mark.fault(number=28)
+def test_extreme_logits_of_some_queries_leave_the_others_alone():
     """One tile holds both: batch row 1 and a class of queries see extreme biases only, or one among ordinary ones."""
     inputs = extreme_inputs(("key_bias", -1e30), torch.float32, groups=2)
     for s in inputs.sources:
@@ -124,7 +131,8 @@ def test_28_extreme_logits_of_some_queries_leave_the_others_alone():
     check_attention_backward(on("cpu"), inputs)
 
 
-def test_28_only_what_asks_for_a_gradient_gets_one():
+@pytest.mark.fault(number=28)
+def test_only_what_asks_for_a_gradient_gets_one():
     query, source = torch.randn(1, 5, 2, 16), random_source(1, 7)
     assert not multi_source_attention(query, [source], backend="cpu").requires_grad
     with torch.no_grad():
@@ -136,7 +144,8 @@ def test_28_only_what_asks_for_a_gradient_gets_one():
 
 
 @pytest.mark.parametrize("name", ["logit_scale", "logit_bias", "weight"])
-def test_28_a_gradient_that_the_kernel_lacks_is_refused_or_goes_to_the_reference(name):
+@pytest.mark.fault(number=28)
+def test_a_gradient_that_the_kernel_lacks_is_refused_or_goes_to_the_reference(name):
     query, source = torch.randn(1, 5, 2, 16), random_source(1, 7)
     source = source._replace(**{name: torch.ones(1, requires_grad=True)})
     with pytest.raises(
@@ -150,7 +159,8 @@ def test_28_a_gradient_that_the_kernel_lacks_is_refused_or_goes_to_the_reference
 
 
 @pytest.mark.parametrize("name", ["logit_scale", "logit_bias", "weight"])
-def test_28_strengths_changed_before_the_backward_pass_are_an_error(name):
+@pytest.mark.fault(number=28)
+def test_strengths_changed_before_the_backward_pass_are_an_error(name):
     query, source, strength = torch.randn(1, 5, 2, 16, requires_grad=True), random_source(1, 7), torch.ones(1)
     out = multi_source_attention(query, [source._replace(**{name: strength})], backend="cpu")
     strength.fill_(3)
@@ -158,7 +168,8 @@ def test_28_strengths_changed_before_the_backward_pass_are_an_error(name):
         out.sum().backward()
 
 
-def test_10_a_query_that_sees_nothing_gets_and_gives_no_gradient():
+@pytest.mark.fault(number=10)
+def test_a_query_that_sees_nothing_gets_and_gives_no_gradient():
     query = torch.randn(2, 6, 2, 16, requires_grad=True)
     key, value = (x.requires_grad_() for x in random_source(2, 9)[:2])
     groups = torch.tensor([[1, 2, 1, 2, 0, 1]], dtype=torch.uint8)
@@ -173,7 +184,8 @@ def test_10_a_query_that_sees_nothing_gets_and_gives_no_gradient():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_11_nan_in_hidden_keys_leaves_gradients_alone(dtype):
+@pytest.mark.fault(number=11)
+def test_nan_in_hidden_keys_leaves_gradients_alone(dtype):
     inputs = attention_inputs(AttentionCase("masked", visible=0.5, groups=2), dtype)
 
     def gradients(poison):
@@ -192,7 +204,9 @@ def test_11_nan_in_hidden_keys_leaves_gradients_alone(dtype):
         assert torch.equal(clean, poisoned)
 
 
-def test_26_27_opcheck_of_the_backward():
+@pytest.mark.fault(number=26)
+@pytest.mark.fault(number=27)
+def test_the_backward_op_passes_opcheck():
     inputs = attention_inputs(CASES[-1], torch.float32)
     query, sources = inputs.query, inputs.sources
     plan = plan_attention([s.key_mask for s in sources], [s.key_groups for s in sources], inputs.query_groups)
@@ -208,7 +222,8 @@ def test_26_27_opcheck_of_the_backward():
     torch.library.opcheck(torch.ops.lr_kernels.multi_source_attention_backward_cpu.default, arguments)
 
 
-def test_29_a_training_step_compiles_without_break_or_recompile():
+@pytest.mark.fault(number=29)
+def test_a_training_step_compiles_without_break_or_recompile():
     def loss(query, key, value, mask):
         sources = [Source(key, value), Source(key[:1], value[:1], key_mask=mask)]
         return multi_source_attention(query, sources, backend="cpu").square().sum()
@@ -226,7 +241,8 @@ def test_29_a_training_step_compiles_without_break_or_recompile():
     assert counter.frame_count == 1
 
 
-def test_30_gradients_are_bitwise_the_same_over_runs_and_threads():
+@pytest.mark.fault(number=30)
+def test_gradients_are_bitwise_the_same_over_runs_and_threads():
     inputs = attention_inputs(CASES[-1], torch.float32)
     leaves = [x.clone().requires_grad_() for s in inputs.sources for x in (s.key, s.value)]
     sources = [s._replace(key=leaves[2 * i], value=leaves[2 * i + 1]) for i, s in enumerate(inputs.sources)]
@@ -241,7 +257,8 @@ def test_30_gradients_are_bitwise_the_same_over_runs_and_threads():
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
 
 
-def test_44_a_training_step_stores_no_scores():
+@pytest.mark.fault(number=44)
+def test_a_training_step_stores_no_scores():
     """4,096 queries and 8,192 keys with 4 heads: the scores alone take 512 MiB; the process gets 300."""
     code = (
         "import resource, torch, lr_kernels as lr\n"
@@ -258,7 +275,8 @@ def test_44_a_training_step_stores_no_scores():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_44_a_request_beyond_the_memory_is_refused_before_allocating():
+@pytest.mark.fault(number=44)
+def test_a_request_beyond_the_memory_is_refused_before_allocating():
     query = torch.randn(1, 1, 1, 256).expand(2**15, 2**12, 8, 256)
     source = Source(torch.randn(1, 7, 8, 256), torch.randn(1, 7, 8, 256))
     with pytest.raises(ValueError, match=r"query: expected a call that fits the memory, got one that needs 1024.0 GiB"):
@@ -270,7 +288,8 @@ def test_44_a_request_beyond_the_memory_is_refused_before_allocating():
         multi_source_attention(wide, [Source(wide, wide)], backend="reference")
 
 
-def test_44_the_limit_of_the_process_counts():
+@pytest.mark.fault(number=44)
+def test_the_limit_of_the_process_counts():
     limit = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (40 * 2**30, limit[1]))
     try:

@@ -264,7 +264,8 @@ def test_scales_per_step():
 @pytest.mark.parametrize("w", [0.0, 1.0])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("solver", ["ddim", "euler", "dpmpp_2m"])
-def test_34_endpoints_are_the_single_model_bitwise(w, backend, solver):
+@pytest.mark.fault(number=34)
+def test_endpoints_are_the_single_model_bitwise(w, backend, solver):
     keywords = {"guidance_scale": 7.5, "prediction_type": "v_prediction", "pag_scale": 1.5}
 
     def table(**blend):
@@ -398,7 +399,8 @@ SHARED_ERRORS = [
         ({"next_timesteps": [0.0, -1.0]}, TypeError, "next_timesteps: expected an integer dtype"),
     ],
 )
-def test_34_errors_of_step_coefficients(changes, error, message):
+@pytest.mark.fault(number=34)
+def test_errors_of_step_coefficients(changes, error, message):
     with pytest.raises(error, match=rf"^lr_kernels\.step_coefficients: {message}"):
         step_coefficients(**({"guidance_scale": 2.0} | LEVELS | changes))
 
@@ -422,7 +424,8 @@ def test_34_errors_of_step_coefficients(changes, error, message):
     ],
 )
 @pytest.mark.parametrize("solver", ["euler", "dpmpp_2m"])
-def test_34_errors_of_sigma_coefficients(changes, error, message, solver):
+@pytest.mark.fault(number=34)
+def test_errors_of_sigma_coefficients(changes, error, message, solver):
     call = {"sigmas": [14.0, 2.0, 0.0], "guidance_scale": 2.0, "solver": solver}
     with pytest.raises(error, match=rf"^lr_kernels\.sigma_coefficients: {message}"):
         sigma_coefficients(**(call | changes))

@@ -50,21 +50,25 @@ def test_all_and_nothing(backend, share, device):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_04_masks_that_are_slices(backend, device):
+@pytest.mark.fault(number=4)
+def test_masks_that_are_slices(backend, device):
     mask = (torch.rand(4, 300) < 0.5).to(device)[::2, 10:200]
     index, count = made_by(backend, mask, None, [0], 2, 190, device)
     expected = visible_lists(mask.cpu(), None, ())
     assert torch.equal(index, expected[0]) and torch.equal(count, expected[1])
 
 
-def test_03_one_program_per_list():
+@pytest.mark.fault(number=3)
+def test_one_program_per_list():
     mask = torch.empty(5, 70, dtype=torch.bool)
     index, count = torch.empty(5, 70, dtype=torch.int32), torch.empty(5, dtype=torch.int32)
     assert compact_keys.launch_arguments(mask, None, 0, index, count)[2] == 5
 
 
 @pytest.mark.parametrize("backend", ["triton"])
-def test_26_27_opcheck(backend, device):
+@pytest.mark.fault(number=26)
+@pytest.mark.fault(number=27)
+def test_passes_opcheck(backend, device):
     mask = (torch.rand(2, 64) < 0.5).to(device)
     index = torch.zeros(1, 2, 64, dtype=torch.int32, device=device)
     count = torch.zeros(1, 2, dtype=torch.int32, device=device)

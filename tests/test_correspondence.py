@@ -71,7 +71,8 @@ def _margin(similarity):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_01_matches_reference(case, dtype, backend, device):
+@pytest.mark.fault(number=1)
+def test_matches_the_reference(case, dtype, backend, device):
     assert check(*make(*CASES[case], dtype, device=place(backend, device)), backend) > 0.99
 
 
@@ -150,7 +151,8 @@ def test_zero_vectors_are_similar_to_nothing_and_unlike_nothing(backend, device)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", (*BACKENDS, "reference"))
-def test_12_tokens_that_are_not_finite_are_never_chosen(backend, dtype, value, device):
+@pytest.mark.fault(number=12)
+def test_tokens_that_are_not_finite_are_never_chosen(backend, dtype, value, device):
     target, key = make(2, 40, 1, 50, 16, dtype, device=place(backend, device))
     kept = torch.tensor([j for j in range(50) if j not in (0, 3, 49)], device=key.device)
     kept_targets = torch.tensor([i for i in range(40) if i not in (0, 5)], device=key.device)
@@ -168,7 +170,8 @@ def test_12_tokens_that_are_not_finite_are_never_chosen(backend, dtype, value, d
 @pytest.mark.parametrize("factor", [2.0**120, 2.0**-120])
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("backend", (*BACKENDS, "reference"))
-def test_14_lengths_do_not_matter(backend, dtype, factor, device):
+@pytest.mark.fault(number=14)
+def test_lengths_do_not_matter(backend, dtype, factor, device):
     target, key = make(1, 50, 1, 60, 16, dtype, device=place(backend, device))
     expected = correspondence(target, key, backend=backend)
     target[:, ::2] *= factor
@@ -177,7 +180,9 @@ def test_14_lengths_do_not_matter(backend, dtype, factor, device):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_04_05_strides_and_odd_offsets(backend, device):
+@pytest.mark.fault(number=4)
+@pytest.mark.fault(number=5)
+def test_strides_and_odd_offsets_are_honoured(backend, device):
     target, key = make(2, 40, 1, 50, 24, device=place(backend, device))
     expected = correspondence(target, key, backend=backend)
     odd = torch.empty(target.numel() + 1, device=target.device)[1:].view(target.shape).copy_(target)
@@ -193,7 +198,8 @@ def test_04_05_strides_and_odd_offsets(backend, device):
 
 @pytest.mark.parametrize("backend", (*BACKENDS, "reference"))
 @pytest.mark.parametrize(("batch", "tokens"), [(0, 5), (2, 0)])
-def test_09_empty(batch, tokens, backend, device):
+@pytest.mark.fault(number=9)
+def test_empty_dimensions_give_empty_or_zero_results(batch, tokens, backend, device):
     target = torch.randn(batch, tokens, 8, device=place(backend, device))
     key = torch.randn(1, 5, 8, device=target.device)
     for keywords in ({}, {"radius": 2, "grid": (1, tokens)}):
@@ -201,7 +207,8 @@ def test_09_empty(batch, tokens, backend, device):
         assert index.shape == consistent.shape == (batch, tokens)
 
 
-def test_13_nothing_is_read_past_the_ends():
+@pytest.mark.fault(number=13)
+def test_nothing_is_read_past_the_ends():
     target, key = make(1, 37, 1, 41, 21)
     expected = correspondence(target, key, backend="cpu")
     padded = []
@@ -212,7 +219,9 @@ def test_13_nothing_is_read_past_the_ends():
     assert all(map(torch.equal, correspondence(*padded, backend="cpu"), expected))
 
 
-def test_30_and_31_threads_and_batch_order_do_not_change_a_bit():
+@pytest.mark.fault(number=30)
+@pytest.mark.fault(number=31)
+def test_threads_and_batch_order_do_not_change_a_bit():
     """Coarse features: many exact ties, which must not fall to the faster thread."""
     g = torch.Generator().manual_seed(0)
     target, key = (torch.randint(-1, 2, (4, n, 12), generator=g).float() for n in (700, 500))
@@ -260,7 +269,8 @@ except ValueError as error:
     ],
     ids=["bounded", "lacking", "refused"],
 )
-def test_44_memory_is_bounded_and_its_lack_an_error(arguments, printed):
+@pytest.mark.fault(number=44)
+def test_memory_is_bounded_and_its_lack_an_error(arguments, printed):
     command = [sys.executable, "-c", MEMORY, *map(str, arguments)]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0 and run.stdout.strip() == printed, run.stderr
@@ -277,7 +287,9 @@ def test_float64_uses_the_reference():
     assert all(map(torch.equal, correspondence(target, key), reference.correspondence(target, key)))
 
 
-def test_26_27_opcheck():
+@pytest.mark.fault(number=26)
+@pytest.mark.fault(number=27)
+def test_passes_opcheck():
     target, key = make(2, 20, 1, 30, 8)
     outputs = torch.full((2, 20), -1), torch.ones(2, 20, dtype=torch.bool)
     torch.library.opcheck(
@@ -292,7 +304,8 @@ def test_the_op_refuses_no_reference_tokens():
 
 
 @pytest.mark.parametrize("radius", [1.5, [1.5, 0], torch.tensor([1.5, 0])], ids=["number", "list", "tensor"])
-def test_29_compiles_without_breaks_or_recompiles(radius):
+@pytest.mark.fault(number=29)
+def test_compiles_without_breaks_or_recompiles(radius):
     torch._dynamo.reset()
     compiled = torch.compile(correspondence, fullgraph=True, backend="aot_eager")
     keywords = {"radius": radius, "grid": (4, 5)}
@@ -346,6 +359,9 @@ T, K = torch.zeros(2, 6, 8), torch.zeros(1, 5, 8)
         ),
     ],
 )
-def test_07_17_18_errors(changes, error, message):
+@pytest.mark.fault(number=7)
+@pytest.mark.fault(number=17)
+@pytest.mark.fault(number=18)
+def test_errors_name_the_argument(changes, error, message):
     with pytest.raises(error, match=rf"^lr_kernels\.correspondence: {message}"):
         correspondence(**({"target": T, "reference": K} | changes))

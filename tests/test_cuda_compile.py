@@ -1,5 +1,5 @@
 """The CUDA C++ kernels without a GPU: compiled by nvcc where it is there, their machine code read, their sources
-linted. Numbers in names: DESIGN.md's fault list."""
+linted."""
 
 import re
 import shutil
@@ -40,7 +40,8 @@ def functions(sass: str) -> dict[str, str]:
     return dict(zip(parts[1::2], parts[2::2]))
 
 
-def test_24_nothing_spills(machine_code):
+@pytest.mark.fault(number=24)
+def test_nothing_spills(machine_code):
     for name, (usage, _) in machine_code.items():
         numbers = re.findall(r"STACK:(\d+).*?LOCAL:(\d+)", usage)
         assert numbers and all(stack == local == "0" for stack, local in numbers), name
@@ -58,7 +59,8 @@ def test_step_blend_moves_16_bytes_at_a_time(machine_code):
             assert loads >= 10 and stores >= 3
 
 
-def test_19_every_launch_is_on_the_device_of_its_tensors():
+@pytest.mark.fault(number=19)
+def test_every_launch_is_on_the_device_of_its_tensors():
     """The launchers know no device: the bindings make it current first, in the object that also knows the stream."""
     binding = (ROOT / "bindings" / "cuda.cpp").read_text()
     launchers = re.findall(r"lr::(\w+_cuda)\(p\)", binding)
@@ -69,14 +71,16 @@ def test_19_every_launch_is_on_the_device_of_its_tensors():
             assert re.search(r"const OnDevice device\(\w+\);\s+p\.stream = device\.stream\(\);", before)
 
 
-def test_20_every_launch_names_its_stream():
+@pytest.mark.fault(number=20)
+def test_every_launch_names_its_stream():
     for source in SOURCES:
         launches = re.findall(r"<<<(.+?)>>>", source.read_text(), flags=re.S)
         assert launches, source
         assert all(launch.rstrip().endswith("p.stream") for launch in launches), source
 
 
-def test_21_every_launch_is_checked():
+@pytest.mark.fault(number=21)
+def test_every_launch_is_checked():
     for source in SOURCES:
         after = re.findall(r"<<<.+?>>>\(.*?\);\s*(.+)", source.read_text(), flags=re.S)
         assert after and all(rest.startswith("return launch_error();") for rest in after), source
@@ -85,6 +89,7 @@ def test_21_every_launch_is_checked():
     assert sorted(checks) == sorted((source.stem, f"{source.stem}_kernel") for source in SOURCES)
 
 
-def test_22_nothing_synchronizes_or_allocates():
+@pytest.mark.fault(number=22)
+def test_nothing_synchronizes_or_allocates():
     for source in [*SOURCES, ROOT / "bindings" / "cuda.cpp"]:
         assert not re.search(r"Synchronize|cudaMalloc|cudaMemcpy|item\(", source.read_text()), source

@@ -174,7 +174,8 @@ def test_registering_again_changes_nothing_and_the_member_is_a_member():
     assert member in list(AttentionBackendName) and member == "lr_kernels"
 
 
-def test_36_the_context_restores_after_an_exception_and_leaves_other_models_alone(calls):
+@pytest.mark.fault(number=36)
+def test_the_context_restores_after_an_exception_and_leaves_other_models_alone(calls):
     model, inputs = flux()
     other, _ = flux()
     with pytest.raises(KeyError), use_attention_backend(model):
@@ -297,14 +298,16 @@ def test_masks_lse_and_grouped_heads():
      "_parallel_config"), ({"attn_mask": torch.ones(9, 9, dtype=torch.bool).tril()}, "attn_mask")],
     ids=lambda x: x if isinstance(x, str) else "",
 )  # fmt: skip
-def test_16_nothing_is_dropped(keywords, name):
+@pytest.mark.fault(number=16)
+def test_nothing_is_dropped(keywords, name):
     x = torch.randn(1, 9, 2, 16)
     with pytest.raises(NotImplementedError, match=name):
         backend.attention(x, x, x, **keywords)
 
 
 @pytest.mark.parametrize("checked", [False, True])
-def test_16_what_diffusers_would_drop_arrives_and_is_refused(checked, monkeypatch):
+@pytest.mark.fault(number=16)
+def test_what_diffusers_would_drop_arrives_and_is_refused(checked, monkeypatch):
     """The dispatcher keeps the arguments that a backend's signature names; ours must see the others too."""
     monkeypatch.setattr(_AttentionBackendRegistry, "_checks_enabled", checked)
     x, ours = torch.randn(1, 9, 2, 16), AttentionBackendName("lr_kernels")
@@ -315,7 +318,8 @@ def test_16_what_diffusers_would_drop_arrives_and_is_refused(checked, monkeypatc
     torch.testing.assert_close(found, dispatch_attention_fn(x, x, x, backend=AttentionBackendName.NATIVE))
 
 
-def test_29_compiles_whole(calls):
+@pytest.mark.fault(number=29)
+def test_compiles_whole(calls):
     model, inputs = flux()
     expected = run(model, inputs)
     with use_attention_backend(model):

@@ -141,7 +141,8 @@ def test_the_file_gives_the_same_bits(unet, tmp_path):
         ReferenceBank.load(tmp_path / "bank.safetensors", model="other")
 
 
-def test_44_memory_is_what_the_docstring_says_and_bounded(unet):
+@pytest.mark.fault(number=44)
+def test_memory_is_what_the_docstring_says_and_bounded(unet):
     bank = filled(unet)
     channels = {8 * 8: 32, 4 * 4: 64}
     step = sum(2 * x.shape[2] * channels[x.shape[2]] * 4 for x in bank._buffers().values())
@@ -154,7 +155,8 @@ def test_44_memory_is_what_the_docstring_says_and_bounded(unet):
         filled(unet, limit=50_000)
 
 
-def test_33_a_stale_bank_is_refused_by_name(unet):
+@pytest.mark.fault(number=33)
+def test_a_stale_bank_is_refused_by_name(unet):
     bank = filled(unet)
     layers = select_layers(unet, "self")
     with install_processors(layers, bank.processors(layers)), bank.read(0):

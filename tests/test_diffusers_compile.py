@@ -1,7 +1,4 @@
-"""torch.compile over denoising loops: one graph per mode and size, whole, and none for another step, mask or blend.
-
-The numbers in names are rows of the fault list in DESIGN.md.
-"""
+"""torch.compile over denoising loops: one graph per mode and size, whole, and none for another step, mask or blend."""
 
 from collections.abc import Callable
 
@@ -119,7 +116,8 @@ def routings(reading: str, batch: RetouchBatch, size: int, step: int) -> dict:
 
 
 @pytest.mark.parametrize("reading", ["routing", "swap"])
-def test_29_retouch(reading):
+@pytest.mark.fault(number=29)
+def test_a_retouch_compiles_without_break_or_recompile(reading):
     """Masks change in every step. Whole models: in the tests of a step and of the pipeline."""
     batch = RetouchBatch(1, True, True)
 
@@ -148,7 +146,8 @@ def banks(foreground: bool) -> dict[int, ReferenceBank]:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_29_bank(way):
+@pytest.mark.fault(number=29)
+def test_a_bank_compiles_without_break_or_recompile(way):
     def prepare(unet):
         held, layers = banks(foreground=True), select_layers(unet, "self")
 
@@ -163,7 +162,8 @@ def test_29_bank(way):
     follows_eager(prepare, ("extract", "cached"), way)
 
 
-def test_29_retouch_with_a_bank():
+@pytest.mark.fault(number=29)
+def test_retouch_with_a_bank():
     """The references' rows, two halves of them, come from banks filled without compilation."""
     batch = RetouchBatch(1, True, True, banked=True)
 
@@ -186,7 +186,8 @@ def test_29_retouch_with_a_bank():
     follows_eager(prepare, ("sharing",), "regional")
 
 
-def test_29_preset():
+@pytest.mark.fault(number=29)
+def test_a_preset_compiles_without_break_or_recompile():
     """Masked MasaCtrl, with masks of every step that the preset plans itself."""
     rows = torch.tensor([0, 0], dtype=torch.int32)
 
@@ -216,7 +217,8 @@ def table(blend: float | None, guidance: float = 3.0) -> Tensor:
     return step_coefficients(alphas, TIMESTEPS, final_alpha_cumprod=1.0, guidance_scale=guidance, blend_weights=weights)
 
 
-def test_29_step_blend_with_a_counter():
+@pytest.mark.fault(number=29)
+def test_step_blend_with_a_counter_compiles_once():
     compiled = torch.compile(step_blend, **OPTIONS)
     tables = [table(blend) for blend in BLENDS]
     inputs = {}
@@ -235,7 +237,8 @@ def test_29_step_blend_with_a_counter():
                     assert torch.equal(found, expected)
 
 
-def test_29_retouch_step_is_one_graph():
+@pytest.mark.fault(number=29)
+def test_retouch_step_is_one_graph():
     """Model, guidance, solver and mask blend in one compiled function, over loops that share from a step on."""
     unet, batch = small_unet(ONE_LEVEL), RetouchBatch(1, True, True)
     layers, state = select_layers(unet, "self"), AttentionState()
@@ -270,7 +273,8 @@ def test_29_retouch_step_is_one_graph():
                     torch.testing.assert_close(found, expected)
 
 
-def test_29_attention_backend():
+@pytest.mark.fault(number=29)
+def test_the_attention_backend_compiles_without_break_or_recompile():
     torch.manual_seed(0)
     model = FluxTransformer2DModel(
         patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
@@ -302,7 +306,8 @@ def test_29_attention_backend():
 
 
 @pytest.mark.parametrize(("way", "reading"), [("wrapped", "swap"), ("regional", "routing")])
-def test_29_pipeline_with_a_compiled_model(way, reading):
+@pytest.mark.fault(number=29)
+def test_pipeline_with_a_compiled_model(way, reading):
     """All passes of both stages: map capture, inversion, layout and retouch; a second call compiles nothing."""
     parts = {**components(), "unet": tiny_unet(0, **ONE_LEVEL), "personalized_unet": tiny_unet(1, **ONE_LEVEL)}
     pipe = StableDiffusionLayoutRetouchPipeline(**parts)

@@ -221,7 +221,8 @@ CHANGES = {  # what is passed, the component that is named, expected, got; the h
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_16_what_cannot_work_is_refused_before_any_step(name):
+@pytest.mark.fault(number=16)
+def test_what_cannot_work_is_refused_before_any_step(name):
     make, message = CHANGES[name]
     steps = []
     pipe = fresh(**make())
@@ -241,7 +242,8 @@ def test_16_what_cannot_work_is_refused_before_any_step(name):
         ),
     ],
 )
-def test_16_what_cannot_work_with_sdxl(parts, message):
+@pytest.mark.fault(number=16)
+def test_what_cannot_work_with_sdxl(parts, message):
     with pytest.raises(ValueError) as caught:
         run(fresh("xl", **parts))
     assert str(caught.value).startswith(f"lr_kernels.layout_retouch: {message}")
@@ -389,7 +391,8 @@ def test_a_textual_inversion_is_given_to_both_models(kind):
         assert torch.equal(run(pipe).latents, none.latents)
 
 
-def test_16_an_embedding_that_one_encoder_does_not_have_is_named():
+@pytest.mark.fault(number=16)
+def test_an_embedding_that_one_encoder_does_not_have_is_named():
     parts = components()
     stock = StableDiffusionPipeline(**parts)
     encoder = copy.deepcopy(stock.text_encoder)

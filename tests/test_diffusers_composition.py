@@ -1,5 +1,4 @@
-"""What the pipelines compose with: LoRA and textual inversion as personalization, ControlNets, offloading. Numbers in
-names are rows of the fault list in DESIGN.md."""
+"""What the pipelines compose with: LoRA and textual inversion as personalization, ControlNets, offloading."""
 
 import copy
 
@@ -66,7 +65,8 @@ def test_a_lora_file_personalizes(tmp_path):
     assert torch.equal(run(pipe, layout_steps=STEPS).layout_images, vanilla)
 
 
-def test_36_adapters_are_on_again_after_an_exception():
+@pytest.mark.fault(number=36)
+def test_adapters_are_on_again_after_an_exception():
     unet = with_lora(tiny_unet(0), "subject")
     pipe = fresh(unet=unet, personalized_unet=None)
 

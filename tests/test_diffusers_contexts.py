@@ -121,7 +121,8 @@ def test_targets_without_sharing_on_the_trajectory_are_the_layouts(pipe):
     assert distance(out.latents, out.layout_images) <= TOLERANCE
 
 
-def test_44_keys_and_values_beyond_the_limit_are_refused_before_any_step(pipe):
+@pytest.mark.fault(number=44)
+def test_keys_and_values_beyond_the_limit_are_refused_before_any_step(pipe):
     steps = []
     with pytest.raises(ValueError, match=r"context_limit: expected at least [0-9]+ bytes, which .* got 1000"):
         run(pipe, context_limit=1000, callback_on_step_end=lambda *a: steps.append(a) or {})
@@ -190,7 +191,8 @@ def test_endpoints_are_the_stock_pipeline_with_the_same_scheduler(pipes, kind, s
     assert close(run(pipe, num_inference_steps=7, context_storage=None).latents, both.latents)
 
 
-def test_16_eta_is_refused_where_the_scheduler_adds_no_noise(pipe):
+@pytest.mark.fault(number=16)
+def test_eta_is_refused_where_the_scheduler_adds_no_noise(pipe):
     euler = fresh("sd", **{**pipe.components, "scheduler": EulerDiscreteScheduler(), "requires_safety_checker": False})
     with pytest.raises(NotImplementedError, match=r"eta: expected 0 for this scheduler, got 0\.5"):
         run(euler, eta=0.5)

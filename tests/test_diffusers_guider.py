@@ -1,7 +1,4 @@
-"""StepBlendGuidance in a real modular SDXL pipeline of tiny random models.
-
-The numbers in names are rows of the fault list in DESIGN.md.
-"""
+"""StepBlendGuidance in a real modular SDXL pipeline of tiny random models."""
 
 import itertools
 import math
@@ -255,7 +252,8 @@ def test_inputs_from_a_block_state(layout_inputs):
 
 
 @pytest.mark.parametrize("kind", ["lora", "vanilla"])
-def test_36_the_denoiser_is_back_after_a_run_and_after_an_exception(pipe, layout_inputs, kind):
+@pytest.mark.fault(number=36)
+def test_the_denoiser_is_back_after_a_run_and_after_an_exception(pipe, layout_inputs, kind):
     other = tiny_unet(2)
     guider = blending(layout_inputs, layout_blend="linear", layout_steps=1, vanilla=None if kind == "lora" else other)
     before = state_of(pipe.unet)
@@ -275,7 +273,8 @@ def test_36_the_denoiser_is_back_after_a_run_and_after_an_exception(pipe, layout
     assert torch.equal(run(pipe, guider), expected)
 
 
-def test_36_another_guider_restores_what_an_exception_left(pipe):
+@pytest.mark.fault(number=36)
+def test_another_guider_restores_what_an_exception_left(pipe):
     before = state_of(pipe.unet)
     first, second = StepBlendGuidance(layout_steps=1), StepBlendGuidance(layout_steps=0)
     for guider in (first, second):
@@ -285,7 +284,8 @@ def test_36_another_guider_restores_what_an_exception_left(pipe):
 
 
 @pytest.mark.parametrize("resume", ["set_state", "prepare_models"])
-def test_36_the_next_step_restores_what_an_exception_left(pipe, resume):
+@pytest.mark.fault(number=36)
+def test_the_next_step_restores_what_an_exception_left(pipe, resume):
     guider = StepBlendGuidance(layout_blend=[0.0, 1.0])
     before = state_of(pipe.unet)
     guider.set_state(0, 2, torch.tensor(999))
@@ -299,7 +299,8 @@ def test_36_the_next_step_restores_what_an_exception_left(pipe, resume):
     assert state_of(pipe.unet) == before
 
 
-def test_36_a_forward_of_the_instance_is_put_back():
+@pytest.mark.fault(number=36)
+def test_a_forward_of_the_instance_is_put_back():
     """Hooks of accelerate and diffusers set one."""
     denoiser, vanilla = torch.nn.Identity(), torch.nn.Tanh()
     denoiser.forward = own = torch.sin
@@ -388,7 +389,8 @@ def test_a_function_is_asked_for_again(tmp_path):
 
 @pytest.mark.parametrize("bad", [math.nan, -0.1, 1.5])
 @pytest.mark.parametrize("kind", ["list", "function"])
-def test_34_blend_weight_outside_its_range(pipe, layout_inputs, kind, bad):
+@pytest.mark.fault(number=34)
+def test_blend_weight_outside_its_range(pipe, layout_inputs, kind, bad):
     weights = [0, 0, bad, 1]
     calls = record(pipe.unet)
     with pytest.raises(ValueError, match=r"layout_blend\[2\]: expected a weight in \[0, 1\], got"):
@@ -407,12 +409,14 @@ def test_34_blend_weight_outside_its_range(pipe, layout_inputs, kind, bad):
         ({"adapters": []}, r"adapters: expected some of the active ones, \['subject'\], got \[\]"),
     ],
 )
-def test_34_errors_name_the_argument(pipe, layout_inputs, kwargs, message):
+@pytest.mark.fault(number=34)
+def test_errors_name_the_argument(pipe, layout_inputs, kwargs, message):
     with pytest.raises(ValueError, match=message):
         run(pipe, blending(layout_inputs, **kwargs))
 
 
-def test_34_guidance_scale_is_finite():
+@pytest.mark.fault(number=34)
+def test_guidance_scale_is_finite():
     with pytest.raises(ValueError, match="guidance_scale: expected a finite number, got nan"):
         StepBlendGuidance(guidance_scale=math.nan)
 
@@ -426,7 +430,8 @@ def test_34_guidance_scale_is_finite():
     ],
     ids=["unknown name", "input that the pipeline lacks", "rows"],
 )
-def test_34_layout_inputs_that_do_not_fit(pipe, inputs, message):
+@pytest.mark.fault(number=34)
+def test_layout_inputs_that_do_not_fit(pipe, inputs, message):
     with pytest.raises(ValueError, match=message):
         run(pipe, blending(inputs))
 

@@ -97,7 +97,8 @@ def plain(text, image, rows, strength, text_tokens):
 
 
 @pytest.mark.parametrize(("build", "processor"), CASES, ids=["flux", "sd3"])
-def test_01_shared_attention_matches_a_transcription(build, processor):
+@pytest.mark.fault(number=1)
+def test_shared_attention_matches_a_transcription(build, processor):
     text_tokens = 7 if build is flux else 0  # of Flux's single blocks; SD3's second attention has image tokens alone
     ours = functools.partial(
         joint.shared_joint_attention, rows=ROWS, strength=torch.tensor(0.4), text_tokens=text_tokens
@@ -110,7 +111,8 @@ def test_01_shared_attention_matches_a_transcription(build, processor):
 
 
 @pytest.mark.parametrize(("build", "processor"), CASES, ids=["flux", "sd3"])
-def test_16_masks_are_refused_not_dropped(build, processor):
+@pytest.mark.fault(number=16)
+def test_masks_are_refused_not_dropped(build, processor):
     model = build()
     attn = next(m for m in model.modules() if hasattr(m, "processor"))
     x = torch.randn(1, 4, attn.to_q.in_features)
@@ -119,7 +121,8 @@ def test_16_masks_are_refused_not_dropped(build, processor):
 
 
 @pytest.mark.parametrize(("build", "processor"), CASES, ids=["flux", "sd3"])
-def test_16_an_ip_adapters_arguments_are_refused_not_dropped(build, processor):
+@pytest.mark.fault(number=16)
+def test_an_ip_adapters_arguments_are_refused_not_dropped(build, processor):
     """As a pipeline hands them: the layer drops what the processor does not name, for these without a warning."""
     model = build()
     stock = dict(model.attn_processors)
@@ -134,7 +137,8 @@ def test_16_an_ip_adapters_arguments_are_refused_not_dropped(build, processor):
         model.set_attn_processor(stock)
 
 
-def test_16_fused_projections_are_refused():
+@pytest.mark.fault(number=16)
+def test_fused_projections_are_refused():
     model = flux()
     attn = next(m for m in model.modules() if hasattr(m, "processor"))
     attn.fused_projections = True

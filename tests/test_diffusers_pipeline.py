@@ -1,7 +1,4 @@
-"""The pipeline on tiny random models: stages, their equalities, determinism, saving, errors by name.
-
-The numbers in names are rows of the fault list in DESIGN.md.
-"""
+"""The pipeline on tiny random models: stages, their equalities, determinism, saving, errors by name."""
 
 import copy
 import math
@@ -67,7 +64,8 @@ def retouch(pipe, prompt=PROMPTS, **kwargs):
 
 
 @pytest.mark.parametrize("bad", [math.nan, -0.1, 1.5])
-def test_34_blend_weight_outside_its_range(pipe, bad):
+@pytest.mark.fault(number=34)
+def test_blend_weight_outside_its_range(pipe, bad):
     with pytest.raises(ValueError, match=r"layout_blend\[2\]: expected a weight in \[0, 1\], got"):
         run(pipe, layout_blend=[0, 0, bad, 1])
 
@@ -93,7 +91,8 @@ def test_34_blend_weight_outside_its_range(pipe, bad):
         ({"mask_threshold": 2.0}, ValueError, "threshold"),
     ],
 )
-def test_34_errors_name_the_argument(pipe, kwargs, error, message):
+@pytest.mark.fault(number=34)
+def test_errors_name_the_argument(pipe, kwargs, error, message):
     with pytest.raises(error, match=message):
         run(pipe, **kwargs)
 
@@ -164,7 +163,8 @@ def test_layout_endpoints_are_the_stock_pipeline(pipe, model, guidance):
     assert distance(out.images, expected) <= TOLERANCE
 
 
-def test_34_blend_weights_of_0_and_1_give_the_endpoints_bitwise(pipe):
+@pytest.mark.fault(number=34)
+def test_blend_weights_of_0_and_1_give_the_endpoints_bitwise(pipe):
     shared = {"num_inference_steps": STEPS, "latents": NOISE, "output_type": "latent"}
 
     def images(**kwargs):
@@ -259,7 +259,8 @@ def test_prompts_and_generators_of_a_batch_are_independent(pipe):
 @pytest.mark.parametrize(
     "kwargs", [{}, {"eta": 0.5, "contexts_from": "renoise", "mask_blending": True}], ids=["ddim", "noisy"]
 )
-def test_35_deterministic_by_generator(pipe, kwargs):
+@pytest.mark.fault(number=35)
+def test_deterministic_by_generator(pipe, kwargs):
     kwargs["latents"] = None
     torch.manual_seed(1)
     first = run(pipe, **kwargs).latents
@@ -312,7 +313,8 @@ def stock_processors(pipe) -> dict:
     return {**pipe.personalized_unet.attn_processors, **{f"v.{k}": v for k, v in pipe.unet.attn_processors.items()}}
 
 
-def test_36_processors_are_back_after_a_run_and_after_an_exception(pipe):
+@pytest.mark.fault(number=36)
+def test_processors_are_back_after_a_run_and_after_an_exception(pipe):
     before = stock_processors(pipe)
     run(pipe, mask_blending=True)
     assert all(p is before[name] for name, p in stock_processors(pipe).items())

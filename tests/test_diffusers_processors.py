@@ -1,7 +1,4 @@
-"""The attention processors: stock until told otherwise, exact installation and removal, and the routing they carry.
-
-The numbers in names are rows of the fault list in DESIGN.md.
-"""
+"""The attention processors: stock until told otherwise, exact installation and removal, and the routing they carry."""
 
 import subprocess
 import sys
@@ -145,7 +142,8 @@ def test_plain_rows_are_unchanged_by_sharing():
     assert (out[0] - expected[0]).abs().max() > 1e-3
 
 
-def test_29_compiled_layer_has_one_graph_per_mode():
+@pytest.mark.fault(number=29)
+def test_compiled_layer_has_one_graph_per_mode():
     """No graph break, and no recompilation for another mask."""
     attn = Attention(query_dim=16, heads=2, dim_head=8).eval().requires_grad_(False)
     batch, state = RetouchBatch(2, True, True), AttentionState(backend="cpu")
@@ -177,7 +175,8 @@ def test_token_maps_are_the_mean_probabilities():
 
 
 @pytest.mark.parametrize("processor", [MultiSourceAttnProcessor, TokenMapAttnProcessor])
-def test_16_active_processor_refuses_an_attention_mask(processor):
+@pytest.mark.fault(number=16)
+def test_active_processor_refuses_an_attention_mask(processor):
     attn = Attention(query_dim=16, heads=2, dim_head=8)
     attn.set_processor(processor(AttentionState(sharing=True, capturing=True)))
     text = torch.randn(2, 9, 16) if processor is TokenMapAttnProcessor else None
@@ -211,7 +210,8 @@ def refuse(processor):
 
 
 @pytest.mark.parametrize("fails_at", [0, 1, 3, 6])
-def test_36_install_restores_after_an_exception_midway(fails_at, monkeypatch):
+@pytest.mark.fault(number=36)
+def test_install_restores_after_an_exception_midway(fails_at, monkeypatch):
     unet = tiny_unet()
     before = dict(unet.attn_processors)
     layers = select_layers(unet, "self")

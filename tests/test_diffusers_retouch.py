@@ -1,5 +1,4 @@
-"""The retouch stage beyond one subject and one reference: readings by hand, subjects, banks, and what does not fit.
-Numbers in names are rows of the fault list in DESIGN.md."""
+"""The retouch stage beyond one subject and one reference: readings by hand, subjects, banks, and what does not fit."""
 
 import copy
 import itertools
@@ -103,7 +102,8 @@ def test_the_readings_differ_and_both_share(pipe):
     assert torch.equal(swapped, retouch(pipe, reading="swap").latents)
 
 
-def test_16_swap_without_layouts_or_with_a_bank_is_refused(pipe):
+@pytest.mark.fault(number=16)
+def test_swap_without_layouts_or_with_a_bank_is_refused(pipe):
     with pytest.raises(NotImplementedError, match="reading: expected 'routing' without layouts"):
         retouch(pipe, reading="swap", context_latents=None, latents=NOISE)
     with pytest.raises(NotImplementedError, match="reading: expected 'routing' with a reference_bank"):
@@ -241,13 +241,15 @@ def test_a_bank_serves_the_whole_pipeline(pipe):
     ],
     ids=["steps", "range", "guidance", "size", "turned size", "subjects", "other subjects"],
 )
-def test_33_a_bank_built_for_something_else_is_refused(pipe, kwargs, message):
+@pytest.mark.fault(number=33)
+def test_a_bank_built_for_something_else_is_refused(pipe, kwargs, message):
     bank = banked(pipe)
     with pytest.raises(ValueError, match=message):
         from_bank(pipe, bank, **kwargs)
 
 
-def test_33_a_bank_without_a_foreground_or_never_filled_is_refused(pipe):
+@pytest.mark.fault(number=33)
+def test_a_bank_without_a_foreground_or_never_filled_is_refused(pipe):
     bank = ReferenceBank([1, 2])
     with pytest.raises(ValueError, match="reference_bank: expected one with a foreground"):
         from_bank(pipe, bank)
@@ -256,7 +258,8 @@ def test_33_a_bank_without_a_foreground_or_never_filled_is_refused(pipe):
         from_bank(pipe, bank)
 
 
-def test_33_two_pipelines_with_banks_interleaved(pipes):
+@pytest.mark.fault(number=33)
+def test_two_pipelines_with_banks_interleaved(pipes):
     """Each keeps its own; the other's is refused or gives the other's result, never a mixture."""
     first, second = banked(pipes["sd"]), banked(pipes["sd"], reference_mask=~MASK)
     alone = [from_bank(pipes["sd"], bank).latents for bank in (first, second)]
@@ -270,7 +273,8 @@ def test_what_a_bank_has_is_not_given_again(pipe):
         retouch(pipe, image=None, reference_prompt=None, reference_bank=banked(pipe))
 
 
-def test_44_a_bank_beyond_its_limit_is_refused(pipe):
+@pytest.mark.fault(number=44)
+def test_a_bank_beyond_its_limit_is_refused(pipe):
     with pytest.raises(ValueError, match="limit: expected a bank within 1000 bytes"):
         banked(pipe, limit=1000)
     assert all(type(p).__name__ == "AttnProcessor2_0" for p in pipe.personalized_unet.attn_processors.values())
@@ -403,6 +407,7 @@ def test_an_ip_adapter_in_a_unet_is_refused_by_name(pipe):
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
-def test_07_what_does_not_fit_is_named(pipe, kwargs, message):
+@pytest.mark.fault(number=7)
+def test_what_does_not_fit_is_named(pipe, kwargs, message):
     with pytest.raises(ValueError, match=message):
         run(pipe, **{"latents": None, **kwargs})

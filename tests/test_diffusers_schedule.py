@@ -180,7 +180,8 @@ def test_blends_of_two_models_are_given_to_the_scheduler_as_one(configuration):
 
 @every_configuration
 @pytest.mark.parametrize("w", [0.0, 1.0])
-def test_34_endpoints_are_the_single_model_bitwise(configuration, w):
+@pytest.mark.fault(number=34)
+def test_endpoints_are_the_single_model_bitwise(configuration, w):
     way = solver(scheduler_of(configuration), 7, "cpu")
     one = Stepper(way, way.table(guidance_scale=GUIDANCE))
     two = Stepper(way, way.table(guidance_scale=GUIDANCE, weights=torch.full((7,), w)))
@@ -394,7 +395,8 @@ def test_the_default_step():
 
 
 @pytest.mark.parametrize("step", [-1, 6, True, np.True_, 2.0, np.float64(2), "2", [2]])
-def test_34_steps_outside_the_schedule(step):
+@pytest.mark.fault(number=34)
+def test_steps_outside_the_schedule(step):
     with pytest.raises(ValueError, match="layout_steps: expected 0 to 5, got"):
         step_in_schedule("layout_steps", step, 2, 0, 5)
 

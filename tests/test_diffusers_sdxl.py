@@ -60,7 +60,8 @@ def test_sizes_and_images(pipe):
     assert out.masks.shape == (2, 10, 6) and out.seconds.keys() >= {"layout", "invert", "retouch", "decode"}
 
 
-def test_36_the_models_are_as_before_after_a_run_and_after_an_exception(pipe):
+@pytest.mark.fault(number=36)
+def test_the_models_are_as_before_after_a_run_and_after_an_exception(pipe):
     before = [dict(unet.attn_processors) for unet in (pipe.unet, pipe.personalized_unet)]
 
     def stop(pipe, step, t, tensors):
@@ -73,7 +74,8 @@ def test_36_the_models_are_as_before_after_a_run_and_after_an_exception(pipe):
     assert [unet.attn_processors for unet in (pipe.unet, pipe.personalized_unet)] == before
 
 
-def test_35_deterministic_by_generator(pipe):
+@pytest.mark.fault(number=35)
+def test_deterministic_by_generator(pipe):
     def latents(seed):
         return run(pipe, latents=None, eta=0.5, generator=torch.Generator().manual_seed(seed)).latents
 

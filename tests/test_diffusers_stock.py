@@ -203,7 +203,8 @@ def test_embeds_in_both_stages_are_those_of_the_texts(pipes, kind):
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
-def test_16_what_does_not_fit_is_refused_before_any_step(pipe, arguments, error, message):
+@pytest.mark.fault(number=16)
+def test_what_does_not_fit_is_refused_before_any_step(pipe, arguments, error, message):
     steps = []
     with pytest.raises(error) as caught:
         run(pipe, callback_on_step_end=lambda *a: steps.append(a), **arguments)

@@ -1,31 +1,22 @@
 """What users do to a model around our processors - LoRA, IP-Adapter, fused projections, slicing, offloading - is
 computed as without them, reported by `Installation.verify`, or refused by name.
-
-Numbers in names: DESIGN.md's fault list.
 """
 
 import contextlib
 
-import accelerate
 import pytest
 import tiny_models
 import torch
 from diffusers import (
     DDIMScheduler,
-    FluxTransformer2DModel,
-    SD3Transformer2DModel,
     StableDiffusionPipeline,
 )
 from diffusers.models.attention_processor import (
     FusedAttnProcessor2_0,
-    FusedJointAttnProcessor2_0,
     IPAdapterAttnProcessor2_0,
-    SD3IPAdapterJointAttnProcessor2_0,
     SlicedAttnProcessor,
 )
-from diffusers.models.embeddings import IPAdapterTimeImageProjection
-from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
-from peft import LoraConfig
+from model_changes import OFFLOADS, add_lora, randn
 from safetensors.torch import save_file
 
 from lr_kernels import Source, multi_source_attention
@@ -40,8 +31,6 @@ from lr_kernels.diffusers import (
     RetouchBatch,
     TokenMapAttnProcessor,
     install_processors,
-    joint_attention,
-    joint_attention_layers,
     route,
     select_layers,
 )
@@ -57,10 +46,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def tiny_unet():
     return tiny_models.tiny_unet(0).requires_grad_(False)
-
-
-def randn(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def predict(unet, image=None, seed=0):
@@ -112,12 +97,6 @@ class Installed:
 def read_the_last_row(query, key, value):
     rows = torch.tensor([ROWS - 1] * (ROWS - 1) + [-1], dtype=torch.int32)
     return multi_source_attention(query, [Source(key, value), Source(key, value, rows)])
-
-
-def add_lora(model):
-    torch.manual_seed(1)
-    targets = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
-    model.add_adapter(LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
 
 
 def pipeline(unet):
@@ -236,7 +215,8 @@ def test_processors_work_beside_an_ip_adapter(kind, load_ip_adapter):
     assert unet.attn_processors == before
 
 
-def test_16_an_ip_adapters_layers_are_refused_and_the_named_remedy_helps(load_ip_adapter):
+@pytest.mark.fault(number=16)
+def test_an_ip_adapters_layers_are_refused_and_the_named_remedy_helps(load_ip_adapter):
     unet = tiny_unet()
     expected = Installed(TokenMapAttnProcessor, tiny_unet()).predict()
     load_ip_adapter(unet)
@@ -273,7 +253,8 @@ def test_fused_projections_and_slicing_meanwhile_are_reported(kind, processor):
 
 @pytest.mark.parametrize("processor", CHANGES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_16_fused_projections_and_slicing_before_are_refused_and_the_named_remedy_helps(kind, processor):
+@pytest.mark.fault(number=16)
+def test_fused_projections_and_slicing_before_are_refused_and_the_named_remedy_helps(kind, processor):
     unet = tiny_unet()
     expected = Installed(kind, tiny_unet()).predict()
     owner, change, undo = CHANGES[processor]
@@ -311,18 +292,6 @@ def test_processors_that_unfusing_brings_back_after_removal_are_stock(kind):
         assert torch.equal(predict(unet), expected)
 
 
-def offload_by_accelerate(model):
-    accelerate.cpu_offload(model, execution_device="cpu")
-    assert all(parameter.is_meta for parameter in model.parameters())
-
-
-def offload_by_groups(model):
-    model.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
-
-
-OFFLOADS = [offload_by_accelerate, offload_by_groups]
-
-
 @pytest.mark.parametrize("offload", OFFLOADS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_offloading_changes_no_bit(kind, offload):
@@ -330,171 +299,6 @@ def test_offloading_changes_no_bit(kind, offload):
     expected = installed.predict()
     offload(installed.unet)
     assert torch.equal(installed.predict(), expected)
-
-
-def flux():
-    torch.manual_seed(0)
-    return FluxTransformer2DModel(
-        patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8),
-    ).eval().requires_grad_(False)  # fmt: skip
-
-
-def sd3():
-    torch.manual_seed(0)
-    return SD3Transformer2DModel(
-        sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,
-        joint_attention_dim=32, caption_projection_dim=32, pooled_projection_dim=64, out_channels=4,
-        qk_norm="rms_norm", dual_attention_layers=(0,),
-    ).eval().requires_grad_(False)  # fmt: skip
-
-
-def predict_joint(model):
-    text = {"encoder_hidden_states": randn(2, 7, 32, seed=1), "timestep": torch.tensor([500, 500])}
-    if isinstance(model, FluxTransformer2DModel):
-        image = {"hidden_states": randn(2, 16, 4), "img_ids": randn(16, 3), "txt_ids": randn(7, 3, seed=2)}
-        inputs = image | {"pooled_projections": randn(2, 32)}
-    else:
-        inputs = {"hidden_states": randn(2, 4, 8, 8), "pooled_projections": randn(2, 64)}
-    with torch.no_grad():
-        return model(**text, **inputs, return_dict=False)[0]
-
-
-JOINT = pytest.mark.parametrize(
-    ("build", "kind"), [(flux, CustomFluxAttnProcessor), (sd3, CustomSD3AttnProcessor)], ids=["flux", "sd3"]
-)
-
-
-def install_joint(model, kind, attention=None):
-    layers = joint_attention_layers(model)
-    return install_processors(layers, {name: kind(attention) for name in layers})
-
-
-def load_joint_ip_adapter(model):
-    """An IP-Adapter with random weights, by the model's own loader."""
-    torch.manual_seed(2)
-    if isinstance(model, FluxTransformer2DModel):
-        weights = FluxIPAdapterAttnProcessor(32, 32).state_dict()
-        tensors = {f"0.{name.replace('.0.', '.')}": x for name, x in weights.items()}
-        image = {"proj.weight": randn(4 * 32, 8), "proj.bias": torch.zeros(4 * 32)}
-        image |= {"norm.weight": torch.ones(32), "norm.bias": torch.zeros(32)}
-    else:
-        weights = SD3IPAdapterJointAttnProcessor2_0(32, 32, 8, 16).state_dict()
-        tensors = {f"{i}.{name}": x for i in range(len(model.attn_processors)) for name, x in weights.items()}
-        image = IPAdapterTimeImageProjection(8, 32, 64, heads=1, num_queries=4, timestep_in_dim=16).state_dict()
-    model._load_ip_adapter_weights({"ip_adapter": tensors, "image_proj": image})
-
-
-@JOINT
-@pytest.mark.parametrize("first", ["lora", "installation"])
-def test_a_lora_is_computed_in_joint_attention(build, kind, first):
-    model, fused = build(), build()
-    for x in (model, fused):
-        if x is fused or first == "lora":
-            add_lora(x)
-    installation = install_joint(model, kind, joint_attention)
-    if first == "installation":
-        add_lora(model)
-    active = predict_joint(model)
-    installation.remove()
-    with install_joint(model, kind):
-        assert torch.equal(predict_joint(model), predict_joint(fused))
-    fused.fuse_lora()
-    torch.testing.assert_close(active, predict_joint(fused))
-    assert not torch.allclose(active, predict_joint(build()), atol=1e-3)
-
-
-@JOINT
-@pytest.mark.parametrize("offload", OFFLOADS)
-def test_offloading_changes_no_bit_of_joint_attention(build, kind, offload):
-    model = build()
-    install_joint(model, kind, joint_attention)
-    keys, expected = list(model.state_dict()), predict_joint(model)
-    assert keys == list(build().state_dict())
-    offload(model)
-    assert torch.equal(predict_joint(model), expected)
-
-
-@JOINT
-def test_36_installing_in_joint_attention_is_undone_exactly(build, kind, monkeypatch):
-    model = build()
-    before = model.attn_processors
-    with pytest.raises(KeyError, match="within"), install_joint(model, kind) as installation:
-        assert all(type(processor) is kind for processor in model.attn_processors.values())
-        assert not installation.replaced()
-        raise KeyError("within")
-    assert model.attn_processors == before
-    last = list(joint_attention_layers(model).values())[-1]
-    set_processor = last.set_processor
-    monkeypatch.setattr(last, "set_processor", lambda x: 1 / 0 if isinstance(x, kind) else set_processor(x))
-    with pytest.raises(ZeroDivisionError):
-        install_joint(model, kind)
-    assert model.attn_processors == before
-
-
-@JOINT
-def test_an_ip_adapter_in_joint_attention_is_reported_if_loaded_meanwhile_and_refused_if_before(build, kind):
-    model = build()
-    before = model.attn_processors
-    installation = install_joint(model, kind, joint_attention)
-    load_joint_ip_adapter(model)
-    layers = list(before)
-    with pytest.warns(RuntimeWarning, match=rf"{len(layers)} of {len(layers)} .* is now \w+IPAdapter\w+"):
-        installation.verify()
-    installation.remove()
-    left = model.attn_processors
-    adapters = [name for name, p in left.items() if isinstance(p, torch.nn.Module)]
-    assert adapters and all(left[name] is before[name] for name in layers if name not in adapters)
-    with pytest.raises(NotImplementedError, match=r"got \w+IPAdapter\w+; .*unload_ip_adapter\(\)"):
-        install_joint(model, kind)
-    assert model.attn_processors == left
-
-
-def test_16_flux_refuses_fused_projections_and_works_again_without():
-    model = flux()
-    installation = install_joint(model, CustomFluxAttnProcessor, joint_attention)
-    expected = predict_joint(model)
-    model.fuse_qkv_projections()
-    assert not installation.replaced()
-    with pytest.raises(NotImplementedError, match="attn: expected separate projections, got fused ones"):
-        predict_joint(model)
-    model.unfuse_qkv_projections()
-    assert torch.equal(predict_joint(model), expected)
-
-
-def test_without_a_function_flux_computes_fused_projections_as_stock():
-    model, stock = flux(), flux()
-    install_joint(model, CustomFluxAttnProcessor)
-    for x in (model, stock):
-        x.fuse_qkv_projections()
-    assert torch.equal(predict_joint(model), predict_joint(stock))
-
-
-def test_sd3s_fused_projections_are_reported_and_unfusing_brings_the_processors_back():
-    model = sd3()
-    installation = install_joint(model, CustomSD3AttnProcessor, joint_attention)
-    expected = predict_joint(model)
-    model.fuse_qkv_projections()
-    with pytest.warns(RuntimeWarning, match="3 of 3 .* is now FusedJointAttnProcessor2_0"):
-        installation.verify()
-    model.unfuse_qkv_projections()
-    assert not installation.replaced()
-    assert torch.equal(predict_joint(model), expected)
-    model.fuse_qkv_projections()
-    model.set_attn_processor(CustomSD3AttnProcessor(joint_attention))  # it calls the separate projections, still there
-    assert torch.equal(predict_joint(model), expected)
-
-
-def test_sd3s_processors_that_unfusing_brings_back_after_removal_are_stock():
-    model = sd3()
-    expected = predict_joint(model)
-    installation = install_joint(model, CustomSD3AttnProcessor, joint_attention)
-    model.fuse_qkv_projections()
-    installation.remove()
-    assert {type(p) for p in model.attn_processors.values()} == {FusedJointAttnProcessor2_0}
-    model.unfuse_qkv_projections()
-    assert {type(p) for p in model.attn_processors.values()} == {CustomSD3AttnProcessor}
-    assert torch.equal(predict_joint(model), expected)
 
 
 @pytest.mark.parametrize("kind", SELF_KINDS)

@@ -61,7 +61,8 @@ def test_right_calls_are_taken(name):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", OPERATORS)
-def test_45_every_tensor_is_checked(name, backend, device):
+@pytest.mark.fault(number=45)
+def test_every_tensor_is_checked(name, backend, device):
     """Dtype and number of dimensions of each, and the message names it."""
     if not hasattr(OPS, f"{name}_{backend}") or (backend, name) == ("cpu", "compact_keys"):
         pytest.skip("no such op")
@@ -95,7 +96,9 @@ OUTPUTS = {
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", OPERATORS)
-def test_06_45_outputs_have_memory_of_their_own(name, backend, device):
+@pytest.mark.fault(number=6)
+@pytest.mark.fault(number=45)
+def test_outputs_have_memory_of_their_own(name, backend, device):
     if not hasattr(OPS, f"{name}_{backend}") or (backend, name) == ("cpu", "compact_keys"):
         pytest.skip("no such op")
     arguments = full_call(name, backend)
@@ -180,13 +183,15 @@ def int32(*rows):
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
-def test_45_lists_of_attention(changes, message):
+@pytest.mark.fault(number=45)
+def test_lists_of_attention_that_do_not_fit_are_refused(changes, message):
     OPS.multi_source_attention_cpu(*attention())
     with pytest.raises(RuntimeError, match=rf"^lr_kernels\.multi_source_attention: {message}"):
         OPS.multi_source_attention_cpu(*attention(**changes))
 
 
-def test_45_only_listed_keys_are_looked_at():
+@pytest.mark.fault(number=45)
+def test_only_listed_keys_are_looked_at():
     """What lies past key_count is never read."""
     arguments = attention()
     expected = torch.empty_like(arguments[-2])
@@ -240,13 +245,15 @@ X, MASK = torch.zeros(1, 5, 2, 8), torch.zeros(1, 2, 8, dtype=torch.bool)
         ),
     ],
 )  # fmt: skip
-def test_45_numbers(call, message):
+@pytest.mark.fault(number=45)
+def test_numbers_out_of_range_are_refused(call, message):
     with pytest.raises(RuntimeError, match=rf"^lr_kernels\.{message}"):
         call()
 
 
 @pytest.mark.parametrize("left", [0, 64])
-def test_45_memory_that_was_given_back(left):
+@pytest.mark.fault(number=45)
+def test_memory_that_was_given_back_is_refused(left):
     x, out = torch.zeros(2, 8, 2, 16), torch.empty(2, 8, 2, 16)
     x.untyped_storage().resize_(left)
     with pytest.raises(RuntimeError, match="adain: x: expected memory for 512 elements"):
@@ -254,7 +261,8 @@ def test_45_memory_that_was_given_back(left):
 
 
 @pytest.mark.skipif(not platform.ERRORS_REACH_PYTHON, reason="errors end the process")
-def test_45_a_share_of_the_fuzz():
+@pytest.mark.fault(number=45)
+def test_a_share_of_the_fuzz():
     outcomes = [make_call(seed)[1] for seed in range(300)]
     assert outcomes.count("refused by the op") > 100 and outcomes.count("succeeded") > 30
 

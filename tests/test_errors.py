@@ -22,7 +22,8 @@ def good(count=3, rows=2, keys=7, heads=2, head_dim=16):
     argument=st.sampled_from(["key", "value"]),
     fault=st.sampled_from(["head_dim", "heads", "rows", "keys", "rank"]),
 )
-def test_07_disagreeing_shapes_name_source_and_argument(index, argument, fault):
+@pytest.mark.fault(number=7)
+def test_disagreeing_shapes_name_source_and_argument(index, argument, fault):
     query, sources = good()
     shape = {
         "head_dim": (2, 7, 2, 80),
@@ -36,7 +37,8 @@ def test_07_disagreeing_shapes_name_source_and_argument(index, argument, fault):
         multi_source_attention(query, sources)
 
 
-def test_07_message_form():
+@pytest.mark.fault(number=7)
+def test_errors_have_one_form():
     query, sources = good(head_dim=64)
     sources[2] = sources[2]._replace(key=torch.randn(2, 7, 2, 80))
     with pytest.raises(ValueError, match=OP + r"key\[2\]: expected head_dim 64, got 80"):
@@ -68,14 +70,16 @@ def test_07_message_form():
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
-def test_07_tables_of_a_source(change, error, message):
+@pytest.mark.fault(number=7)
+def test_tables_of_a_source(change, error, message):
     query, sources = good()
     sources[1] = sources[1]._replace(**change)
     with pytest.raises(error, match=OP + message):
         multi_source_attention(query, sources)
 
 
-def test_07_query_and_groups():
+@pytest.mark.fault(number=7)
+def test_query_and_groups():
     query, sources = good()
     with pytest.raises(
         ValueError, match=OP + r"query: expected shape \(batch, tokens, heads, head_dim\), got \(5, 32\)"
@@ -96,7 +100,8 @@ def test_07_query_and_groups():
         multi_source_attention(query, [wide])
 
 
-def test_07_plan_and_merge():
+@pytest.mark.fault(number=7)
+def test_plan_and_merge():
     with pytest.raises(ValueError, match=r"lr_kernels\.plan_attention: key_groups: expected 2 entries, got 1"):
         plan_attention([None, None], [None])
     with pytest.raises(ValueError, match=r"lr_kernels\.merge_attention_states: lses: expected 2 tensors"):
@@ -112,7 +117,8 @@ def test_07_plan_and_merge():
         ("triton", "weight", r"gradients of weight\[1\]", "'reference'"),
     ],
 )
-def test_16_unsupported_argument_names_itself_and_who_supports_it(backend, argument, named, able, monkeypatch):
+@pytest.mark.fault(number=16)
+def test_unsupported_argument_names_itself_and_who_supports_it(backend, argument, named, able, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     query, sources = good(count=2)
     given = getattr(sources[1], argument)
@@ -125,7 +131,8 @@ def test_16_unsupported_argument_names_itself_and_who_supports_it(backend, argum
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
-def test_17_dtypes(backend, monkeypatch):
+@pytest.mark.fault(number=17)
+def test_dtypes_that_do_not_fit_are_named(backend, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     query, sources = good()
     sources[0] = sources[0]._replace(value=sources[0].value.half())
@@ -140,7 +147,8 @@ def test_17_dtypes(backend, monkeypatch):
 
 
 @pytest.mark.parametrize("argument", ["key", "value", "rows", "key_mask"])
-def test_18_devices(argument):
+@pytest.mark.fault(number=18)
+def test_devices_that_do_not_fit_are_named(argument):
     query, sources = good()
     away = {
         "key": sources[0].key,
@@ -153,7 +161,8 @@ def test_18_devices(argument):
         multi_source_attention(query, sources)
 
 
-def test_42_unavailable_backend_says_why(monkeypatch):
+@pytest.mark.fault(number=42)
+def test_unavailable_backend_says_why(monkeypatch):
     query, sources = good()
     with pytest.raises(ValueError, match=OP + "backend: expected one of auto, cuda, triton, cpu, reference, got 'tpu'"):
         multi_source_attention(query, sources, backend="tpu")
@@ -191,24 +200,28 @@ def attend_with(**changes):
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
-def test_17_types_that_do_not_fit_are_named(changes, message):
+@pytest.mark.fault(number=17)
+def test_types_that_do_not_fit_are_named(changes, message):
     with pytest.raises(TypeError, match=message):
         attend_with(**changes)
 
 
-def test_17_a_plan_of_something_else_is_refused():
+@pytest.mark.fault(number=17)
+def test_a_plan_of_something_else_is_refused():
     with pytest.raises(TypeError, match=r"key_mask\[0\]: expected a tensor or None, got list"):
         plan_attention([[True]])
 
 
 @pytest.mark.parametrize("groups", [torch.ones(3, 8, dtype=torch.uint8), torch.ones(2, 7, dtype=torch.uint8)], ids=str)
-def test_07_masks_and_groups_of_different_shape_are_refused(groups):
+@pytest.mark.fault(number=7)
+def test_masks_and_groups_of_different_shape_are_refused(groups):
     with pytest.raises(ValueError, match=r"key_groups\[0\]: expected shape \(2 or 1, 8\)"):
         plan_attention([BYTES == 1], [groups], BYTES)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "auto"])
-def test_28_forward_mode_is_refused_or_right_never_dropped(backend):
+@pytest.mark.fault(number=28)
+def test_forward_mode_is_refused_or_right_never_dropped(backend):
     def attend(query):
         return multi_source_attention(query, [Source(X, X)], backend=backend)
 
@@ -224,7 +237,8 @@ def test_28_forward_mode_is_refused_or_right_never_dropped(backend):
     torch.testing.assert_close(found.double(), torch.sub(*ends) / (2 * step), rtol=1e-3, atol=1e-4)
 
 
-def test_17_autocast_casts_what_pytorch_casts():
+@pytest.mark.fault(number=17)
+def test_autocast_casts_what_pytorch_casts():
     with torch.autocast("cpu", torch.bfloat16):
         assert multi_source_attention(X, [Source(X, X)]).dtype == torch.bfloat16
         wide = X.double()
@@ -233,7 +247,8 @@ def test_17_autocast_casts_what_pytorch_casts():
             multi_source_attention(X.long(), [Source(X.long(), X.long())])
 
 
-def test_29_a_byte_that_is_not_named_is_an_error_in_a_compiled_plan_too():
+@pytest.mark.fault(number=29)
+def test_a_byte_that_is_not_named_is_an_error_in_a_compiled_plan_too():
     groups = torch.tensor([[1, 2, 4, 1]], dtype=torch.uint8)
 
     def plan(x):

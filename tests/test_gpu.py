@@ -1,5 +1,7 @@
-"""What only a GPU can show: streams, graphs, large offsets, the order of launches. Numbers in names: DESIGN.md's fault
-list. Everything else that runs there is in test_triton.py and test_triton_backward.py, which use a GPU where one is."""
+"""What only a GPU can show: streams, graphs, large offsets, the order of launches.
+
+Everything else that runs there is in test_triton*.py, whose tests use a GPU where there is one.
+"""
 
 import pytest
 import torch
@@ -25,7 +27,8 @@ def case(dtype=torch.bfloat16, **keywords) -> tuple:
 
 @pytest.mark.parametrize("head_dim", [8, 40, 64, 80, 128, 160, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_01_sanitizer_set(head_dim, dtype):
+@pytest.mark.fault(number=1)
+def test_a_few_small_calls_for_compute_sanitizer(head_dim, dtype):
     """Few and small: compute-sanitizer runs these 50 times slower."""
     for keywords in ({}, {"visible": 0.4, "groups": 2}, {"key_bias": True}, {"softmax_groups": (0, 1)}):
         check_attention(attend, case(dtype, head_dim=head_dim, **keywords)[0])
@@ -95,7 +98,8 @@ def test_no_host_synchronization():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_02_offsets_beyond_int32():
+@pytest.mark.fault(number=2)
+def test_offsets_beyond_int32_are_computed():
     """Keys of a view whose last rows lie 2^31 elements behind the first."""
     rows, tokens = 2, 2**21
     wide = torch.empty(rows, tokens, 8, 80, dtype=torch.bfloat16, device="cuda")
@@ -106,7 +110,8 @@ def test_02_offsets_beyond_int32():
     assert torch.equal(attend(query, [Source(key, key)]), expected)
 
 
-def test_30_the_same_bits_every_time():
+@pytest.mark.fault(number=30)
+def test_the_same_bits_every_time():
     inputs, _ = case(visible=0.5, groups=2, key_bias=True)
     leaves = [x.clone().requires_grad_() for s in inputs.sources for x in (s.key, s.value)]
     sources = [s._replace(key=leaves[2 * i], value=leaves[2 * i + 1]) for i, s in enumerate(inputs.sources)]

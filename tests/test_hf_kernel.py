@@ -1,5 +1,4 @@
-"""The folder hf_kernel, loaded by Hugging Face's `kernels` and put into models by `kernelize`. Numbers in names:
-DESIGN.md's fault list."""
+"""The folder hf_kernel, loaded by Hugging Face's `kernels` and put into models by `kernelize`."""
 
 import copy
 import inspect
@@ -171,7 +170,8 @@ def test_a_kernelized_model_gives_stocks_numbers(name, calls):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_28_gradients_pass_through_a_kernelized_model(name, calls):
+@pytest.mark.fault(number=28)
+def test_gradients_pass_through_a_kernelized_model(name, calls):
     x = randn(2, 33, 32)
     model = stock(name)
     expected, exact = gradients(model, x), gradients(copy.deepcopy(model).double(), x.detach().double())
@@ -182,7 +182,8 @@ def test_28_gradients_pass_through_a_kernelized_model(name, calls):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_29_a_kernelized_model_compiles_whole(name):
+@pytest.mark.fault(number=29)
+def test_a_kernelized_model_compiles_whole(name):
     x = randn(2, 33, 32)
     model = stock(name)
     expected, exact = gradients(model, x), gradients(copy.deepcopy(model).double(), x.detach().double())
@@ -215,7 +216,8 @@ def test_every_layout_of_multihead_attention(config, kernel):
      ({"add_zero_attn": True}, {}, "add_zero_attn")],
     ids=["weights", "mask", "causal", "dropout", "bias", "zero"],
 )  # fmt: skip
-def test_16_what_the_operator_has_not_is_refused_by_name(config, keywords, name):
+@pytest.mark.fault(number=16)
+def test_what_the_operator_has_not_is_refused_by_name(config, keywords, name):
     module = kernelized(nn.MultiheadAttention(32, 4, batch_first=True, **config))
     x = randn(1, 9, 32)
     with pytest.raises(NotImplementedError, match=f"MultiheadAttention: {name}: expected none"):
@@ -223,7 +225,8 @@ def test_16_what_the_operator_has_not_is_refused_by_name(config, keywords, name)
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
-def test_07_a_padding_mask_of_another_shape_is_named(batch_first):
+@pytest.mark.fault(number=7)
+def test_a_padding_mask_of_another_shape_is_named(batch_first):
     module = kernelized(nn.MultiheadAttention(32, 4, batch_first=batch_first))
     x = randn(4, 9, 32) if batch_first else randn(9, 4, 32)
     hidden = torch.zeros(4, dtype=torch.bool)  # as many as heads: it would pass for a mask per head

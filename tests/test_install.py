@@ -34,7 +34,8 @@ def run_python(code: str, cwd: Path | None = None) -> subprocess.CompletedProces
 @pytest.mark.parametrize(
     "blocked", [("triton",), ("diffusers", "transformers"), ("triton", "diffusers", "rich", "PIL")]
 )
-def test_42_imports_and_computes_without(blocked):
+@pytest.mark.fault(number=42)
+def test_imports_and_computes_without(blocked):
     code = BLOCKED.format(blocked=blocked) + (
         "import torch, lr_kernels as lr\n"
         "x = torch.randn(1, 4, 1, 8)\n"
@@ -68,7 +69,8 @@ USE = (
 )
 
 
-def test_42_without_a_compiler_the_reference_serves_and_one_warning_tells(copied_package):
+@pytest.mark.fault(number=42)
+def test_without_a_compiler_the_reference_serves_and_one_warning_tells(copied_package):
     printed = run_python(USE, copied_package).stdout
     assert printed.startswith(
         "1 lr_kernels: no compiled CPU kernels: the package was installed without its C++ extension"
@@ -76,7 +78,8 @@ def test_42_without_a_compiler_the_reference_serves_and_one_warning_tells(copied
     assert "backend: 'cpu' cannot run: the package was installed without its C++ extension" in printed
 
 
-def test_43_extension_built_for_another_torch_names_both_versions(copied_package):
+@pytest.mark.fault(number=43)
+def test_extension_built_for_another_torch_names_both_versions(copied_package):
     target = copied_package / "lr_kernels"
     (target / "_C.so").write_bytes(b"")
     (target / "_build.json").write_text(json.dumps({"torch": "99.1.0", "torch_minimum": "99.0"}))
@@ -88,7 +91,8 @@ def test_43_extension_built_for_another_torch_names_both_versions(copied_package
     )
 
 
-def test_43_broken_library_is_reported_with_its_cause(tmp_path):
+@pytest.mark.fault(number=43)
+def test_broken_library_is_reported_with_its_cause(tmp_path):
     (tmp_path / "_C.so").write_bytes(b"not a library")
     (tmp_path / "_build.json").write_text(json.dumps({"torch": torch.__version__, "torch_minimum": "2.10"}))
     (tmp_path / "_C_cuda.so").write_bytes(b"not a library either")
@@ -104,7 +108,8 @@ def make_package(folder: Path, *files: str) -> Path:
     return folder / "lr_kernels"
 
 
-def test_42_a_source_folder_that_hides_the_installed_package_says_so(tmp_path, monkeypatch):
+@pytest.mark.fault(number=42)
+def test_a_source_folder_that_hides_the_installed_package_says_so(tmp_path, monkeypatch):
     """As `pip install .` and then Python in the clone's folder, which comes first on the path."""
     clone = make_package(tmp_path / "clone", "setup.py", "csrc/params.h", "lr_kernels/__init__.py")
     info_of_build = tmp_path / "clone" / "lr_kernels.egg-info"  # pip's build leaves it: it is no installation
@@ -125,7 +130,8 @@ def test_42_a_source_folder_that_hides_the_installed_package_says_so(tmp_path, m
     assert f"(source folder)\n{'':14}hides the installed {site}" in info.report()
 
 
-def test_42_a_source_folder_alone_says_how_to_build_it(tmp_path, monkeypatch):
+@pytest.mark.fault(number=42)
+def test_a_source_folder_alone_says_how_to_build_it(tmp_path, monkeypatch):
     clone = make_package(tmp_path, "setup.py", "csrc/params.h", "lr_kernels/__init__.py")
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     assert installation.why_not_built(clone).endswith("build it there: pip install -e . --no-build-isolation")
@@ -158,7 +164,8 @@ told(interop.register_with_transformers)
 """
 
 
-def test_42_what_needs_an_extra_says_which():
+@pytest.mark.fault(number=42)
+def test_what_needs_an_extra_says_which():
     extra = ("diffusers", "transformers", "safetensors", "PIL", "tqdm", "rich", "matplotlib")
     root = PACKAGE.parent
     printed = run_python(BLOCKED.format(blocked=extra) + EXTRAS, root).stdout.splitlines()
@@ -221,7 +228,8 @@ told(run)
 """
 
 
-def test_42_what_a_build_lacks_is_told_in_one_line():
+@pytest.mark.fault(number=42)
+def test_what_a_build_lacks_is_told_in_one_line():
     """setup.py without a compiler, without cmake, where cmake fails, and with the wrong torch or setuptools."""
     run = subprocess.run([sys.executable, "-c", SETUP], capture_output=True, text=True, cwd=PACKAGE.parent)
     assert run.returncode == 0, run.stderr

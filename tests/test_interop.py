@@ -1,5 +1,4 @@
-"""Other libraries' signatures on the operator: the same numbers as theirs, or a refusal by name. Numbers in names:
-DESIGN.md's fault list."""
+"""Other libraries' signatures on the operator: the same numbers as theirs, or a refusal by name."""
 
 import inspect
 
@@ -139,20 +138,23 @@ def test_xformers_heads_in_the_batch_and_heads_in_groups():
         )
 
 
-def test_16_xformers_bias_that_differs_between_heads_or_queries_is_refused_by_its_name():
+@pytest.mark.fault(number=16)
+def test_xformers_bias_that_differs_between_heads_or_queries_is_refused_by_its_name():
     x = [x.transpose(1, 2) for x in tensors()]
     for bias in (randn(8, 1, 50), randn(2, 33, 50)):
         with pytest.raises(NotImplementedError, match="memory_efficient_attention: attn_bias: expected the same for"):
             interop.memory_efficient_attention(*x, bias)
 
 
-def test_09_a_mask_without_queries():
+@pytest.mark.fault(number=9)
+def test_a_mask_without_queries():
     q, k, v = tensors()
     mask = torch.ones(2, 1, 0, 50, dtype=torch.bool)
     assert interop.scaled_dot_product_attention(q[:, :, :0], k, v, mask).shape == (2, 4, 0, 40)
 
 
-def test_29_a_mask_repeated_over_heads_compiles_whole_and_is_compared_by_the_device():
+@pytest.mark.fault(number=29)
+def test_a_mask_repeated_over_heads_compiles_whole_and_is_compared_by_the_device():
     q, k, v = tensors()
     mask = MASKS["repeated over heads"].clone()
     compiled = torch.compile(interop.scaled_dot_product_attention, fullgraph=True, backend="aot_eager")
@@ -205,7 +207,8 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("function", "keywords", "message"), REFUSED, ids=lambda x: str(x)[:24])
-def test_16_what_the_operator_has_not_is_refused_by_name(function, keywords, message):
+@pytest.mark.fault(number=16)
+def test_what_the_operator_has_not_is_refused_by_name(function, keywords, message):
     q, k, v = tensors()
     if function == "memory_efficient_attention":
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -214,7 +217,8 @@ def test_16_what_the_operator_has_not_is_refused_by_name(function, keywords, mes
         getattr(interop, function)(*first, q, k, v, **keywords)
 
 
-def test_16_what_transformers_hands_through_for_other_parts_of_the_model_changes_nothing():
+@pytest.mark.fault(number=16)
+def test_what_transformers_hands_through_for_other_parts_of_the_model_changes_nothing():
     q, k, v = tensors()
     extra = dict(position_ids=torch.arange(33)[None], use_cache=True, output_hidden_states=True, deterministic=True)
     off = dict(softcap=None, sliding_window=None, s_aux=None, output_attentions=False)
@@ -238,7 +242,9 @@ def test_16_what_transformers_hands_through_for_other_parts_of_the_model_changes
     ids=["mask shape", "mask heads", "mask dtype", "query", "heads", "five", "key dimensions", "head_dim",
          "value heads", "keys"],
 )  # fmt: skip
-def test_07_17_what_does_not_fit_is_named(change, message):
+@pytest.mark.fault(number=7)
+@pytest.mark.fault(number=17)
+def test_what_does_not_fit_is_named(change, message):
     q, k, v = tensors()
     arguments = {"query": q, "key": k, "value": v} | change
     with pytest.raises((ValueError, TypeError), match=message):
@@ -270,7 +276,8 @@ def test_a_transformers_model_runs_on_it():
     torch.testing.assert_close(found, expected)
 
 
-def test_16_a_transformers_model_with_attention_sinks_is_refused():
+@pytest.mark.fault(number=16)
+def test_a_transformers_model_with_attention_sinks_is_refused():
     """One query, which is_causal leaves alone: without the refusal the sinks are lost without a word."""
     from transformers import GptOssConfig, GptOssModel
 
@@ -296,7 +303,8 @@ def test_a_causal_transformers_model_is_refused():
         model(torch.arange(8)[None])
 
 
-def test_29_compiles_with_dynamic_sizes():
+@pytest.mark.fault(number=29)
+def test_compiles_with_dynamic_sizes():
     compiled = torch.compile(interop.scaled_dot_product_attention, fullgraph=True, dynamic=True, backend="aot_eager")
     q, k, v = tensors()
     torch.testing.assert_close(compiled(q, k, v), interop.scaled_dot_product_attention(q, k, v))

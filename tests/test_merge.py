@@ -54,19 +54,22 @@ def check(outs, lses, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_01_matches_reference(case, dtype, backend, device):
+@pytest.mark.fault(number=1)
+def test_matches_the_reference(case, dtype, backend, device):
     check(*make(*CASES[case], dtype, device=place(backend, device)), backend)
 
 
 @pytest.mark.parametrize("backend", (*BACKENDS, "reference"))
-def test_10_all_parts_empty(backend, device):
+@pytest.mark.fault(number=10)
+def test_all_parts_empty(backend, device):
     outs, _ = make(3, (2, 4, 2, 8), device=place(backend, device))
     out, lse = merge_attention_states(outs, [torch.full_like(outs[0][..., 0], -math.inf)] * 3, backend=backend)
     assert (out == 0).all() and (lse == -math.inf).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_12_nan_and_inf_in_parts_and_lses(backend, device):
+@pytest.mark.fault(number=12)
+def test_nan_and_inf_in_parts_and_lses(backend, device):
     """A NaN in a part stays, also without a share; an Inf without a share goes; a NaN lse reaches its row only."""
     outs, lses = make(2, (1, 12, 1, 20), device=place(backend, device))
     for lse in lses:
@@ -84,21 +87,25 @@ def test_12_nan_and_inf_in_parts_and_lses(backend, device):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_14_lses_far_from_zero(backend, device):
+@pytest.mark.fault(number=14)
+def test_lses_far_from_zero(backend, device):
     outs, lses = make(3, (2, 6, 2, 16), device=place(backend, device))
     check(outs, [x + offset for x, offset in zip(lses, (3e4, 3e4 + 2, -3e38))], backend)
 
 
 @pytest.mark.parametrize("backend", (*BACKENDS, "reference"))
 @pytest.mark.parametrize("shape", [(0, 5, 2, 8), (2, 0, 2, 8), (2, 5, 0, 8)], ids=["B=0", "N=0", "H=0"])
-def test_09_empty(shape, backend, device):
+@pytest.mark.fault(number=9)
+def test_empty_dimensions_give_empty_or_zero_results(shape, backend, device):
     outs, lses = make(2, shape, device=place(backend, device))
     out, lse = merge_attention_states(outs, lses, backend=backend)
     assert out.shape == shape and lse.shape == shape[:3]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_04_05_strides_and_odd_offsets(backend, device):
+@pytest.mark.fault(number=4)
+@pytest.mark.fault(number=5)
+def test_strides_and_odd_offsets_are_honoured(backend, device):
     outs, lses = make(2, (2, 9, 3, 24), device=place(backend, device))
     expected = merge_attention_states(outs, lses, backend=backend)
     memory = torch.empty(outs[0].numel() + 1, device=outs[0].device)
@@ -111,7 +118,8 @@ def test_04_05_strides_and_odd_offsets(backend, device):
     assert all(map(torch.equal, merge_attention_states(outs, shared, backend=backend), expected))
 
 
-def test_30_threads_do_not_change_a_bit():
+@pytest.mark.fault(number=30)
+def test_threads_do_not_change_a_bit():
     outs, lses = make(3, (2, 300, 4, 40), torch.bfloat16)
     threads, results = torch.get_num_threads(), []
     try:
@@ -123,7 +131,8 @@ def test_30_threads_do_not_change_a_bit():
     assert all(torch.equal(*pair) for other in results[1:] for pair in zip(results[0], other))
 
 
-def test_28_gradients_use_the_reference():
+@pytest.mark.fault(number=28)
+def test_gradients_use_the_reference():
     outs, lses = make(2, (1, 4, 2, 8))
     lses[0] = lses[0].clamp(min=-5).requires_grad_()
     merge_attention_states(outs, lses)[0].sum().backward()
@@ -137,13 +146,16 @@ def test_float64_uses_the_reference():
     assert out.dtype == lse.dtype == torch.float64
 
 
-def test_26_27_opcheck():
+@pytest.mark.fault(number=26)
+@pytest.mark.fault(number=27)
+def test_passes_opcheck():
     outs, lses = make(2, (2, 5, 2, 8))
     outputs = torch.full((2, 5, 2, 8), math.nan), torch.full((2, 5, 2), math.nan)
     torch.library.opcheck(torch.ops.lr_kernels.merge_attention_states_cpu.default, (outs, lses, *outputs))
 
 
-def test_29_compiles_without_breaks_or_recompiles():
+@pytest.mark.fault(number=29)
+def test_compiles_without_breaks_or_recompiles():
     compiled = torch.compile(merge_attention_states, fullgraph=True, backend="aot_eager")
     compiled(*make(2, (2, 9, 2, 16)))
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -171,12 +183,16 @@ OUT, LSE = torch.zeros(2, 5, 3, 8), torch.zeros(2, 5, 3)
         ([OUT] * 2, [LSE, LSE.to("meta")], ValueError, r"lses\[1\]: expected cpu, got meta"),
     ],
 )
-def test_07_17_18_errors(outs, lses, error, message):
+@pytest.mark.fault(number=7)
+@pytest.mark.fault(number=17)
+@pytest.mark.fault(number=18)
+def test_errors_name_the_argument(outs, lses, error, message):
     with pytest.raises(error, match=rf"^lr_kernels\.merge_attention_states: {message}"):
         merge_attention_states(outs, lses)
 
 
-def test_42_backends():
+@pytest.mark.fault(number=42)
+def test_a_backend_that_cannot_run_is_named():
     with pytest.raises(ValueError, match="backend: expected one of auto"):
         merge_attention_states([OUT], [LSE], backend="flash")
     with pytest.raises(RuntimeError, match="backend: 'cuda' cannot run"):

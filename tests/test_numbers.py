@@ -84,7 +84,8 @@ CALLS["a NaN with a payload"][0][0].key[0, 3, 0, 0] = torch.tensor(0x7FC00001, d
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's NumPy
-def test_15_the_ends_of_fp32(name, backend, device):
+@pytest.mark.fault(number=15)
+def test_the_ends_of_fp32(name, backend, device):
     """Finite logits of any size keep their order; what is not finite reaches the rows that see it."""
     sources, arguments = CALLS[name]
     arguments = {"query": Q, "scale": None} | arguments
@@ -120,7 +121,8 @@ MAPS = {  # query, key, value, scale
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", MAPS)
-def test_15_token_maps_at_the_ends_of_fp32(name, backend, device):
+@pytest.mark.fault(number=15)
+def test_token_maps_at_the_ends_of_fp32(name, backend, device):
     *inputs, scale = MAPS[name]
     chosen = torch.tensor([3, 5])
     low = reference.attention_with_token_maps(*inputs, chosen, scale=scale)
@@ -133,7 +135,8 @@ def test_15_token_maps_at_the_ends_of_fp32(name, backend, device):
         assert_matches(ours.cpu(), spec, exact)
 
 
-def test_15_a_scale_that_fp32_cannot_hold_is_refused():
+@pytest.mark.fault(number=15)
+def test_a_scale_that_fp32_cannot_hold_is_refused():
     for scale in (1e300, math.inf, math.nan):
         with pytest.raises(ValueError, match="scale: expected a number that float32 holds"):
             multi_source_attention(Q, [source()], scale=scale)
@@ -198,25 +201,29 @@ def same(found, expected) -> bool:
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
-def test_04_a_lazy_negative_counts_as_its_value(name):
+@pytest.mark.fault(number=4)
+def test_a_lazy_negative_counts_as_its_value(name):
     run, x = ARGUMENTS[name]
     assert same(run(torch._neg_view(-x)), run(x))
 
 
 @pytest.mark.parametrize("name", [x for x in ARGUMENTS if x not in ("sigmas", "timesteps")])
-def test_04_a_zero_without_memory_counts_as_zeros(name):
+@pytest.mark.fault(number=4)
+def test_a_zero_without_memory_counts_as_zeros(name):
     run, x = ARGUMENTS[name]
     assert same(run(torch._efficientzerotensor(x.shape, dtype=x.dtype)), run(torch.zeros_like(x)))
 
 
-def test_04_imaginary_parts_of_conjugates_and_parameters():
+@pytest.mark.fault(number=4)
+def test_imaginary_parts_of_conjugates_and_parameters():
     weight = torch.complex(randn(2, 8), randn(2, 8, seed=1)).conj().imag
     assert weight.is_neg() and torch.equal(attend(weight=weight), attend(weight=-randn(2, 8, seed=1)))
     with torch.no_grad():
         assert torch.equal(attend(key=torch.nn.Parameter(V)), attend(key=V))
 
 
-def test_04_an_output_must_have_memory():
+@pytest.mark.fault(number=4)
+def test_an_output_must_have_memory():
     with pytest.raises(ValueError, match="out: expected a tensor with memory of its own"):
         blend(out=torch._neg_view(torch.empty_like(SAMPLE)))
 
@@ -227,13 +234,15 @@ def test_04_an_output_must_have_memory():
     ids=["sparse", "nested"],
 )
 @pytest.mark.parametrize("name", [x for x in ARGUMENTS if x not in ("step", "timesteps", "sigmas", "rows")])
-def test_04_a_tensor_without_strides_is_refused_by_name(name, odd):
+@pytest.mark.fault(number=4)
+def test_a_tensor_without_strides_is_refused_by_name(name, odd):
     run, x = ARGUMENTS[name]
     with pytest.raises((ValueError, TypeError), match=r"lr_kernels\.\w+: [\w\[\]']+: expected .* tensor, got"):
         run(odd(x))
 
 
-def test_18_tensors_without_data_are_refused_by_name():
+@pytest.mark.fault(number=18)
+def test_tensors_without_data_are_refused_by_name():
     with pytest.raises(ValueError, match="query: expected a tensor with data, got one on the device meta"):
         multi_source_attention(Q.to("meta"), [Source(K.to("meta"), V.to("meta"))])
     with torch._subclasses.FakeTensorMode():
@@ -268,7 +277,8 @@ CHANGES = {
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_33_a_plan_of_a_changed_mask_is_refused(change, backend):
+@pytest.mark.fault(number=33)
+def test_a_plan_of_a_changed_mask_is_refused(change, backend):
     x = mask()
     plan = plan_attention([x])
     planned(x, plan)
@@ -280,7 +290,8 @@ def test_33_a_plan_of_a_changed_mask_is_refused(change, backend):
     assert torch.equal(planned(x, plan_attention([x])), multi_source_attention(Q, [source(key_mask=x)]))
 
 
-def test_33_a_plan_of_changed_groups_is_refused():
+@pytest.mark.fault(number=33)
+def test_a_plan_of_changed_groups_is_refused():
     queries, keys = torch.ones(1, 8, dtype=torch.uint8), torch.ones(1, 9, dtype=torch.uint8)
     plan = plan_attention([None], [keys], queries)
     queries.add_(1)
@@ -288,7 +299,8 @@ def test_33_a_plan_of_changed_groups_is_refused():
         multi_source_attention(Q, [source(key_groups=keys)], query_groups=queries, plan=plan)
 
 
-def test_33_plans_of_inference_tensors_and_copies_of_plans_work():
+@pytest.mark.fault(number=33)
+def test_plans_of_inference_tensors_and_copies_of_plans_work():
     with torch.inference_mode():
         x = mask()
         plan = plan_attention([x])
@@ -310,7 +322,8 @@ def test_33_plans_of_inference_tensors_and_copies_of_plans_work():
         (lambda p: {"query_order": torch.zeros(1, 8, dtype=torch.int32)}, "query_order: expected None, got Tensor"),
     ],
 )
-def test_07_replaced_lists_of_a_plan_are_checked(change, message):
+@pytest.mark.fault(number=7)
+def test_replaced_lists_of_a_plan_are_checked(change, message):
     x = mask()
     plan = plan_attention([x])
     with pytest.raises((ValueError, TypeError), match=r"plan\." + message):
@@ -345,6 +358,7 @@ OVERSIZED = {
 
 
 @pytest.mark.parametrize("name", OVERSIZED)
-def test_44_a_request_beyond_the_memory_is_refused(name):
+@pytest.mark.fault(number=44)
+def test_a_request_beyond_the_memory_is_refused(name):
     with pytest.raises(ValueError, match=r"expected a call that fits the memory, got one that needs [\d.]+ GiB, limit"):
         OVERSIZED[name]()

@@ -42,12 +42,15 @@ def op_arguments(case: AttentionCase, dtype=torch.float32) -> tuple:
 
 
 @pytest.mark.parametrize("case", [CASES[2], CASES[-1]], ids=lambda c: c.id)
-def test_26_27_opcheck(case):
+@pytest.mark.fault(number=26)
+@pytest.mark.fault(number=27)
+def test_passes_opcheck(case):
     torch.library.opcheck(torch.ops.lr_kernels.multi_source_attention_cpu.default, op_arguments(case))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_29_compiles_without_break_or_recompile(backend):
+@pytest.mark.fault(number=29)
+def test_compiles_without_break_or_recompile(backend):
     """One graph for three steps, masks and blend values, with a plan passed in and one built inside."""
     query, key = torch.randn(2, 32, 2, 16), torch.randn(2, 32, 2, 16)
 
@@ -65,7 +68,8 @@ def test_29_compiles_without_break_or_recompile(backend):
     assert counter.frame_count == 1
 
 
-def test_30_forward_is_bitwise_deterministic_over_runs_and_threads():
+@pytest.mark.fault(number=30)
+def test_forward_is_bitwise_deterministic_over_runs_and_threads():
     inputs = attention_inputs(CASES[-1], torch.bfloat16)
     threads = torch.get_num_threads()
     results = []
@@ -80,7 +84,8 @@ def test_30_forward_is_bitwise_deterministic_over_runs_and_threads():
     assert all(torch.equal(results[0], x) for x in results)
 
 
-def test_30_calls_from_several_threads_at_once_give_the_same_bits():
+@pytest.mark.fault(number=30)
+def test_calls_from_several_threads_at_once_give_the_same_bits():
     inputs = attention_inputs(CASES[-1], torch.bfloat16)
 
     def call(_=None):
@@ -118,14 +123,16 @@ class NewThreads(torch.utils.data.Dataset):
 
 
 @linux
-def test_30_a_dataloader_worker_keeps_its_one_thread():
+@pytest.mark.fault(number=30)
+def test_a_dataloader_worker_keeps_its_one_thread():
     new_threads(threads=2)  # the parent has a pool of its own, which a forked worker must not wait for
     found = list(torch.utils.data.DataLoader(NewThreads(), batch_size=None, num_workers=2))
     assert found == [[1, 0]] * 3
 
 
 @linux
-def test_30_set_num_threads_is_obeyed():
+@pytest.mark.fault(number=30)
+def test_set_num_threads_is_obeyed():
     """In a fresh process, which has no pool of threads yet."""
     code = "from test_ops import new_threads; print([new_threads(n) for n in (1, 2, 4)])"
     run = subprocess.run(

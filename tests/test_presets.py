@@ -263,7 +263,8 @@ METHODS = [*METHODS.split(), "mca_ctrl_generation", "mca_ctrl_generation_injecti
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_01_a_unet_predicts_what_the_formula_says(method):
+@pytest.mark.fault(number=1)
+def test_a_unet_predicts_what_the_formula_says(method):
     found = predict(globals()[method], torch.float32)
     low, exact = (predict(globals()[f"{method}_plain"], x) for x in (torch.float32, torch.float64))
     assert_matches(found, low, exact)
@@ -328,7 +329,8 @@ def test_hidden_keys_are_not_read_and_not_counted(name):
     assert torch.equal(run(q, *dirty, plan)[reader], expected[reader])
 
 
-def test_07_arguments_that_do_not_fit():
+@pytest.mark.fault(number=7)
+def test_arguments_that_do_not_fit():
     q, masks = torch.randn(4, 8, 2, 16), mask_of(8)
     with pytest.raises(ValueError, match="source_mask"):
         presets.masactrl(q, q, q, SOURCE, target_mask=masks)
@@ -479,6 +481,7 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("name", "fault", "error", "message"), FAULTS)
-def test_07_messages_blame_the_presets_own_argument(name, fault, error, message):
+@pytest.mark.fault(number=7)
+def test_messages_blame_the_presets_own_argument(name, fault, error, message):
     with pytest.raises(error, match=rf"lr_kernels\.{name}: {message}"):
         calls(torch.randn(4, 8, 2, 16))[name](**fault)

@@ -218,7 +218,8 @@ def report():
 
 @settings(**SETTINGS, max_examples=2000 if THOROUGH else 30)
 @given(data=st.data())
-def test_01_any_call_matches_the_oracle(data):
+@pytest.mark.fault(number=1)
+def test_any_call_matches_the_oracle(data):
     draw = Draw(data)
     inputs = draw.inputs()
     planned, scale = data.draw(st.booleans(), "plan"), draw.scale()
@@ -308,7 +309,8 @@ def repeated(inputs: AttentionInputs) -> AttentionInputs:
 
 @settings(**SETTINGS, max_examples=900 if THOROUGH else 9)
 @given(data=st.data())
-def test_28_the_gradients_of_any_call_match_the_oracle(data):
+@pytest.mark.fault(number=28)
+def test_the_gradients_of_any_call_match_the_oracle(data):
     draw = Draw(data, finite=True)
     inputs = draw.inputs()
     planned, scale = data.draw(st.booleans(), "plan"), draw.scale()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from step_blend_inputs import make
 
 from lr_kernels import reference
 from lr_kernels.denoising.step_blend import step_blend
@@ -40,38 +41,6 @@ CASES = {
     },
 }
 OUTPUTS = ("model_input", "history_out")
-
-
-def randn(shape, generator, layout="batch-slice"):
-    """A tensor that is not contiguous: a slice of a wider batch, or channels last."""
-    if layout == "channels-last":
-        return torch.randn(shape, generator=generator).to(memory_format=torch.channels_last)
-    return torch.randn(shape[0], 2, *shape[1:], generator=generator)[:, 1]
-
-
-def make(
-    *, count=2, shape=(2, 4, 9, 11), rows=1, steps=3, mask=None, mask_rows=1, noise=False, history=False, keep=None,
-    copies=0, seed=0,
-):  # fmt: skip
-    """(positional arguments without step, keyword arguments) in float32; with a history or copies, all outputs."""
-    g = torch.Generator().manual_seed(seed)
-    predictions = [randn(shape, g, "channels-last" if i == 1 else "batch-slice") for i in range(count)]
-    coefficients = torch.randn(steps, rows, count + len(COLUMNS), generator=g)
-    absent = [] if noise else ["sigma", "q"]
-    coefficients[..., [count + COLUMNS.index(x) for x in (absent if history else [*absent, "h"])]] = 0
-    keywords = {"noise": randn(shape, g) if noise else None}
-    if mask is not None:
-        m = torch.rand(mask_rows, *shape[2:], generator=g)
-        keywords["mask"] = m > 0.5 if mask == "bool" else (1.5 * m - 0.25).clamp(0, 1)
-    if mask is not None or keep is not None:
-        keywords["background"] = randn(shape, g)
-    if keep is not None:
-        keywords["keep_rows"] = torch.tensor(keep, dtype=torch.bool)
-    if history:
-        keywords |= {"history": randn(shape, g), "history_out": torch.full(shape, math.nan)}
-    if copies:
-        keywords["model_input"] = torch.full((copies * shape[0], *shape[1:]), math.nan)
-    return (randn(shape, g), predictions, coefficients), keywords
 
 
 def cast(arguments, keywords, dtype):
@@ -109,7 +78,8 @@ def test_matches_reference(case, dtype):
     check(*make(**CASES[case]), dtype)
 
 
-def test_02_rows_beyond_int32(tmp_path):
+@pytest.mark.fault(number=2)
+def test_rows_beyond_int32_are_computed(tmp_path):
     memory = torch.from_file(str(tmp_path / "sparse"), shared=True, size=2**31 + 64, dtype=torch.bfloat16)
     far = memory.as_strided((2, 1, 4, 4), (2**31 + 32, 16, 4, 1))
     far.copy_(torch.randn(far.shape))
@@ -120,7 +90,8 @@ def test_02_rows_beyond_int32(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_05_views_at_an_odd_element(dtype):
+@pytest.mark.fault(number=5)
+def test_views_at_an_odd_element(dtype):
     (sample, predictions, table), _ = cast(*make(count=2), dtype)
     odd = [torch.empty(x.numel() + 1, dtype=dtype)[1:].view(x.shape).copy_(x) for x in (sample, *predictions)]
     expected = step_blend(sample, predictions, table, 1, backend="cpu")
@@ -202,7 +173,8 @@ def test_nothing_is_written_around_the_outputs():
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 16, 16), (1, 8, 600, 600)], ids=["small", "past-the-caches"])
-def test_05_misaligned_views(shape):
+@pytest.mark.fault(number=5)
+def test_misaligned_views_are_read(shape):
     arguments, _ = make(shape=shape)
     elements = math.prod(shape)
     shifted = torch.empty(elements + 1)[1:].view(shape).copy_(arguments[0])
@@ -219,7 +191,8 @@ def test_expanded_background_is_read_in_place():
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_11_a_tensor_of_coefficient_zero_is_not_read(backend):
+@pytest.mark.fault(number=11)
+def test_a_tensor_of_coefficient_zero_is_not_read(backend):
     (sample, predictions, coefficients), keywords = make(count=3, mask="float", noise=True, history=True, copies=2)
     columns = [3 + COLUMNS.index(name) for name in ("a", "sigma", "h", "p", "q", "c")]
     coefficients[:, :, [1, *columns]] = 0
@@ -234,7 +207,8 @@ def test_11_a_tensor_of_coefficient_zero_is_not_read(backend):
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize(("column", "clean"), [("e", "history_out"), ("d", "out")])
-def test_11_predictions_reach_only_where_e_and_d_let_them(column, clean, backend):
+@pytest.mark.fault(number=11)
+def test_predictions_reach_only_where_e_and_d_let_them(column, clean, backend):
     (sample, predictions, coefficients), keywords = make(history=True)
     coefficients[:, :, 2 + COLUMNS.index(column)] = 0
     predictions[0].fill_(math.nan)
@@ -246,7 +220,8 @@ def test_11_predictions_reach_only_where_e_and_d_let_them(column, clean, backend
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_11_rows_to_keep_read_the_background_alone(backend):
+@pytest.mark.fault(number=11)
+def test_rows_to_keep_read_the_background_alone(backend):
     (sample, predictions, coefficients), keywords = make(mask="float", noise=True, history=True, copies=2)
     keywords["keep_rows"] = torch.tensor([False, True])
     coefficients[0, 0, 2 + COLUMNS.index("p")], coefficients[0, 0, 2 + COLUMNS.index("q")] = 1, 0
@@ -264,7 +239,8 @@ def test_11_rows_to_keep_read_the_background_alone(backend):
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize(("column", "name"), [("sigma", "noise"), ("q", "noise"), ("h", "history")])
-def test_16_a_missing_tensor_is_not_dropped(column, name, backend):
+@pytest.mark.fault(number=16)
+def test_a_missing_tensor_is_not_dropped(column, name, backend):
     arguments, keywords = make(mask="float", rows=2)
     arguments[2][1, 1, 2 + COLUMNS.index(column)] = 1e-3
     step_blend(*arguments, 0, **keywords, backend=backend)
@@ -274,7 +250,8 @@ def test_16_a_missing_tensor_is_not_dropped(column, name, backend):
         step_blend(*arguments, 1, backend=backend)
 
 
-def test_11_nan_on_the_side_the_mask_does_not_take():
+@pytest.mark.fault(number=11)
+def test_nan_on_the_side_the_mask_does_not_take():
     (sample, predictions, coefficients), keywords = make(mask="bool")
     inside = keywords["mask"][:, None].expand(sample.shape)
     keywords["background"][inside] = math.nan
@@ -282,7 +259,8 @@ def test_11_nan_on_the_side_the_mask_does_not_take():
     assert step_blend(sample, predictions, coefficients, 0, **keywords, backend="cpu").isfinite().all()
 
 
-def test_12_live_nan_stays_at_its_element():
+@pytest.mark.fault(number=12)
+def test_live_nan_stays_at_its_element():
     arguments, keywords = make(mask="float", noise=True)
     arguments[1][0][1, 2, 3, 4] = math.nan
     keywords["mask"].clamp_(0.25, 0.75)
@@ -291,14 +269,16 @@ def test_12_live_nan_stays_at_its_element():
     assert out.isnan().sum() == 1
 
 
-def test_13_garbage_past_the_tail():
+@pytest.mark.fault(number=13)
+def test_garbage_past_the_tail():
     arguments, _ = make(shape=(1, 1, 3, 7))
     padded = torch.cat([arguments[0].reshape(21), torch.full((19,), math.nan)])
     view = padded[:21].view(1, 1, 3, 7)
     assert torch.equal(step_blend(view, *arguments[1:], 0, backend="cpu"), step_blend(*arguments, 0, backend="cpu"))
 
 
-def test_30_threads_do_not_change_a_bit():
+@pytest.mark.fault(number=30)
+def test_threads_do_not_change_a_bit():
     arguments, keywords = make(shape=(4, 4, 96, 96), mask="float", noise=True, history=True, copies=2)
     threads, seen = torch.get_num_threads(), []
     try:
@@ -311,7 +291,8 @@ def test_30_threads_do_not_change_a_bit():
     assert all(torch.equal(x, other[name]) for other in seen[1:] for name, x in seen[0].items())
 
 
-def test_31_permuting_the_batch_permutes_the_result():
+@pytest.mark.fault(number=31)
+def test_permuting_the_batch_permutes_the_result():
     keep = (False, True, False, False)
     arguments, keywords = make(shape=(4, 3, 9, 9), rows=4, mask="float", mask_rows=4, noise=True, keep=keep)
     sample, predictions, coefficients = arguments
@@ -330,7 +311,8 @@ def test_31_permuting_the_batch_permutes_the_result():
 # ---- gradients, torch.library and torch.compile ----
 
 
-def test_28_gradients_use_the_reference():
+@pytest.mark.fault(number=28)
+def test_gradients_use_the_reference():
     (sample, predictions, coefficients), keywords = make(mask="float", history=True)
     sample = sample.clone().requires_grad_()
     out = step_blend(sample, predictions, coefficients, 1, **keywords)
@@ -352,7 +334,9 @@ def op_arguments(step=None, row=1, **case):
 
 
 @pytest.mark.parametrize("case", ["one-prediction", "shared-float-mask", "mask-noise", "everything"])
-def test_26_27_opcheck(case):
+@pytest.mark.fault(number=26)
+@pytest.mark.fault(number=27)
+def test_passes_opcheck(case):
     op = torch.ops.lr_kernels.step_blend_cpu.default
     torch.library.opcheck(op, op_arguments(**CASES[case]))
     torch.library.opcheck(op, op_arguments(torch.tensor([2], dtype=torch.int32), 0, **CASES[case]))
@@ -379,7 +363,8 @@ WRONG = {  # argument of the op: what it must refuse, since it would read or wri
 
 
 @pytest.mark.parametrize("place", WRONG)
-def test_45_the_op_refuses_what_does_not_fit(place):
+@pytest.mark.fault(number=45)
+def test_the_op_refuses_what_does_not_fit(place):
     arguments = list(op_arguments(**CASES["everything"]))
     torch.ops.lr_kernels.step_blend_cpu(*arguments)
     arguments[place] = WRONG[place](arguments[place])
@@ -387,7 +372,8 @@ def test_45_the_op_refuses_what_does_not_fit(place):
         torch.ops.lr_kernels.step_blend_cpu(*arguments)
 
 
-def test_29_compiles_without_breaks_or_recompiles():
+@pytest.mark.fault(number=29)
+def test_compiles_without_breaks_or_recompiles():
     arguments, keywords = make(mask="float", noise=True, history=True, keep=(False, True), copies=2)
     sample, predictions, coefficients = arguments
     compiled = torch.compile(step_blend, fullgraph=True, backend="aot_eager")
@@ -405,7 +391,8 @@ def test_29_compiles_without_breaks_or_recompiles():
             assert all(torch.equal(x, expected[name]) for name, x in found.items())
 
 
-def test_29_int_steps_recompile_once():
+@pytest.mark.fault(number=29)
+def test_int_steps_recompile_once():
     arguments, _ = make(steps=6)
     compiled = torch.compile(step_blend, fullgraph=True, backend="aot_eager")
     compiled(*arguments, 2)
@@ -413,105 +400,3 @@ def test_29_int_steps_recompile_once():
     with torch._dynamo.config.patch(error_on_recompile=True):
         for step in (4, 5):
             assert torch.equal(compiled(*arguments, step), step_blend(*arguments, step))
-
-
-# ---- errors ----
-
-SHAPE = (2, 4, 9, 11)
-MASK = torch.ones(1, 9, 11)
-KEEP = torch.tensor([True, False])
-X = torch.zeros(SHAPE)
-TABLE = torch.zeros(3, 1, 2 + len(COLUMNS))
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"sample": torch.zeros(2, 4, 9)}, ValueError, "sample: expected shape"),
-        ({"sample": torch.zeros(SHAPE, dtype=torch.int32)}, TypeError, "sample: expected one of float32"),
-        ({"predictions": []}, ValueError, "predictions: expected 1 to 6, got 0"),
-        ({"predictions": [X] * 7}, ValueError, "predictions: expected 1 to 6, got 7"),
-        ({"predictions": [X, torch.zeros(2, 4, 9, 10)]}, ValueError, r"predictions\[1\]: expected shape"),
-        ({"predictions": [X, X.half()]}, TypeError, r"predictions\[1\]: expected torch.float32, got torch.float16"),
-        ({"predictions": [X.to("meta"), X]}, ValueError, r"predictions\[0\]: expected cpu, got meta"),
-        ({"coefficients": TABLE[0]}, ValueError, "coefficients: expected shape"),
-        ({"coefficients": TABLE[..., 1:]}, ValueError, r"coefficients: expected shape \(steps, 2 or 1, 11\)"),
-        ({"coefficients": TABLE.expand(3, 3, -1)}, ValueError, "coefficients: expected shape"),
-        ({"coefficients": TABLE.double()}, TypeError, "coefficients: expected float32"),
-        ({"coefficients": TABLE.to("meta")}, ValueError, "coefficients: expected cpu"),
-        ({"step": 3}, ValueError, "step: expected 0 to 2, the steps of coefficients, got 3"),
-        ({"step": -1}, ValueError, "step: expected 0 to 2"),
-        ({"step": torch.tensor(3)}, ValueError, "step: expected 0 to 2"),
-        ({"step": torch.tensor([0, 1])}, ValueError, "step: expected one element"),
-        ({"step": torch.tensor(1.0)}, TypeError, "step: expected int32 or int64"),
-        ({"step": 1.0}, TypeError, "step: expected an int"),
-        ({"step": torch.tensor(1, device="meta")}, ValueError, "step: expected cpu, got meta"),
-        ({"mask": MASK}, ValueError, "background: expected a tensor, since mask is given"),
-        ({"keep_rows": KEEP}, ValueError, "background: expected a tensor, since keep_rows is given"),
-        ({"background": X}, ValueError, "mask: expected a tensor .*, since background is given"),
-        ({"mask": MASK[0], "background": X}, ValueError, "mask: expected shape"),
-        ({"mask": MASK.expand(3, -1, -1), "background": X}, ValueError, "mask: expected shape"),
-        ({"mask": MASK.long(), "background": X}, TypeError, "mask: expected bool or a floating dtype"),
-        ({"mask": MASK.to("meta"), "background": X}, ValueError, "mask: expected cpu, got meta"),
-        ({"mask": MASK, "background": X[:1]}, ValueError, "background: expected shape"),
-        ({"keep_rows": KEEP[:1], "background": X}, ValueError, r"keep_rows: expected shape \(2,\)"),
-        ({"keep_rows": KEEP.byte(), "background": X}, TypeError, "keep_rows: expected bool"),
-        ({"noise": X.double()}, TypeError, "noise: expected torch.float32"),
-        ({"history": X[:, :3]}, ValueError, "history: expected shape"),
-        ({"out": torch.zeros(1)}, ValueError, "out: expected shape"),
-        ({"out": X.to(memory_format=torch.channels_last)}, ValueError, "out: expected a contiguous tensor"),
-        ({"history_out": X.bfloat16()}, TypeError, "history_out: expected torch.float32"),
-        ({"model_input": torch.zeros(3, 4, 9, 11)}, ValueError, r"model_input: expected shape \(n·2, 4, 9, 11\)"),
-        ({"model_input": torch.zeros(0, 4, 9, 11)}, ValueError, "model_input: expected shape"),
-        ({"model_input": torch.zeros(4, 4, 9, 12)}, ValueError, "model_input: expected shape"),
-        ({"model_input": torch.zeros(4, 4, 9, 11).half()}, TypeError, "model_input: expected torch.float32"),
-        ({"model_input": torch.zeros(4, 4, 9, 22)[..., ::2]}, ValueError, "model_input: expected a contiguous"),
-        ({"model_input": torch.zeros(2, 4, 9, 11, requires_grad=True)}, ValueError, "model_input: expected a tensor"),
-        ({"backend": "mkl"}, ValueError, "backend: expected one of auto"),
-        ({"backend": "cuda"}, RuntimeError, "backend: 'cuda' cannot run"),
-        ({"sample": X.double(), "predictions": [X.double()] * 2, "backend": "cpu"}, TypeError, "one of float32"),
-    ],
-)
-def test_rows7_17_18_34_errors(changes, error, message):
-    call = {"sample": X, "predictions": [X, X], "coefficients": TABLE, "step": 0} | changes
-    with pytest.raises(error, match=r"^lr_kernels\.step_blend: .*" + message.removeprefix("^")):
-        step_blend(**call)
-
-
-PLAIN = ("sample", "predictions", "coefficients", "noise", "history")
-TENSORS = (*PLAIN, "mask", "background", "keep_rows")
-WRITTEN = ("out", "model_input", "history_out")
-
-
-@settings(max_examples=100, deadline=None, derandomize=True)
-@given(data=st.data(), output=st.sampled_from(WRITTEN), backend=st.sampled_from(["cpu", "reference"]))
-def test_06_outputs_share_no_memory(data, output, backend):
-    """An output that begins before another tensor ends is refused; one that begins right there is not."""
-    tensors = data.draw(st.sampled_from([PLAIN, TENSORS]))
-    other = data.draw(st.sampled_from([x for x in (*tensors, *WRITTEN) if x != output]))
-    background = {} if tensors is PLAIN else {"mask": "float", "keep": (True, False)}
-    (sample, predictions, coefficients), keywords = make(noise=True, history=True, **background)
-    predictions = [x.contiguous() for x in predictions]
-    call = {"sample": sample.contiguous(), "predictions": predictions, "coefficients": coefficients, "step": 0}
-    call |= {k: v.contiguous() for k, v in keywords.items()} | {name: torch.zeros(SHAPE) for name in WRITTEN}
-    shared = call[other][1] if other == "predictions" else call[other]
-    gap, elements = shared.nbytes // 4 + 1, math.prod(SHAPE)
-    offset = data.draw(st.integers(1 - elements, gap - 1) | st.sampled_from([-elements, gap]))
-    memory = torch.zeros(2 * elements + gap + 1)
-    fresh = memory[elements : elements + gap].view(shared.dtype)[: shared.numel()].view(shared.shape).copy_(shared)
-    call[other] = [predictions[0], fresh] if other == "predictions" else fresh
-    call[output] = memory[elements + offset : 2 * elements + offset].view(SHAPE)
-    start, end = call[output].data_ptr(), call[output].data_ptr() + call[output].nbytes
-    if fresh.data_ptr() < end and start < fresh.data_ptr() + fresh.nbytes:
-        later = max(output, other, key=WRITTEN.index) if other in WRITTEN else output
-        with pytest.raises(ValueError, match=f"step_blend: {later}: expected memory of its own"):
-            step_blend(**call, backend=backend)
-    else:
-        step_blend(**call, backend=backend)
-
-
-def test_06_out_between_the_rows_of_an_input():
-    memory = torch.zeros(4, *SHAPE[1:])
-    with pytest.raises(ValueError, match="step_blend: out: expected memory of its own"):
-        step_blend(memory[::2], [X, X], TABLE, 0, out=memory[1:3])
-    step_blend(memory[::3], [X[:2], X], TABLE, 0, out=torch.zeros(SHAPE))

@@ -94,7 +94,8 @@ def test_step_blend_matches_the_reference(op, predictions, case, dtype, device):
 
 
 @pytest.mark.parametrize(("column", "case"), [("sigma", "plain"), ("h", "plain"), ("q", "mask")])
-def test_16_step_blend_gives_nan_where_a_tensor_is_missing(op, column, case, device):
+@pytest.mark.fault(number=16)
+def test_step_blend_gives_nan_where_a_tensor_is_missing(op, column, case, device):
     arguments = step_blend_arguments(STEP_BLEND_CASES[case], 1, torch.float32, device)
     arguments["coefficients"][3, 2, 1 + COLUMNS.index(column)] = 1e-3
     if case == "mask":
@@ -103,7 +104,8 @@ def test_16_step_blend_gives_nan_where_a_tensor_is_missing(op, column, case, dev
     assert arguments["out"][2].isnan().all() and arguments["out"][:2].isfinite().all()
 
 
-def test_11_step_blend_reads_nothing_of_coefficient_zero(op, device):
+@pytest.mark.fault(number=11)
+def test_step_blend_reads_nothing_of_coefficient_zero(op, device):
     arguments = step_blend_arguments(STEP_BLEND_CASES["everything"], 2, torch.float32, device)
     unread = ("sample", "predictions", "noise", "history")
     columns = {name: arguments["coefficients"][3, 0, 2 + i : 3 + i] for i, name in enumerate(COLUMNS)}
@@ -122,7 +124,9 @@ def test_11_step_blend_reads_nothing_of_coefficient_zero(op, device):
 
 @pytest.mark.parametrize("size", [(2, 3, 16, 16), (1, 1, 5, 7), (3, 4, 64, 64)], ids=str)
 @pytest.mark.parametrize("offset", [0, 1])
-def test_04_05_rows_and_addresses_that_vectors_do_not_fit(op, size, offset, device):
+@pytest.mark.fault(number=4)
+@pytest.mark.fault(number=5)
+def test_rows_and_addresses_that_vectors_do_not_fit(op, size, offset, device):
     """Batch slices, a misaligned sample and planes of odd size give what aligned ones give, bit for bit."""
     g = torch.Generator().manual_seed(0)
     table = torch.rand(2, 1, 2 + len(COLUMNS), generator=g)

@@ -48,7 +48,8 @@ def test_matches_reference(case, dtype):
     check(blobs(keywords.pop("shape")).to(dtype), **keywords)
 
 
-def test_05_view_at_an_odd_element():
+@pytest.mark.fault(number=5)
+def test_view_at_an_odd_element():
     maps = blobs((2, 3, 11, 13))
     odd = torch.empty(maps.numel() + 1)[1:].view(maps.shape).copy_(maps)
     assert torch.equal(subject_mask(odd, backend="cpu"), subject_mask(maps, backend="cpu"))
@@ -118,7 +119,8 @@ def test_a_quantile_is_the_share_below(backend, device):
 @pytest.mark.parametrize("keywords", [{"threshold": 0.4}, {}, {"quantile": 0.6}], ids=["fixed", "otsu", "quantile"])
 @pytest.mark.parametrize("signed", [False, True], ids=["positive", "signed"])
 @pytest.mark.parametrize("backend", ["cpu", "triton", "reference"])
-def test_14_maps_near_the_largest_float(backend, signed, keywords, device):
+@pytest.mark.fault(number=14)
+def test_maps_near_the_largest_float(backend, signed, keywords, device):
     """Finite maps have a finite mean and range."""
     maps = blobs((2, 3, 16, 12)) / 2.5 * torch.finfo(torch.float32).max
     maps = 2 * (maps - maps.max() / 2) if signed else maps
@@ -158,7 +160,8 @@ def test_a_constant_map_has_no_foreground(value, backend, threshold):
 @pytest.mark.parametrize("threshold", ["otsu", 0.0, 0.5])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_12_a_row_that_is_not_finite_has_no_foreground(value, backend, threshold):
+@pytest.mark.fault(number=12)
+def test_a_row_that_is_not_finite_has_no_foreground(value, backend, threshold):
     maps = blobs((3, 2, 12, 12))
     expected = subject_mask(maps, threshold=threshold, backend=backend)
     maps[1, 0, 5, 5] = value
@@ -167,11 +170,13 @@ def test_12_a_row_that_is_not_finite_has_no_foreground(value, backend, threshold
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_09_empty_batch(backend):
+@pytest.mark.fault(number=9)
+def test_an_empty_batch_gives_an_empty_mask(backend):
     assert subject_mask(torch.zeros(0, 2, 8, 8), size=(4, 4), backend=backend).shape == (0, 4, 4)
 
 
-def test_31_permuting_the_batch_permutes_the_masks():
+@pytest.mark.fault(number=31)
+def test_permuting_the_batch_permutes_the_masks():
     maps, order = blobs((4, 3, 16, 16)), torch.tensor([2, 3, 1, 0])
     keywords = {"size": (24, 24), "smoothing": 3, "backend": "cpu"}
     assert torch.equal(subject_mask(maps[order], **keywords), subject_mask(maps, **keywords)[order])
@@ -183,7 +188,8 @@ def test_gradients_stop_at_the_mask():
 
 
 @pytest.mark.parametrize(("threshold", "quantile"), [(None, None), (0.4, None), (None, 0.7)])
-def test_26_opcheck(threshold, quantile):
+@pytest.mark.fault(number=26)
+def test_passes_opcheck(threshold, quantile):
     out = torch.ones(2, 12, 12, dtype=torch.bool)
     maps = blobs((2, 3, 8, 8)).contiguous()
     torch.library.opcheck(torch.ops.lr_kernels.subject_mask_cpu.default, (maps, threshold, quantile, 3, out))
@@ -199,7 +205,8 @@ def test_the_op_writes_every_element():
 
 
 @pytest.mark.parametrize("keywords", [{}, {"quantile": 0.7}], ids=["otsu", "quantile"])
-def test_29_compiles_without_breaks_or_recompiles(keywords):
+@pytest.mark.fault(number=29)
+def test_compiles_without_breaks_or_recompiles(keywords):
     compiled = torch.compile(subject_mask, fullgraph=True, backend="aot_eager")
     keywords = {"size": (24, 24), "smoothing": 3, **keywords}
     compiled(blobs((2, 3, 16, 16)), **keywords)

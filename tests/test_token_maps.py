@@ -55,7 +55,8 @@ def test_matches_reference(case, dtype):
 
 
 @pytest.mark.parametrize("dimension", [0, 1, 2], ids=["batch", "tokens", "heads"])
-def test_02_offsets_beyond_int32(dimension, tmp_path):
+@pytest.mark.fault(number=2)
+def test_offsets_beyond_int32_are_computed(dimension, tmp_path):
     strides = [64, 32, 16, 1]
     strides[dimension] = 2**31 + 64
     memory = torch.from_file(str(tmp_path / "sparse"), shared=True, size=2**31 + 256, dtype=torch.bfloat16)
@@ -78,7 +79,8 @@ def test_any_shape(sizes, tokens, dtype, scale):
     check(make(sizes, list(range(min(tokens, sizes[2]))), dtype, gain=0.25), scale=scale)
 
 
-def test_04_strides_are_honoured():
+@pytest.mark.fault(number=4)
+def test_strides_are_honoured():
     query, key, value, indices = make((2, 50, 20, 3, 24), [1, 2])
     expected = attention_with_token_maps(query, key, value, indices, backend="cpu")
     transposed = query.transpose(1, 2).contiguous().transpose(1, 2)
@@ -93,7 +95,8 @@ def test_04_strides_are_honoured():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_05_views_at_an_odd_element(dtype):
+@pytest.mark.fault(number=5)
+def test_views_at_an_odd_element(dtype):
     arguments = make((1, 40, 10, 2, 24), [3], dtype)
     odd = []
     for x in arguments[:3]:
@@ -105,20 +108,23 @@ def test_05_views_at_an_odd_element(dtype):
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("sizes", [(0, 5, 4, 2, 8), (2, 0, 4, 2, 8)], ids=["B=0", "N=0"])
-def test_09_empty(sizes, backend):
+@pytest.mark.fault(number=9)
+def test_empty_dimensions_give_empty_or_zero_results(sizes, backend):
     out, maps = attention_with_token_maps(*make(sizes, [1, 2]), backend=backend)
     assert out.shape == (*sizes[:2], 2, 8) and maps.shape == (*sizes[:2], 2)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_09_no_keys(backend):
+@pytest.mark.fault(number=9)
+def test_without_keys_the_output_is_zero(backend):
     out, maps = attention_with_token_maps(*make((2, 5, 0, 2, 8), []), backend=backend)
     assert torch.equal(out, torch.zeros(2, 5, 2, 8)) and maps.shape == (2, 5, 0)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_12_live_nan_and_inf(value, dtype):
+@pytest.mark.fault(number=12)
+def test_live_nan_and_inf(value, dtype):
     query, key, v, indices = make((2, 70, 20, 2, 24), [3, 4], dtype)
     query[0, 5, 1, 2] = value  # reaches the outputs of this query and head
     key[1, 7, 0, 3] = value  # reaches this head of row 1
@@ -134,7 +140,8 @@ def check_positions(arguments):
         assert torch.equal(x.isfinite(), truth.isfinite())
 
 
-def test_13_garbage_past_the_tail():
+@pytest.mark.fault(number=13)
+def test_garbage_past_the_tail():
     sizes = (1, 37, 19, 2, 20)
     query, key, value, indices = make(sizes, [3])
     expected = attention_with_token_maps(query, key, value, indices, backend="cpu")
@@ -146,7 +153,8 @@ def test_13_garbage_past_the_tail():
     assert all(map(torch.equal, attention_with_token_maps(*padded, indices, backend="cpu"), expected))
 
 
-def test_14_scores_beyond_fp16():
+@pytest.mark.fault(number=14)
+def test_scores_beyond_fp16():
     query = torch.full((1, 33, 1, 64), 300.0, dtype=torch.float16)
     value = torch.randn(1, 5, 1, 64, generator=torch.Generator().manual_seed(0)).half()
     arguments = (query, query[:, :5], value, torch.tensor([2]))
@@ -160,7 +168,9 @@ def test_maps_of_all_keys_sum_to_one():
     assert_matches(total, torch.ones_like(total), torch.ones_like(total).double())
 
 
-def test_30_and_31_threads_and_batch_order_do_not_change_a_bit():
+@pytest.mark.fault(number=30)
+@pytest.mark.fault(number=31)
+def test_threads_and_batch_order_do_not_change_a_bit():
     query, key, value, indices = make((4, 300, 33, 2, 40), [[1], [2], [3], [4]])
     threads, results = torch.get_num_threads(), []
     try:
@@ -176,7 +186,8 @@ def test_30_and_31_threads_and_batch_order_do_not_change_a_bit():
     assert all(torch.equal(x, y[order]) for x, y in zip(results[3], results[0]))
 
 
-def test_28_gradients_use_the_reference():
+@pytest.mark.fault(number=28)
+def test_gradients_use_the_reference():
     query, key, value, indices = make((1, 10, 5, 2, 8), [1])
     query = query.clone().requires_grad_()
     out, maps = attention_with_token_maps(query, key, value, indices)
@@ -206,7 +217,8 @@ def op_arguments():
     return (query, key, value, indices.int(), 0.25, *outputs)
 
 
-def test_26_opcheck():
+@pytest.mark.fault(number=26)
+def test_passes_opcheck():
     torch.library.opcheck(torch.ops.lr_kernels.attention_with_token_maps_cpu.default, op_arguments())
 
 
@@ -220,7 +232,8 @@ def test_the_op_writes_every_element_and_refuses_wrong_indices():
             torch.ops.lr_kernels.attention_with_token_maps_cpu(*arguments)
 
 
-def test_29_compiles_without_breaks_or_recompiles():
+@pytest.mark.fault(number=29)
+def test_compiles_without_breaks_or_recompiles():
     compiled = torch.compile(attention_with_token_maps, fullgraph=True, backend="aot_eager")
     compiled(*make((1, 40, 10, 2, 16), [3]))
     with torch._dynamo.config.patch(error_on_recompile=True):

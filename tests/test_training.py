@@ -1,5 +1,5 @@
 """Attention as people train with it: checkpoints, gradients of gradients, torch.func, tensors changed in between, and a
-UNet with a LoRA. Numbers in names: the fault list of DESIGN.md."""
+UNet with a LoRA."""
 
 import contextlib
 import functools
@@ -58,7 +58,8 @@ def masked_sources(key, value):
 @pytest.mark.parametrize("reentrant", [False, True], ids=["new", "reentrant"])
 @pytest.mark.parametrize("grouped", [False, True], ids=["plain", "grouped"])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_28_checkpoints_change_no_gradient(backend, grouped, reentrant, nested):
+@pytest.mark.fault(number=28)
+def test_checkpoints_change_no_gradient(backend, grouped, reentrant, nested):
     def layer(query, key, value):
         sources, options = masked_sources(key, value) if grouped else ([Source(key, value)], {})
         return multi_source_attention(query, sources, backend=backend, **options).square()
@@ -74,7 +75,8 @@ def test_28_checkpoints_change_no_gradient(backend, grouped, reentrant, nested):
         torch.testing.assert_close(x.grad, wanted)
 
 
-def test_28_saved_tensors_may_wait_elsewhere():
+@pytest.mark.fault(number=28)
+def test_saved_tensors_may_wait_elsewhere():
     leaves = [x.clone().requires_grad_() for x in (QUERY, KEY, VALUE)]
     expected = torch.autograd.grad(multi_source_attention(leaves[0], [Source(*leaves[1:])]).square().sum(), leaves)
     with torch.autograd.graph.save_on_cpu():
@@ -95,12 +97,14 @@ def gradient_penalty(backend, grouped=False):
 
 
 @pytest.mark.parametrize("grouped", [False, True], ids=["plain", "grouped"])
-def test_28_gradients_of_gradients_come_from_the_reference(grouped):
+@pytest.mark.fault(number=28)
+def test_gradients_of_gradients_come_from_the_reference(grouped):
     for got, wanted in zip(gradient_penalty("auto", grouped), gradient_penalty("reference", grouped)):
         torch.testing.assert_close(got, wanted)
 
 
-def test_28_gradients_of_gradients_where_one_tensor_is_query_key_and_value():
+@pytest.mark.fault(number=28)
+def test_gradients_of_gradients_where_one_tensor_is_query_key_and_value():
     def penalty(backend):
         x = QUERY.clone().requires_grad_()
         out, lse = multi_source_attention(x, [Source(x, x)], backend=backend, return_lse=True)
@@ -110,7 +114,8 @@ def test_28_gradients_of_gradients_where_one_tensor_is_query_key_and_value():
     torch.testing.assert_close(penalty("auto"), penalty("reference"))
 
 
-def test_28_a_named_backend_refuses_gradients_of_gradients():
+@pytest.mark.fault(number=28)
+def test_a_named_backend_refuses_gradients_of_gradients():
     message = r"lr_kernels\.multi_source_attention: gradients of gradients .* backend 'cpu'; supported by 'reference'"
     with pytest.raises(NotImplementedError, match=message):
         gradient_penalty("cpu")
@@ -158,7 +163,8 @@ TRANSFORMS = {
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
-def test_28_a_transform_is_right_or_refused_by_name(transform):
+@pytest.mark.fault(number=28)
+def test_a_transform_is_right_or_refused_by_name(transform):
     sources, options = masked_sources(KEY[:, :, :1, :2], VALUE[:, :, :1, :2])
 
     def of_query(backend):
@@ -174,7 +180,8 @@ def test_28_a_transform_is_right_or_refused_by_name(transform):
             transform(build("cpu"), x)
 
 
-def test_28_masks_and_plans_may_be_arguments_of_a_transformed_function():
+@pytest.mark.fault(number=28)
+def test_masks_and_plans_may_be_arguments_of_a_transformed_function():
     def loss(query, fields, options):
         return multi_source_attention(query, [Source(*x) for x in fields], **options).square().sum()
 
@@ -207,7 +214,8 @@ def attend(backend="auto", **given):
 
 
 @pytest.mark.parametrize("name", FIELDS)
-def test_28_vmap_over_any_tensor_is_refused_by_name(name):
+@pytest.mark.fault(number=28)
+def test_vmap_over_any_tensor_is_refused_by_name(name):
     place = name if name.startswith("query") else rf"{name}\[0\]"
     with pytest.raises(NotImplementedError, match=rf"lr_kernels\.multi_source_attention: {place}: .*part of the batch"):
         torch.vmap(lambda x: attend(**{name: x}))(FIELDS[name][None])
@@ -218,7 +226,8 @@ def test_28_vmap_over_any_tensor_is_refused_by_name(name):
 
 
 @pytest.mark.parametrize("name", ["key_mask", "key_groups"])
-def test_28_vmap_over_the_masks_of_a_plan_is_refused_by_name(name):
+@pytest.mark.fault(number=28)
+def test_vmap_over_the_masks_of_a_plan_is_refused_by_name(name):
     def lists(x):
         plan = plan_attention([x]) if name == "key_mask" else plan_attention([None], [x], x)
         return plan.key_index[0]
@@ -250,7 +259,8 @@ OTHERS = {
 
 @pytest.mark.parametrize("transform", ["grad", "jvp", "functional.hvp", "vectorized jacobian", "dual numbers, no_grad"])
 @pytest.mark.parametrize("x, call", OTHERS.values(), ids=OTHERS)
-def test_28_the_other_operators_are_right_or_refuse(x, call, transform):
+@pytest.mark.fault(number=28)
+def test_the_other_operators_are_right_or_refuse(x, call, transform):
     run = TRANSFORMS[transform]
     got = run(lambda y: call(y, "auto"), x)
     torch.testing.assert_close(got, run(lambda y: call(y, "reference"), x))
@@ -260,7 +270,8 @@ def test_28_the_other_operators_are_right_or_refuse(x, call, transform):
 
 
 @pytest.mark.parametrize("x, call", OTHERS.values(), ids=OTHERS)
-def test_28_vmap_over_the_other_operators_is_right_or_refused(x, call):
+@pytest.mark.fault(number=28)
+def test_vmap_over_the_other_operators_is_right_or_refused(x, call):
     mapped = torch.vmap(lambda y: call(y, "auto"))(torch.stack([x, x + 1]))
     torch.testing.assert_close(mapped, torch.stack([call(x, "reference"), call(x + 1, "reference")]))
     with pytest.raises(NotImplementedError, match=r"lr_kernels\.\w+: torch\.func transforms: .*'cpu'; .*'reference'"):
@@ -282,7 +293,8 @@ def test_28_vmap_over_the_other_operators_is_right_or_refused(x, call):
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
-def test_28_what_vmap_cannot_do_is_refused_by_name(message, call, x):
+@pytest.mark.fault(number=28)
+def test_what_vmap_cannot_do_is_refused_by_name(message, call, x):
     with pytest.raises(NotImplementedError, match=rf"lr_kernels\.{message}: expected"):
         torch.vmap(call)(x[None])
 
@@ -292,7 +304,8 @@ def test_28_what_vmap_cannot_do_is_refused_by_name(message, call, x):
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("name", [name for name in FIELDS if name != "query"])
-def test_28_what_is_changed_before_the_backward_pass_is_an_error(name, dtype):
+@pytest.mark.fault(number=28)
+def test_what_is_changed_before_the_backward_pass_is_an_error(name, dtype):
     changed = FIELDS[name].clone()
     if name in ("rows", "value_index"):
         changed = changed.to(dtype)
@@ -303,7 +316,8 @@ def test_28_what_is_changed_before_the_backward_pass_is_an_error(name, dtype):
 
 
 @pytest.mark.parametrize("name", ["key_index", "key_count", "query_order", "class_start"])
-def test_28_a_plan_changed_before_the_backward_pass_is_an_error(name):
+@pytest.mark.fault(number=28)
+def test_a_plan_changed_before_the_backward_pass_is_an_error(name):
     sources, options = masked_sources(KEY, VALUE)
     out = multi_source_attention(QUERY.clone().requires_grad_(), sources, backend="cpu", **options)
     lists = getattr(options["plan"], name)
@@ -352,12 +366,14 @@ def custom(calls, backend):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
-def test_28_a_lora_trains_as_with_stock_processors(checkpointing, one_thread):
+@pytest.mark.fault(number=28)
+def test_a_lora_trains_as_with_stock_processors(checkpointing, one_thread):
     assert torch.equal(lora_gradients(shared(None), checkpointing), lora_gradients(None))
 
 
 @pytest.mark.parametrize("kind", ["shared", "custom"])
-def test_28_a_lora_trains_while_rows_are_shared(kind, one_thread):
+@pytest.mark.fault(number=28)
+def test_a_lora_trains_while_rows_are_shared(kind, one_thread):
     def processors(backend):
         return shared(backend) if kind == "shared" else custom(calls, backend)
 

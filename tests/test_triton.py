@@ -13,7 +13,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 from lr_kernels import Source, multi_source_attention, plan_attention, reference
 from lr_kernels.attention.tables import lay_out
 from lr_kernels.runtime.schemas import AttentionTables
-from lr_kernels.testing import CASES, AttentionCase, assert_matches, attention_inputs, check_attention, strided_randn
+from lr_kernels.testing import CASES, AttentionCase, assert_matches, attention_inputs, check_attention
 from lr_kernels.triton import attention, launch, tiles
 
 OPS = torch.ops.lr_kernels
@@ -32,7 +32,8 @@ def check(case: AttentionCase, dtype: torch.dtype, device: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
-def test_01_matches_the_reference(case, dtype, device):
+@pytest.mark.fault(number=1)
+def test_matches_the_reference(case, dtype, device):
     check(case, dtype, device)
 
 
@@ -42,14 +43,17 @@ def test_classes_of_several_tiles(device):
 
 @pytest.mark.parametrize("head_dim", [2, 17, 24, 33, 48, 65, 96, 130, 200])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_23_odd_head_dims(head_dim, dtype, device):
+@pytest.mark.fault(number=23)
+def test_odd_head_dims_match_the_reference(head_dim, dtype, device):
     keys = 35 if dtype == torch.float32 else 135  # beyond one tile of each
     case = AttentionCase("", batch=1, queries=20, heads=1, head_dim=head_dim, keys=(keys,), rows=(None,))
     check(case, dtype, device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_04_05_layouts_and_views_at_element_offset_1(dtype, device):
+@pytest.mark.fault(number=4)
+@pytest.mark.fault(number=5)
+def test_layouts_and_views_at_element_offset_1(dtype, device):
     g = torch.Generator().manual_seed(3)
 
     def shifted(*shape):
@@ -64,7 +68,8 @@ def test_04_05_layouts_and_views_at_element_offset_1(dtype, device):
     check_attention(by_triton, type(attention_inputs(CASES[0], dtype))(query, sources))
 
 
-def test_04_strided_row_table_and_per_head_tables(device):
+@pytest.mark.fault(number=4)
+def test_strided_row_table_and_per_head_tables(device):
     case = AttentionCase("", batch=3, keys=(30, 20), rows=((2, 0, 1), None))
     inputs = attention_inputs(case, torch.float32, device=device)
     rows = torch.tensor([[1, 9], [-1, 9], [0, 9]], dtype=torch.int32, device=device)[:, 0]
@@ -84,7 +89,8 @@ def test_a_source_without_rows_is_read_by_nobody(device):
     check_attention(by_triton, inputs)
 
 
-def test_02_token_offsets_beyond_int32(tmp_path, device):
+@pytest.mark.fault(number=2)
+def test_token_offsets_beyond_int32_are_computed(tmp_path, device):
     token, count = 2**31 + 64, 2
     memory = torch.from_file(str(tmp_path / "sparse"), shared=True, size=token * (count - 1) + 16, dtype=torch.float16)
     key = memory.as_strided((1, count, 1, 16), (0, token, 16, 1)).to(device)
@@ -103,7 +109,8 @@ def with_plan(inputs, sources):
     return by_triton(inputs.query, sources, plan=plan, return_lse=True)
 
 
-def test_11_nan_in_hidden_keys_and_values_changes_no_bit(device):
+@pytest.mark.fault(number=11)
+def test_nan_in_hidden_keys_and_values_changes_no_bit(device):
     inputs = masked_inputs(device)
     clean = with_plan(inputs, inputs.sources)
     dirty = []
@@ -116,7 +123,8 @@ def test_11_nan_in_hidden_keys_and_values_changes_no_bit(device):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["query", "key", "value", "bias"])
-def test_12_live_nan_and_inf_reach_only_the_rows_that_see_them(where, bad, device):
+@pytest.mark.fault(number=12)
+def test_live_nan_and_inf_reach_only_the_rows_that_see_them(where, bad, device):
     case = AttentionCase("", visible=0.7, groups=2, keys=(40, 33), rows=(None, None), key_bias=where == "bias")
     inputs = attention_inputs(case, torch.float32, device=device)
     source = inputs.sources[0]
@@ -138,7 +146,8 @@ def test_12_live_nan_and_inf_reach_only_the_rows_that_see_them(where, bad, devic
 
 
 @pytest.mark.parametrize("head_dim", [40, 80])
-def test_13_nan_past_the_tail_changes_no_bit(head_dim, device):
+@pytest.mark.fault(number=13)
+def test_nan_past_the_tail_changes_no_bit(head_dim, device):
     case = AttentionCase("", heads=1, head_dim=head_dim, queries=35, keys=(37, 45), rows=(None, 1))
     inputs = attention_inputs(case, torch.float32, device=device)
 
@@ -157,7 +166,8 @@ def test_13_nan_past_the_tail_changes_no_bit(head_dim, device):
         assert torch.equal(a, b)
 
 
-def test_14_large_fp16_scores_stay_finite(device):
+@pytest.mark.fault(number=14)
+def test_large_fp16_scores_stay_finite(device):
     q = torch.full((1, 8, 1, 64), 300.0, dtype=torch.float16, device=device)
     out = by_triton(q, [Source(q, q)])
     assert torch.equal(out, q)
@@ -165,7 +175,8 @@ def test_14_large_fp16_scores_stay_finite(device):
 
 @pytest.mark.parametrize("low", [MINIMUM, -math.inf, -1e38])
 @pytest.mark.parametrize("share", [0.5, 1.0], ids=["some keys", "all keys"])
-def test_15_bias_at_the_end_of_the_range(low, share, device):
+@pytest.mark.fault(number=15)
+def test_bias_at_the_end_of_the_range(low, share, device):
     case = AttentionCase("", keys=(40,), rows=(None,), heads=1, queries=20)
     inputs = attention_inputs(case, torch.float32, device=device)
     g = torch.Generator().manual_seed(5)
@@ -175,7 +186,8 @@ def test_15_bias_at_the_end_of_the_range(low, share, device):
 
 
 @pytest.mark.parametrize("low", [MINIMUM, -math.inf])
-def test_15_logit_bias_at_the_end_of_the_range(low, device):
+@pytest.mark.fault(number=15)
+def test_logit_bias_at_the_end_of_the_range(low, device):
     case = AttentionCase("", keys=(40, 33), rows=(None, 1), queries=20)
     inputs = attention_inputs(case, torch.float32, device=device)
     inputs.sources[0] = inputs.sources[0]._replace(logit_bias=torch.tensor([low, 0.5], device=device))
@@ -191,7 +203,8 @@ def test_scale_that_is_not_positive(scale, device):
     check_attention(by_triton, inputs, scale=scale)
 
 
-def test_10_a_source_of_hidden_and_of_no_keys(device):
+@pytest.mark.fault(number=10)
+def test_a_source_of_hidden_and_of_no_keys(device):
     inputs = masked_inputs(device)
     nothing = [s._replace(key_mask=torch.zeros_like(s.key_mask)) for s in inputs.sources]
     out, lse = with_plan(inputs, nothing)
@@ -202,7 +215,8 @@ def test_10_a_source_of_hidden_and_of_no_keys(device):
 
 
 @pytest.mark.parametrize("batch, queries, keys", [(0, 5, 5), (2, 0, 5), (2, 5, 0)])
-def test_09_zero_sizes(batch, queries, keys, device):
+@pytest.mark.fault(number=9)
+def test_empty_dimensions_give_empty_or_zero_results(batch, queries, keys, device):
     q = torch.randn(batch, queries, 2, 16, device=device)
     k = torch.randn(batch, keys, 2, 16, device=device)
     out, lse = by_triton(q, [Source(k, k)], return_lse=True)
@@ -259,7 +273,8 @@ def test_value_index_of_every_shape(index_rows, values, device):
     check_attention(by_triton, type(masked_inputs(device))(query, [moved, plain]))
 
 
-def test_11_nan_in_values_that_no_key_reads_changes_no_bit(device):
+@pytest.mark.fault(number=11)
+def test_nan_in_values_that_no_key_reads_changes_no_bit(device):
     inputs = masked_inputs(device)
     read = torch.arange(40, device=device)[None] // 2 * 2
     source = inputs.sources[0]._replace(value_index=read)
@@ -289,7 +304,8 @@ def test_weights_of_every_shape(groups, device):
         check_attention(by_triton, grouped_inputs(device, weight, *other, groups=groups))
 
 
-def test_10_a_softmax_group_that_sees_no_key_adds_nothing(device):
+@pytest.mark.fault(number=10)
+def test_a_softmax_group_that_sees_no_key_adds_nothing(device):
     inputs = grouped_inputs(device, 0.7, 1e30)
     hidden = inputs.sources[1]._replace(key_mask=torch.zeros(1, 33, dtype=torch.bool, device=device))
     first = [inputs.sources[0], inputs.sources[2]]
@@ -303,7 +319,8 @@ def test_10_a_softmax_group_that_sees_no_key_adds_nothing(device):
 
 
 @pytest.mark.parametrize("where", ["weight", "value"])
-def test_12_live_nan_in_a_softmax_group(where, device):
+@pytest.mark.fault(number=12)
+def test_live_nan_in_a_softmax_group(where, device):
     weight = torch.rand(2, 20, generator=torch.Generator().manual_seed(4)).to(device)
     inputs = grouped_inputs(device, None, weight)
     if where == "weight":
@@ -324,13 +341,15 @@ SMALL = AttentionCase(
 )
 
 
-def test_30_several_softmax_groups_are_bitwise_deterministic(device):
+@pytest.mark.fault(number=30)
+def test_several_softmax_groups_are_bitwise_deterministic(device):
     inputs = attention_inputs(SMALL, torch.bfloat16, device=device)
     results = [by_triton(inputs.query, inputs.sources, query_groups=inputs.query_groups) for _ in range(5)]
     assert results[0].isfinite().all() and all(torch.equal(results[0], x) for x in results)
 
 
-def test_29_one_compilation_for_every_step_weight_and_grouping(device):
+@pytest.mark.fault(number=29)
+def test_one_compilation_for_every_step_weight_and_grouping(device):
     """Arguments of two launches are alike for Triton: same types, constants and alignments."""
     kernel, specialize = attention.multi_source_attention_forward_kernel, native_specialize_impl
     unspecialized = getattr(kernel, "kwargs", None) or vars(kernel)
@@ -374,7 +393,9 @@ def test_29_one_compilation_for_every_step_weight_and_grouping(device):
 
 
 @pytest.mark.parametrize("softmax_groups", [None, (0, 1)], ids=["one group", "two"])
-def test_26_27_opcheck(softmax_groups, device):
+@pytest.mark.fault(number=26)
+@pytest.mark.fault(number=27)
+def test_passes_opcheck(softmax_groups, device):
     inputs = attention_inputs(replace(SMALL, softmax_groups=softmax_groups), torch.float32, device=device)
     query, sources = inputs.query, inputs.sources
     plan = plan_attention([s.key_mask for s in sources], [s.key_groups for s in sources], inputs.query_groups)
@@ -384,7 +405,8 @@ def test_26_27_opcheck(softmax_groups, device):
     torch.library.opcheck(OPS.multi_source_attention_triton.default, (query, *tables, out, lse))
 
 
-def test_31_permuting_the_batch_permutes_the_output(device):
+@pytest.mark.fault(number=31)
+def test_permuting_the_batch_permutes_the_output(device):
     inputs = attention_inputs(AttentionCase("", batch=3, keys=(40, 33), rows=(None, 1)), torch.float32, device=device)
     order = torch.tensor([2, 0, 1], device=device)
     own, shared = inputs.sources
@@ -392,7 +414,8 @@ def test_31_permuting_the_batch_permutes_the_output(device):
     assert torch.equal(by_triton(inputs.query[order], moved), by_triton(inputs.query, inputs.sources)[order])
 
 
-def test_03_grid_limit():
+@pytest.mark.fault(number=3)
+def test_more_tiles_than_a_grid_holds_are_refused():
     assert launch.check_grid("multi_source_attention", 2**31 - 1) == (2**31 - 1,)
     with pytest.raises(ValueError, match="at most 2147483647 tiles"):
         launch.check_grid("multi_source_attention", 2**31)
@@ -423,57 +446,3 @@ def test_access_checks_catch_an_overread():
         kernel[(1,)](x, y, 16)
         with pytest.raises(Exception, match="1 of 16 accesses outside"):
             kernel[(1,)](x[:16], y, 16)
-
-
-@pytest.mark.parametrize(
-    "head_dim, tokens, dtype",
-    [(40, 3, torch.float32), (80, 20, torch.bfloat16), (160, 1, torch.float16), (64, 40, torch.float32)],
-)
-def test_token_maps_match_the_reference(head_dim, tokens, dtype, device):
-    g = torch.Generator().manual_seed(1)
-    query, key, value = (strided_randn((2, n, 2, head_dim), g, dtype).to(device) for n in (37, 45, 45))
-    indices = torch.randint(45, (2, tokens), generator=g).int().to(device)
-    out = torch.full(query.shape, math.nan, dtype=dtype, device=device)
-    maps = torch.full((2, 37, tokens), math.nan, device=device)
-    OPS.attention_with_token_maps_triton(query, key, value, indices, 0.2, out, maps)
-    arguments = (query, key, value)
-    exact = reference.attention_with_token_maps(*(x.double() for x in arguments), indices, scale=0.2)
-    low = reference.attention_with_token_maps(*arguments, indices, scale=0.2)
-    assert_matches(out, low[0], exact[0], "out")
-    assert_matches(maps, low[1], exact[1], "maps")
-
-
-def test_token_maps_shared_indices_and_live_nan(device):
-    g = torch.Generator().manual_seed(2)
-    query, key, value = (torch.randn(2, n, 2, 24, generator=g).to(device) for n in (18, 33, 33))
-    query[0, 5, 1, 3] = math.nan
-    key[1, 7, 0, 2] = math.inf
-    indices = torch.tensor([[7, 0]], dtype=torch.int32, device=device).expand(2, 2)
-    out, maps = torch.full_like(query, 3.0), torch.full((2, 18, 2), 3.0, device=device)
-    OPS.attention_with_token_maps_triton(query, key, value, indices, 0.2, out, maps)
-    exact = reference.attention_with_token_maps(query.double(), key.double(), value.double(), indices, scale=0.2)
-    low = reference.attention_with_token_maps(query, key, value, indices, scale=0.2)
-    assert_matches(out, low[0], exact[0], "out")
-    assert_matches(maps, low[1], exact[1], "maps")
-
-
-@pytest.mark.parametrize("threshold", [None, 0.4], ids=["otsu", "fixed"])
-@pytest.mark.parametrize(
-    "size, smoothing, layers", [((16, 12), 1, 3), ((40, 36), 3, 2), ((7, 5), 3, 1), ((24, 24), 5, 2)]
-)
-def test_subject_mask_matches_the_reference(size, smoothing, layers, threshold, device):
-    g = torch.Generator().manual_seed(4)
-    maps = torch.rand(2, layers, 16, 12, generator=g).to(device)
-    out = torch.ones((2, *size), dtype=torch.bool, device=device)
-    OPS.subject_mask_triton(maps, threshold, None, smoothing, out)
-    level = "otsu" if threshold is None else threshold
-    assert torch.equal(out, reference.subject_mask(maps.double(), size=size, threshold=level, smoothing=smoothing))
-
-
-@pytest.mark.parametrize("value", [0.3, math.nan], ids=["constant", "nan"])
-def test_subject_mask_without_a_range_is_empty(value, device):
-    maps = torch.full((1, 2, 8, 8), 0.3, device=device)
-    maps[0, 0, 2, 2] = value
-    out = torch.ones((1, 8, 8), dtype=torch.bool, device=device)
-    OPS.subject_mask_triton(maps, None, None, 1, out)
-    assert not out.any()

@@ -1,5 +1,4 @@
-"""Gradients of multi_source_attention in Triton: the interpreter with checked accesses, or a GPU where there is one.
-Numbers in names: the fault list of DESIGN.md."""
+"""Gradients of multi_source_attention in Triton: the interpreter with checked accesses, or a GPU where there is one."""
 
 import functools
 import math
@@ -28,23 +27,27 @@ def by_triton(*args, **kwargs):
 
 @pytest.mark.parametrize("dtype", SEEDS, ids=str)
 @pytest.mark.parametrize("case", [c for c in CASES if not c.value_index], ids=lambda c: c.id)
-def test_28_gradients_match_the_formula(case, dtype, device):
+@pytest.mark.fault(number=28)
+def test_gradients_match_the_formula(case, dtype, device):
     check_attention_backward(by_triton, *(attention_inputs(case, dtype, i, device) for i in range(SEEDS[dtype])))
 
 
 @pytest.mark.parametrize("extreme", EXTREMES, ids=str)
-def test_28_extreme_logits_of_all_visible_keys(extreme, device):
+@pytest.mark.fault(number=28)
+def test_extreme_logits_of_all_visible_keys(extreme, device):
     """Where the log of the sum is lost beside the largest logit: a softmax of what the rounding leaves."""
     case = {"batch": 1, "queries": 9, "heads": 1, "head_dim": 8, "keys": (20, 7), "visible": 0.7}
     check_attention_backward(by_triton, extreme_inputs(extreme, torch.float32, device, **case))
 
 
-def test_28_classes_of_several_tiles(device):
+@pytest.mark.fault(number=28)
+def test_classes_of_several_tiles(device):
     case = AttentionCase("", batch=2, queries=150, heads=1, head_dim=16, keys=(140, 70), groups=3, visible=0.6)
     check_attention_backward(by_triton, attention_inputs(case, torch.bfloat16, device=device))
 
 
-def test_28_every_source_row_is_summed_over_its_readers(device):
+@pytest.mark.fault(number=28)
+def test_every_source_row_is_summed_over_its_readers(device):
     """One row for six batch rows, and a table that leaves rows out: gradients of rows that nobody reads are 0."""
     query = torch.randn(6, 9, 2, 16, device=device)
     key, value = (torch.randn(4, 40, 2, 16, device=device, requires_grad=True) for _ in range(2))
@@ -58,7 +61,8 @@ def test_28_every_source_row_is_summed_over_its_readers(device):
         torch.testing.assert_close(got, wanted)
 
 
-def test_11_nan_in_hidden_keys_leaves_gradients_alone(device):
+@pytest.mark.fault(number=11)
+def test_nan_in_hidden_keys_leaves_gradients_alone(device):
     inputs = attention_inputs(AttentionCase("masked", visible=0.5, groups=2), torch.float32, device=device)
 
     def gradients(poison):
@@ -78,7 +82,8 @@ def test_11_nan_in_hidden_keys_leaves_gradients_alone(device):
 
 
 @pytest.mark.parametrize("keys", [0, 9])
-def test_10_what_sees_nothing_gets_and_gives_no_gradient(keys, device):
+@pytest.mark.fault(number=10)
+def test_what_sees_nothing_gets_and_gives_no_gradient(keys, device):
     query = torch.randn(2, 6, 2, 16, device=device, requires_grad=True)
     key, value = (torch.randn(2, keys, 2, 16, device=device, requires_grad=True) for _ in range(2))
     nobody = Source(key, value, key_mask=torch.zeros(1, keys, dtype=torch.bool, device=device))
@@ -86,7 +91,8 @@ def test_10_what_sees_nothing_gets_and_gives_no_gradient(keys, device):
     assert all((g == 0).all() for g in grads)
 
 
-def test_28_gradients_through_value_index_are_refused_by_name(device):
+@pytest.mark.fault(number=28)
+def test_gradients_through_value_index_are_refused_by_name(device):
     query, key, value = (torch.randn(1, 5, 1, 16, device=device, requires_grad=True) for _ in range(3))
     source = Source(key, value, value_index=torch.zeros(1, 5, dtype=torch.int32, device=device))
     message = r"gradients through value_index\[0\]: not supported by backend 'triton'; supported by 'cpu', 'reference'"
@@ -94,7 +100,8 @@ def test_28_gradients_through_value_index_are_refused_by_name(device):
         by_triton(query, [source])
 
 
-def test_28_checkpoints_and_gradients_of_gradients(device):
+@pytest.mark.fault(number=28)
+def test_checkpoints_and_gradients_of_gradients(device):
     query, key, value = (torch.randn(1, 5, 1, 16, device=device, requires_grad=True) for _ in range(3))
     layer = functools.partial(checkpoint, lambda q, k, v: by_triton(q, [Source(k, v)]).square(), use_reentrant=False)
     expected = torch.autograd.grad(by_triton(query, [Source(key, value)]).square().sum(), (query, key, value))

@@ -32,17 +32,21 @@ def counted(tmp_path_factory) -> dict:
     return json.loads(run.stdout)
 
 
-def test_38_sixteen_threads_that_call_first_get_their_own_results(counted):
+@pytest.mark.fault(number=38)
+def test_sixteen_threads_that_call_first_get_their_own_results(counted):
     assert counted["cpu"]
     assert counted["triton"]["launched"] == counted["triton"]["own"] == 16
 
 
-def test_38_sixteen_threads_compile_and_load_a_kernel_once(counted):
+@pytest.mark.fault(number=38)
+def test_sixteen_threads_compile_and_load_a_kernel_once(counted):
     """Triton alone compiles and loads it sixteen times."""
     assert (counted["triton"]["compiled"], counted["triton"]["found"], counted["triton"]["loaded"]) == (1, 0, 1)
 
 
-def test_39_40_a_damaged_cache_is_compiled_again_once_and_is_whole_after_it(counted):
+@pytest.mark.fault(number=39)
+@pytest.mark.fault(number=40)
+def test_a_damaged_cache_is_compiled_again_once_and_is_whole_after_it(counted):
     damage = counted["damage"]
     first, last = damage.pop("first"), damage.pop("last")
     assert first["compiled"] == 1
@@ -52,7 +56,8 @@ def test_39_40_a_damaged_cache_is_compiled_again_once_and_is_whole_after_it(coun
         assert (call["compiled"], call["loaded"], call["launched"]) == (1, 1, 1), kind
 
 
-def test_39_a_damaged_kernel_is_told(counted):
+@pytest.mark.fault(number=39)
+def test_a_damaged_kernel_is_told(counted):
     """Where Triton itself sees that the entry is incomplete, it compiles without a word."""
     told = {kind for kind, call in counted["damage"].items() if call["told"]}
     names = ("small_kernel.json", "small_kernel.cubin")
@@ -64,7 +69,8 @@ OTHERS = {0o770: "mode 770", 0o707: "mode 707", 0o777: "mode 777"}
 
 
 @pytest.mark.parametrize("mode", OTHERS, ids=lambda mode: f"{mode:o}")
-def test_41_a_cache_that_others_may_write_is_refused(mode, tmp_path, monkeypatch):
+@pytest.mark.fault(number=41)
+def test_a_cache_that_others_may_write_is_refused(mode, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: tmp_path.stat().st_uid)
     tmp_path.chmod(mode)
     if tmp_path.stat().st_gid == tmp_path.stat().st_uid != 0 and mode == 0o770:
@@ -74,7 +80,8 @@ def test_41_a_cache_that_others_may_write_is_refused(mode, tmp_path, monkeypatch
         check_cache_folder(tmp_path)
 
 
-def test_41_a_cache_of_another_user_is_refused(tmp_path, monkeypatch):
+@pytest.mark.fault(number=41)
+def test_a_cache_of_another_user_is_refused(tmp_path, monkeypatch):
     check_cache_folder(tmp_path / "not there yet")
     tmp_path.chmod(0o755)
     check_cache_folder(tmp_path)
@@ -83,7 +90,8 @@ def test_41_a_cache_of_another_user_is_refused(tmp_path, monkeypatch):
         check_cache_folder(tmp_path)
 
 
-def test_41_nothing_of_triton_runs_from_such_a_cache(tmp_path):
+@pytest.mark.fault(number=41)
+def test_nothing_of_triton_runs_from_such_a_cache(tmp_path):
     tmp_path.chmod(0o777)
     command = [sys.executable, "-c", "import lr_kernels.triton"]
     run = subprocess.run(command, env=environment(tmp_path), capture_output=True, text=True)

@@ -30,7 +30,8 @@ def attention(table: list[Row], arch: int) -> list[Row]:
     return [row for row in table if row.kernel.startswith("attention") and row.arch == arch]
 
 
-def test_24_every_kernel_was_compiled_for_every_architecture(table):
+@pytest.mark.fault(number=24)
+def test_every_kernel_was_compiled_for_every_architecture(table):
     for arch in ARCHITECTURES:
         names = {row.kernel for row in table if row.arch == arch}
         expected = {f"attention D{D} bf16 {kind}" for D in HEAD_DIMS for kind in ("dense", "gathered", "grouped")}
@@ -50,16 +51,19 @@ def test_24_every_kernel_was_compiled_for_every_architecture(table):
         assert names == {f"attention D{D} bf16 {kind}" for D in HEAD_DIMS for kind in ("dense", "gathered")}
 
 
-def test_24_shared_memory_fits(table):
+@pytest.mark.fault(number=24)
+def test_shared_memory_fits(table):
     assert [row for row in table if row.shared > SHARED_MEMORY[row.arch]] == []
 
 
-def test_24_the_mma_tiles_also_fit_the_small_cards(table):
+@pytest.mark.fault(number=24)
+def test_the_mma_tiles_also_fit_the_small_cards(table):
     rows = [row for row in table if row.arch == 80 and row.kernel.startswith(("attention", "backward"))]
     assert [row for row in rows if row.shared > SHARED_MEMORY[89]] == []
 
 
-def test_24_no_inner_loop_touches_local_memory(table):
+@pytest.mark.fault(number=24)
+def test_no_inner_loop_touches_local_memory(table):
     """What spills outside them is paid once per source or program."""
     assert [row for row in table if row.loop_spills] == []
     assert [row for row in table if row.stack > 128 or row.registers > 255] == []

@@ -145,7 +145,8 @@ def test_calls_that_must_take_the_long_way(no_gpu):
         assert found([Source(key, key)]) is not None
 
 
-def test_05_addresses_off_a_16_byte_boundary_are_not_replayed(no_gpu):
+@pytest.mark.fault(number=5)
+def test_addresses_off_a_16_byte_boundary_are_not_replayed(no_gpu):
     wide = torch.randn(2, 64, 2, 72).bfloat16()
     aligned, shifted = wide[..., :64], wide[..., 4:68]
     calls = [recordable(q, [Source(q, q)], None, None, False, None) for q in (aligned, shifted)]
@@ -162,7 +163,8 @@ def test_what_the_checks_refuse_reaches_them(change, no_gpu):
     assert recordable(x, [(x, x)], None, None, False, None) is None
 
 
-def test_28_forward_mode_takes_the_long_way(no_gpu):
+@pytest.mark.fault(number=28)
+def test_forward_mode_takes_the_long_way(no_gpu):
     x = torch.randn(2, 8, 2, 16)
     with torch.autograd.forward_ad.dual_level():
         assert recordable(x, [Source(x, x)], None, None, False, None) is None

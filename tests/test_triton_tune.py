@@ -25,7 +25,8 @@ def test_only_the_case_gets_another_tile():
 
 
 @pytest.mark.parametrize("kind", ["dense", "gathered", "biased", "grouped"])
-def test_37_a_tile_that_writes_nothing_is_not_timed(kind, device, monkeypatch):
+@pytest.mark.fault(number=37)
+def test_a_tile_that_writes_nothing_is_not_timed(kind, device, monkeypatch):
     job = (tune.Case(40, kind), tune.table_tile(tune.Case(40, kind), 0), device)
     assert tune.compile_tile(job) == ""
     monkeypatch.setattr(tune, "kernel", lambda operator, backend: lambda *arguments: None)
