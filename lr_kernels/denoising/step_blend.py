@@ -8,9 +8,11 @@ from torch import Tensor
 
 from .. import reference
 from ..runtime import backends, modes, platform
-from ..runtime.checks import check_memory, check_sequence, fail, one_of
+from ..runtime.checks import check_memory, check_sequence, fail
 from ..runtime.ops import kernel
-from ..runtime.schemas import COLUMNS, MAX_PREDICTIONS
+from ..runtime.platform import KERNEL_DTYPES
+from ..runtime.schemas import COLUMNS
+from ..runtime.step_blend_checks import check_step_blend
 from ..runtime.tensors import check_dense, is_plain, resolved, resolved_or_none
 
 _OP = "step_blend"
@@ -58,9 +60,11 @@ def step_blend(
             (2 for classifier-free guidance). s scales the sample as the solver's model expects it.
         history_out: like sample, receives the prediction of the clean latents, c·sample + d·G, 0 in keep_rows.
         backend: "auto", "cpu", "cuda", "triton" or "reference". A name never falls back.
-        Inputs are read in place where only their batch stride is free ("triton": where they are contiguous), else
-        through one contiguous copy. Outputs are
-        contiguous and share memory with no input and with each other.
+
+    Inputs may have any strides. One whose rows are contiguous is read in place ("triton": one that is contiguous), any
+    other through one contiguous copy. Outputs are contiguous and share memory with no input and not with each other. On
+    CUDA the values of step and coefficients are not checked, since reading them would synchronize: a step outside the
+    table, or a missing tensor whose coefficient is not 0, gives NaN.
 
     Returns:
         (B, C, height, width) in the sample's dtype; `out` where it is given.
@@ -69,7 +73,6 @@ def step_blend(
         ValueError: a shape, device, step or argument that does not fit; an output that shares memory.
         TypeError: a dtype that does not fit. NotImplementedError: a named kernel backend where a gradient is required.
         RuntimeError: the named backend is not available; the coefficients need a noise or history that is None.
-        A GPU is not asked for the step and the coefficients: where they do not fit, the result is NaN.
     """
     if not isinstance(predictions, (list, tuple)):
         check_sequence(_OP, "predictions", predictions)
@@ -114,19 +117,21 @@ def step_blend(
     mask, background = resolved_or_none(_OP, "mask", mask), resolved_or_none(_OP, "background", background)
     noise, history = resolved_or_none(_OP, "noise", noise), resolved_or_none(_OP, "history", history)
     keep_rows = resolved_or_none(_OP, "keep_rows", keep_rows)
-    _check(sample, predictions, coefficients, mask, background, keep_rows)
-    for label, x in (("background", background), ("noise", noise), ("history", history)):
+    if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
+        fail(_OP, "mask", "bool or a floating dtype", mask.dtype, error=TypeError)
+    for label, x in (("out", out), ("model_input", model_input), ("history_out", history_out)):
         if x is not None:
-            _like(label, x, sample)
-    if out is not None:
-        _check_output("out", _like("out", out, sample), inputs)
-    if model_input is not None:
-        _check_output("model_input", _copies_like("model_input", model_input, sample), inputs)
-    if history_out is not None:
-        _check_output("history_out", _like("history_out", history_out, sample), inputs)
-    row, step_tensor = _split_step(step, coefficients)
+            _check_writable(label, x)
+    row, step_tensor = _split_step(step)
+    check_step_blend(
+        sample, predictions, coefficients, step_tensor, row, mask, background, noise, history, keep_rows,
+        out, model_input, history_out,
+        dtypes=(*KERNEL_DTYPES, torch.float64), mask_dtypes=() if mask is None else (mask.dtype,),
+    )  # fmt: skip
     if refusal is not None:  # of what the binding alone looks at: coefficients that need a tensor, the launch
         raise refusal
+    if step_tensor is None and torch.compiler.is_compiling():  # an int would recompile the graph for the next step
+        row, step_tensor = 0, torch.full((1,), row, dtype=torch.int32, device=device)
     _check_size(sample, [*predictions, background, noise, history], out, name)
     if name == "reference":
         result = reference.step_blend(
@@ -217,28 +222,20 @@ def _dense_rows(x: Tensor) -> Tensor:
     return x if x.stride()[1:] == _dense_strides(x) else x.contiguous()
 
 
-def _split_step(step: int | Tensor, coefficients: Tensor) -> tuple[int, Tensor | None]:
-    """The step as an int, inside the schedule, or as an int32 (1,) tensor that is not looked at: (0, tensor)."""
+def _split_step(step: int | Tensor) -> tuple[int, Tensor | None]:
+    """The step as an int, or as an int32 (1,) tensor that is not looked at: (0, tensor)."""
     if isinstance(step, Integral) and not isinstance(step, bool):  # NumPy's too
-        step = int(step)
-    if type(step) is not int:  # most calls pass an int, and isinstance with Tensor is slow
-        if not isinstance(step, Tensor):
-            fail(_OP, "step", "an int or an integer tensor", type(step).__name__, error=TypeError)
-        step = resolved(_OP, "step", step)
-        if step.numel() != 1:
-            fail(_OP, "step", "one element", f"shape {tuple(step.shape)}")
-        if step.dtype not in (torch.int32, torch.int64):
-            fail(_OP, "step", "int32 or int64", step.dtype, error=TypeError)
-        if step.device != coefficients.device:
-            fail(_OP, "step", str(coefficients.device), step.device)
-        if step.device.type != "cpu" or torch.compiler.is_compiling():
-            return 0, step.reshape(1).int()
-        step = int(step)
-    if not 0 <= step < coefficients.shape[0]:
-        fail(_OP, "step", f"0 to {coefficients.shape[0] - 1}, the steps of coefficients", step)
-    if torch.compiler.is_compiling():  # a tensor, so that the next step does not recompile the graph
-        return 0, torch.full((1,), step, dtype=torch.int32, device=coefficients.device)
-    return step, None
+        return int(step), None
+    if not isinstance(step, Tensor):
+        fail(_OP, "step", "an int or an integer tensor", type(step).__name__, error=TypeError)
+    step = resolved(_OP, "step", step)
+    if step.numel() != 1:
+        fail(_OP, "step", "one element", f"shape {tuple(step.shape)}")
+    if step.dtype not in (torch.int32, torch.int64):
+        fail(_OP, "step", "int32 or int64", step.dtype, error=TypeError)
+    if step.device.type != "cpu" or torch.compiler.is_compiling():
+        return 0, step.reshape(1).int()
+    return int(step), None
 
 
 def _check_terms(
@@ -268,104 +265,12 @@ def _check_terms(
             torch._assert_async(unused, f"lr_kernels.{_OP}: {name}: expected {expected}, got None")
 
 
-def _check(
-    sample: Tensor,
-    predictions: Sequence[Tensor],
-    coefficients: Tensor,
-    mask: Tensor | None,
-    background: Tensor | None,
-    keep_rows: Tensor | None,
-) -> None:
-    """Shapes, dtypes and devices of what every call has, and of the masks."""
-    shape, dtype, device = sample.shape, sample.dtype, sample.device
-    if len(shape) != 4:
-        fail(_OP, "sample", "shape (batch, channels, height, width)", tuple(shape))
-    if not dtype.is_floating_point:
-        fail(_OP, "sample", "one of float32, float16, bfloat16, float64", dtype, error=TypeError)
-    count = len(predictions)
-    if not 1 <= count <= MAX_PREDICTIONS:
-        fail(_OP, "predictions", f"1 to {MAX_PREDICTIONS}", count)
-    for i, x in enumerate(predictions):
-        if x.shape != shape or x.dtype != dtype or x.device != device:
-            _like(f"predictions[{i}]", x, sample)
-    batch, _, height, width = shape
-    table, columns = coefficients.shape, count + len(COLUMNS)
-    if len(table) != 3 or not one_of(table[1], 1, batch) or table[2] != columns:
-        fail(_OP, "coefficients", f"shape (steps, {batch} or 1, {columns})", tuple(table))
-    if coefficients.dtype != torch.float32:
-        fail(_OP, "coefficients", "float32", coefficients.dtype, error=TypeError)
-    if coefficients.device != device:
-        fail(_OP, "coefficients", str(device), coefficients.device)
-    if mask is None and keep_rows is None:
-        if background is not None:
-            fail(_OP, "mask", "a tensor (or keep_rows), since background is given", None)
-        return
-    if background is None:
-        fail(_OP, "background", f"a tensor, since {'keep_rows' if mask is None else 'mask'} is given", None)
-    if mask is not None:
-        if mask.dim() != 3 or not one_of(mask.shape[0], 1, batch) or mask.shape[1:] != (height, width):
-            fail(_OP, "mask", f"shape ({batch} or 1, {height}, {width})", tuple(mask.shape))
-        if mask.dtype != torch.bool and not mask.is_floating_point():
-            fail(_OP, "mask", "bool or a floating dtype", mask.dtype, error=TypeError)
-        if mask.device != device:
-            fail(_OP, "mask", str(device), mask.device)
-    if keep_rows is not None:
-        if keep_rows.shape != (batch,):
-            fail(_OP, "keep_rows", f"shape ({batch},)", tuple(keep_rows.shape))
-        if keep_rows.dtype != torch.bool:
-            fail(_OP, "keep_rows", "bool", keep_rows.dtype, error=TypeError)
-        if keep_rows.device != device:
-            fail(_OP, "keep_rows", str(device), keep_rows.device)
-
-
-def _like(name: str, x: Tensor, sample: Tensor) -> Tensor:
-    """x, which has the sample's shape, dtype and device."""
-    if x.shape != sample.shape:
-        fail(_OP, name, f"shape {tuple(sample.shape)}", tuple(x.shape))
-    return _same_kind(name, x, sample)
-
-
-def _copies_like(name: str, x: Tensor, sample: Tensor) -> Tensor:
-    """x, which is made of one or more tensors like sample, one after the other along the batch."""
-    batch, *rest = sample.shape
-    rows = x.shape[0] if x.dim() else 0
-    if [*x.shape[1:]] != rest or (rows != 0 if batch == 0 else rows == 0 or rows % batch):
-        fail(_OP, name, f"shape (n·{batch}, {', '.join(map(str, rest))})", tuple(x.shape))
-    return _same_kind(name, x, sample)
-
-
-def _same_kind(name: str, x: Tensor, sample: Tensor) -> Tensor:
-    if x.dtype != sample.dtype:
-        fail(_OP, name, str(sample.dtype), x.dtype, "cast all tensors to one dtype", TypeError)
-    if x.device != sample.device:
-        fail(_OP, name, str(sample.device), x.device)
-    return x
-
-
-def _check_output(name: str, x: Tensor, taken: list[Tensor]) -> None:
-    """x can take a result, and writing it changes none of `taken`, which it joins."""
+def _check_writable(name: str, x: Tensor) -> None:
+    """ValueError unless x is a tensor that can take a result: with data of its own, and out of autograd's sight."""
     if not torch.compiler.is_compiling():
         check_dense(_OP, name, x)
         if not is_plain(x):
-            fail(
-                _OP, name, "a tensor with memory of its own", "a lazy negative or zero", "pass torch.empty_like(sample)"
-            )
-    if not x.is_contiguous():
-        fail(_OP, name, "a contiguous tensor", f"strides {x.stride()}")
+            hint = "pass torch.empty_like(sample)"
+            fail(_OP, name, "a tensor with memory of its own", "a lazy negative or zero", hint)
     if x.requires_grad and torch.is_grad_enabled():
         fail(_OP, name, "a tensor that requires no gradient", "one that does")
-    if torch.compiler.is_compiling() or not x.numel():
-        return  # a traced tensor has no address
-    start = x.data_ptr()
-    end = start + x.nbytes
-    for other in taken:
-        first = other.data_ptr()
-        if first < end and start < first + (other.nbytes if other.is_contiguous() else _reach(other)):
-            hint = "pass another tensor"
-            fail(_OP, name, "memory of its own", "memory that another tensor of the call shares", hint)
-    taken.append(x)
-
-
-def _reach(x: Tensor) -> int:
-    """Bytes from the first to the last element of x, both included."""
-    return (sum((size - 1) * stride for size, stride in zip(x.shape, x.stride())) + 1) * x.element_size()

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import Call
+from ..runtime.calls import Call
 from .launch import check_grid, on_device, strides
 
 _TILE = 2048
@@ -169,8 +169,8 @@ def _check(
 ) -> None:
     """The arguments of adain."""
     call = Call("adain", x, "x")
-    batch, tokens, *channels = call.input("x", x, (None,) * 4)
-    others = call.input("reference", reference, ((batch, 1), None, *channels))[1]
+    batch, tokens, *channels = call.input("x", x, ("batch", "tokens", "heads", "head_dim"))
+    others = call.input("reference", reference, ((batch, 1), "tokens", *channels))[1]
     for name, table, count in (("mask", mask, tokens), ("reference_mask", reference_mask, others)):
         if table is not None:
             call.input(name, table, ((batch, 1), count), 1, torch.bool)

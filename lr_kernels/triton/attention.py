@@ -15,9 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..runtime.calls import Call
 from ..runtime.schemas import AttentionTables
 from . import tiles
-from .arguments import Call, attention_inputs
+from .arguments import attention_inputs
 from .attention_steps import attend_queries
 from .launch import INTERPRETED, architecture, check_grid, dense_last, on_device, strides
 from .sources import dot_precision, encode, query_tile, strided_tables, tables_of

@@ -17,10 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..runtime.calls import Call
 from ..runtime.schemas import AttentionTables
 from ..runtime.tensors import true_places
 from . import tiles
-from .arguments import Call, attention_inputs
+from .arguments import attention_inputs
 from .attention_backward_steps import (
     COARSE,
     add_products,

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..runtime.calls import Call
 from ..runtime.schemas import MAX_TOKENS
-from .arguments import Call
 from .launch import check_grid, dense_last, on_device, strides
 
 _BLOCK = 1024

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..runtime.calls import Call
 from ..runtime.schemas import MAX_TOKENS
-from .arguments import Call
 from .launch import INTERPRETED, check_grid, on_device, strides
 from .sources import dot_precision
 
@@ -203,8 +203,8 @@ def _check(
 ) -> None:
     """The arguments of correspondence."""
     call = Call("correspondence", target, "target")
-    batch, tokens, channels = call.input("target", target, (None,) * 3)
-    others = call.input("reference", reference, ((batch, 1), None, channels))[1]
+    batch, tokens, channels = call.input("target", target, ("batch", "tokens", "channels"))
+    others = call.input("reference", reference, ((batch, 1), "tokens", channels))[1]
     call.require(tokens <= MAX_TOKENS, "target", f"at most {MAX_TOKENS} tokens", tokens)
     call.require(1 <= others <= MAX_TOKENS, "reference", f"1 to {MAX_TOKENS} tokens", others)
     call.require(channels >= 1, "target", "at least one channel", channels)

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..runtime.calls import Call
 from ..runtime.schemas import MAX_PARTS
-from .arguments import Call
 from .launch import check_grid, on_device, strides
 
 _INF = tl.constexpr(float("inf"))
@@ -92,7 +92,7 @@ def _check(outs: Sequence[Tensor], lses: Sequence[Tensor], out: Tensor, lse: Ten
     call = Call("merge_attention_states", out, "out")
     call.require(1 <= len(outs) <= MAX_PARTS, "outs", f"1 to {MAX_PARTS} entries", len(outs))
     call.lists(len(outs), lses=lses)
-    shape = call.input("outs[0]", outs[0], (None,) * 4)
+    shape = call.input("outs[0]", outs[0], ("batch", "tokens", "heads", "head_dim"))
     for i, (part, part_lse) in enumerate(zip(outs, lses)):
         call.input(f"outs[{i}]", part, shape)
         call.input(f"lses[{i}]", part_lse, shape[:3], 0, torch.float32)

@@ -3,15 +3,11 @@
 The coefficients are a device table indexed by a device step counter, so a captured graph serves every step.
 """
 
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..runtime.schemas import COLUMNS, MAX_PREDICTIONS
-from .arguments import Call
+from ..runtime.step_blend_checks import check_step_blend
 from .launch import check_grid, dense_last, on_device, strides
 
 _BLOCK = 1024
@@ -110,7 +106,7 @@ def step_blend_triton(
     keep_rows: Tensor | None, out: Tensor, model_input: Tensor | None, history_out: Tensor | None,
 ) -> None:  # fmt: skip
     """Shapes as in the schema `step_blend` of runtime/schemas.py; the outputs are contiguous."""
-    _check(
+    check_step_blend(
         sample, predictions, coefficients, step, row, mask, background, noise, history, keep_rows,
         out, model_input, history_out,
     )  # fmt: skip
@@ -147,39 +143,3 @@ def launch_arguments(
     copies = 0 if model_input is None else model_input.shape[0] // B
     constants = {"K": len(predictions), "COPIES": copies, "BLOCK": _BLOCK, "num_warps": 4, "enable_fp_fusion": True}
     return arguments, constants, B * C * blocks
-
-
-def _check(
-    sample: Tensor, predictions: Sequence[Tensor], coefficients: Tensor, step: Tensor | None, row: int,
-    mask: Tensor | None, background: Tensor | None, noise: Tensor | None, history: Tensor | None,
-    keep_rows: Tensor | None, out: Tensor, model_input: Tensor | None, history_out: Tensor | None,
-) -> None:  # fmt: skip
-    """The arguments of step_blend."""
-    call = Call("step_blend", sample, "sample")
-    batch, *plane = shape = call.input("sample", sample, (None,) * 4, 0)
-    count = len(predictions)
-    call.require(1 <= count <= MAX_PREDICTIONS, "predictions", f"1 to {MAX_PREDICTIONS} entries", count)
-    for i, x in enumerate(predictions):
-        call.input(f"predictions[{i}]", x, shape, 0)
-    for name, given in (("background", background), ("noise", noise), ("history", history)):
-        if given is not None:
-            call.input(name, given, shape, 0)
-    table = (None, (batch, 1), count + len(COLUMNS))
-    steps = call.input("coefficients", coefficients, table, 1, torch.float32)[0]
-    if step is not None:
-        call.input("step", step, (1,) * min(1, step.dim()), 1, torch.int32)
-    call.require(step is not None or 0 <= row < steps, "step", f"0 to {steps - 1}", row)
-    if mask is not None:
-        call.input("mask", mask, ((batch, 1), *plane[1:]), 0, torch.float32)
-    if keep_rows is not None:
-        call.input("keep_rows", keep_rows, (batch,), 0, torch.bool)
-    kept = mask is not None or keep_rows is not None
-    call.require(background is not None or not kept, "background", "a tensor, since mask or keep_rows is given", None)
-    call.output("out", out, shape, 4)
-    if model_input is not None:
-        call.output("model_input", model_input, (None, *plane), 4)
-        rows = model_input.shape[0]
-        fits = rows == 0 if batch == 0 else rows > 0 and rows % batch == 0
-        call.require(fits, "model_input", "the rows of sample once or more", rows)
-    if history_out is not None:
-        call.output("history_out", history_out, shape, 4)

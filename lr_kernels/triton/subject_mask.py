@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import Call
+from ..runtime.calls import Call
 from .launch import check_grid, on_device
 
 _BLOCK = 512  # at 1024 the smoothing kernel spills (2 instructions at sm_90)
@@ -172,9 +172,9 @@ def launch_arguments(
 def _check(maps: Tensor, threshold: float | None, quantile: float | None, smoothing: int, out: Tensor) -> None:
     """The arguments of subject_mask."""
     call = Call("subject_mask", maps, "maps", (torch.float32,))
-    sizes = call.input("maps", maps, (None,) * 4, 0)
+    sizes = call.input("maps", maps, ("batch", "maps", "height", "width"), 0)
     call.require(0 not in sizes[1:], "maps", "at least one map of at least one pixel", tuple(sizes))
-    call.output("out", out, (sizes[0], None, None), 0, torch.bool)
+    call.output("out", out, (sizes[0], "height", "width"), 0, torch.bool)
     call.require(0 not in out.shape[1:], "out", "at least one pixel", tuple(out.shape))
     for name, x in (("threshold", threshold), ("quantile", quantile)):
         call.require(x is None or 0 <= x <= 1, name, "0 to 1", x)

@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..runtime.calls import Call
 from ..runtime.checks import FLOAT32_MAX
 from ..runtime.schemas import MAX_HEAD_DIM, MAX_TOKENS
-from .arguments import Call
 from .launch import INTERPRETED, architecture, check_grid, dense_last, on_device, strides
 from .sources import dot_precision, load_tile
 from .tiles import split_head_dim
@@ -167,12 +167,12 @@ def launch_arguments(
 def _check(query: Tensor, key: Tensor, value: Tensor, token_indices: Tensor, out: Tensor, maps: Tensor) -> None:
     """The arguments of attention_with_token_maps."""
     call = Call("attention_with_token_maps", query, "query")
-    batch, tokens, heads, head_dim = call.input("query", query, (None,) * 4)
+    batch, tokens, heads, head_dim = call.input("query", query, ("batch", "tokens", "heads", "head_dim"))
     call.require(1 <= head_dim <= MAX_HEAD_DIM, "query", f"head_dim from 1 to {MAX_HEAD_DIM}", head_dim)
     call.require(heads >= 1, "query", "at least one head", heads)
-    keys = call.input("key", key, (batch, None, heads, head_dim))[1]
+    keys = call.input("key", key, (batch, "keys", heads, head_dim))[1]
     call.require(keys <= MAX_TOKENS, "key", f"at most {MAX_TOKENS} keys", keys)
     call.input("value", value, (batch, keys, heads, head_dim))
-    chosen = call.input("token_indices", token_indices, (batch, None), 0, torch.int32)[1]
+    chosen = call.input("token_indices", token_indices, (batch, "maps"), 0, torch.int32)[1]
     call.output("out", out, query.shape)
     call.output("maps", maps, (batch, tokens, chosen), 0, torch.float32)
