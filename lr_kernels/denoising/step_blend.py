@@ -82,7 +82,8 @@ def step_blend(
         if x is not None:
             inputs.append(x)
     outputs = [x for x in (out, model_input, history_out) if x is not None]
-    for x in inputs + outputs:
+    tensors = inputs + outputs
+    for x in tensors:
         if x.__class__ is not Tensor and not isinstance(x, Tensor):
             _name_other(
                 sample=sample, coefficients=coefficients, mask=mask, background=background, noise=noise,
@@ -91,16 +92,16 @@ def step_blend(
             )  # fmt: skip
     device, training = sample.device, torch.is_grad_enabled()
     lacking = backends.forward_only(*inputs) if training or modes.forward_mode_active() else None
-    if modes.transforms_active():
+    name = backends.choose(_OP, backend, device, sample.dtype, lacking, "sample")
+    if name == "reference" and modes.transforms_active():
         modes.refuse_vmap(_OP, {"step": step})
         if outputs:
             names, expected = "out, model_input, history_out", "None inside a torch.func transform"
             fail(_OP, names, expected, "a tensor", "use the one that is returned", NotImplementedError)
-    name = backends.choose(_OP, backend, device, sample.dtype, lacking, "sample")
     refusal = None
     if name in ("cpu", "cuda") and background is None and mask is None and keep_rows is None:
         counter = None if type(step) is int else _counter(step, device)
-        if (type(step) is int or counter is not None) and _plain(inputs, outputs, device, training):
+        if (type(step) is int or counter is not None) and _plain(tensors, outputs, device, training):
             # The binding itself refuses what does not fit. Checking here as well would take a third of a small call, so
             # it is only done to word a refusal.
             result = torch.empty_like(sample) if out is None else out
@@ -187,7 +188,7 @@ def _counter(step: Tensor | int, device: torch.device) -> Tensor | None:
     return step if fits and is_plain(step) else None
 
 
-def _plain(inputs: list[Tensor], outputs: list[Tensor], device: torch.device, training: bool) -> bool:
+def _plain(tensors: list[Tensor], outputs: list[Tensor], device: torch.device, training: bool) -> bool:
     """Whether the C++ op takes the tensors as they are, and can itself check what is left to check."""
     if (
         not platform.ERRORS_REACH_PYTHON
@@ -195,7 +196,7 @@ def _plain(inputs: list[Tensor], outputs: list[Tensor], device: torch.device, tr
         or (training and any(x.requires_grad for x in outputs))
     ):
         return False
-    for x in (*inputs, *outputs):
+    for x in tensors:
         if x.device != device or not x.is_contiguous() or x._is_zerotensor():
             return False
     return True

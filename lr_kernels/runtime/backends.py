@@ -12,6 +12,12 @@ from .platform import KERNEL_DTYPES
 BACKENDS = (*ops.BACKENDS, "reference")
 """The kernels' in the order in which "auto" tries them; the reference serves the rest, the interpreter only by name."""
 
+_OF_DEVICE = {
+    device_type: [(name, about) for name, about in ops.BACKENDS.items() if about.device_type == device_type]
+    for device_type in {about.device_type for about in ops.BACKENDS.values()}
+}
+"""What "auto" tries, by the tensors' device type: a look at all backends costs every call 0.4 us."""
+
 
 def unavailable(backend: str, op: str, device_type: str | None = None) -> str | None:
     """Why `backend` cannot run `op` on this machine (and device), or None."""
@@ -54,9 +60,8 @@ def choose(
         lacking = {name: [*lacking.get(name, ()), "torch.func transforms"] for name in BACKENDS if name != "reference"}
     if backend == "auto":
         if dtype in KERNEL_DTYPES:
-            for name, about in ops.BACKENDS.items():
-                serves = about.device_type == device_type and op in about.operators and not lacking.get(name)
-                if serves and about.unavailable(device_type) is None:
+            for name, about in _OF_DEVICE.get(device_type, ()):
+                if op in about.operators and not lacking.get(name) and about.unavailable(device_type) is None:
                     return name
         return "reference"
     if backend not in BACKENDS:

@@ -69,22 +69,22 @@ BACKENDS = {
 }
 """In the order in which "auto" tries them."""
 
+_LOADERS = {name: about.load for name, about in BACKENDS.items() if about.load is not None}
+
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def kernel(operator: str, backend: str) -> Callable[..., None]:
     """The torch op that runs `operator` on `backend`, with its kernels loaded."""
-    load = BACKENDS[backend].load
-    if load is not None:
-        load()
+    if backend in _LOADERS:
+        _LOADERS[backend]()
     return _ops[operator, backend]
 
 
 def recorded_call(operator: str, backend: str, *arguments: Any) -> Any:
     """A call that the backend can launch again where it repeats an earlier one (see `triton.attention_replay.Call`);
     None where it records none of this operator."""
-    load = BACKENDS[backend].load
-    calls = {} if load is None else load().RECORDED_CALLS
+    calls = _LOADERS[backend]().RECORDED_CALLS if backend in _LOADERS else {}
     return calls[operator](*arguments) if operator in calls else None
 
 
