@@ -18,10 +18,20 @@ from torch import Tensor
 from ..runtime.calls import Call
 from ..runtime.schemas import AttentionTables
 from . import tiles
-from .arguments import attention_inputs
+from .attention_arguments import (
+    by_dimension,
+    constants_of,
+    encode,
+    in_units,
+    query_order,
+    source_arguments,
+    strided_tables,
+    tables_of,
+)
+from .attention_checks import attention_inputs
 from .attention_steps import attend_queries
-from .launch import INTERPRETED, architecture, check_grid, dense_last, on_device, strides
-from .sources import dot_precision, encode, query_tile, strided_tables, tables_of
+from .launch import architecture, check_grid, on_device, strides
+from .sources import query_tile
 
 
 @triton.jit(
@@ -129,52 +139,36 @@ def launch_arguments(
     B, N, H, D = query.shape
     key, value, groups = tables.key, tables.value, tables.softmax_group
     S = len(key)
-    rows, _, with_rows = tables_of(tables.rows)
-    index, index_strides, with_index = tables_of(tables.key_index, 0, 1)
-    count, count_strides, _ = tables_of(tables.key_count, 0, 1)
+    sources, order = source_arguments(tables), query_order(tables)
     value_index, _, with_value_index = tables_of(tables.value_index)
-    bias, bias_strides, with_bias = tables_of(tables.key_bias, 0)
-    scales, scale_strides, with_scale = strided_tables(tables.logit_scale)
-    shifts, shift_strides, with_shift = strided_tables(tables.logit_bias)
     weights, weight_strides, with_weight = strided_tables([tables.weight[g] for g in groups])
-    order, starts = dense_last(tables.query_order), dense_last(tables.class_start)
     grouped = groups[0] != groups[-1]
     group_ends = sum(1 << s for s in range(S) if s == S - 1 or groups[s + 1] != groups[s]) if grouped else None
-    per_pair = bias is not None or scales is not None or not tables.scale > 0
-    biased = per_pair or shifts is not None or value_index is not None
-    kind = "grouped" if grouped else "biased" if biased else "dense" if index is None else "gathered"
-    classes = 1 if starts is None else starts.shape[1] - 1
-    # 16-byte loads need every stride to be a multiple of 16 bytes; strides are then passed in those units
-    unit = 16 // query.element_size()
-    dims = [strides(x, 0, 1, 2) for x in (query, out, *key, *value)]
-    if any(x % unit for strides_ in dims for x in strides_):
-        unit = 1
-    units = [tuple(x // unit for x in strides_) for strides_ in dims]
-    query_strides, out_strides, *source_units = units
+    per_pair = sources.bias is not None or sources.scales is not None or not tables.scale > 0
+    biased = per_pair or sources.shifts is not None or value_index is not None
+    kind = "grouped" if grouped else "biased" if biased else "dense" if sources.index is None else "gathered"
+    unit, units = in_units(query, out, *key, *value)
+    query_strides, out_strides, *source_strides = units
     tile = tiles.attention_tile(arch, D, query.dtype, kind, B * N * H)
     if query.element_size() == 2 and arch != tiles.INTERPRETER:
         if unit == 1 or any(x.data_ptr() % 16 for x in (query, *key, *value)):
             tile = tiles.unaligned_tile(arch, D)
-    tiles_per_head = triton.cdiv(N, tile.BM) + classes - 1
+    tiles_per_head = triton.cdiv(N, tile.BM) + order.classes - 1
     arguments = (
-        query, tuple(key), tuple(value), rows, index, count, value_index, bias, scales, shifts, weights,
-        order, starts, out, lse,
-        encode(k.shape[1] for k in key), encode(k.shape[0] for k in key),
+        query, tuple(key), tuple(value), sources.rows, sources.index, sources.count, value_index, sources.bias,
+        sources.scales, sources.shifts, weights, order.order, order.starts, out, lse,
+        sources.keys_of_source, sources.rows_of_source,
         None if value_index is None else encode(v.shape[1] for v in value),
-        tuple(encode(x) for x in zip(*source_units[:S])), tuple(encode(x) for x in zip(*source_units[S:])),
-        index_strides, count_strides, _value_index_strides(value_index, key), bias_strides,
-        scale_strides, shift_strides, weight_strides,
-        N, H, classes, tiles_per_head, tables.scale,
-        with_rows, with_index, with_bias, with_scale, with_shift,
-        with_value_index or None, with_weight or None, group_ends,
-        *query_strides, *out_strides, *((0, 0, 0) if lse is None else strides(lse, 0, 1, 2)),
-        *((0, 0) if order is None else (*strides(order, 0), *strides(starts, 0))),
+        by_dimension(source_strides[:S]), by_dimension(source_strides[S:]),
+        sources.index_strides, sources.count_strides, _value_index_strides(value_index, key), sources.bias_strides,
+        sources.scale_strides, sources.shift_strides, weight_strides,
+        N, H, order.classes, tiles_per_head, tables.scale,
+        *sources.bits, with_value_index or None, with_weight or None, group_ends,
+        *query_strides, *out_strides, *((0, 0, 0) if lse is None else strides(lse, 0, 1, 2)), *order.strides,
     )  # fmt: skip
     constants = {
-        "S": S, "D": D, "D0": tile.D0, "D1": tile.D1, "BM": tile.BM, "BN": tile.BN, "UNIT": unit,
-        "NARROW": all(x.shape[1] * x.stride(1) < 2**31 for x in (*key, *value)), "PER_PAIR": per_pair,
-        "PRECISION": dot_precision(query.dtype), "UPCAST": INTERPRETED,
-        "num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True,
+        "S": S, **constants_of(tile, D, unit, query.dtype), "PER_PAIR": per_pair,
+        "NARROW": all(x.shape[1] * x.stride(1) < 2**31 for x in (*key, *value)),
     }  # fmt: skip
     return arguments, constants, B * H * tiles_per_head
 

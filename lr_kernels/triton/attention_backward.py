@@ -21,7 +21,7 @@ from ..runtime.calls import Call
 from ..runtime.schemas import AttentionTables
 from ..runtime.tensors import true_places
 from . import tiles
-from .arguments import attention_inputs
+from .attention_arguments import by_dimension, constants_of, in_units, query_order, source_arguments, strided_tables
 from .attention_backward_steps import (
     COARSE,
     add_products,
@@ -34,13 +34,12 @@ from .attention_backward_steps import (
     sums_again,
     weights,
 )
+from .attention_checks import attention_inputs
 from .compact_keys import compact_keys_triton
-from .launch import INTERPRETED, architecture, check_grid, dense_last, on_device, strides
+from .launch import architecture, check_grid, dense_last, on_device, strides
 from .sources import (
     INF,
     LOG2E,
-    dot_precision,
-    encode,
     key_entries,
     key_shift,
     key_tokens,
@@ -48,8 +47,6 @@ from .sources import (
     pick_int,
     query_tile,
     query_tokens,
-    strided_tables,
-    tables_of,
     to_log2,
 )
 
@@ -350,30 +347,22 @@ def query_launch(
     key, value = tables.key, tables.value
     S = len(key)
     tile = tiles.backward_tile(arch, D, query.dtype, "query")
-    rows, _, with_rows = tables_of(tables.rows)
-    index, index_strides, with_index = tables_of(tables.key_index, 0, 1)
-    count, count_strides, _ = tables_of(tables.key_count, 0, 1)
-    bias, bias_strides, with_bias = tables_of(tables.key_bias, 0)
-    scales, scale_strides, with_scale = strided_tables(tables.logit_scale)
-    shifts, shift_strides, with_shift = strided_tables(tables.logit_bias)
-    order, starts = dense_last(tables.query_order), dense_last(tables.class_start)
-    classes = 1 if starts is None else starts.shape[1] - 1
-    tiles_per_head = triton.cdiv(N, tile.BM) + classes - 1
-    unit, units = _in_units(query, out, grad_out, *key, *value)
+    sources, order = source_arguments(tables), query_order(tables)
+    tiles_per_head = triton.cdiv(N, tile.BM) + order.classes - 1
+    unit, units = in_units(query, out, grad_out, *key, *value)
     query_strides, out_strides, grad_strides, *source_strides = units
     arguments = (
-        grad_out, grad_lse, query, tuple(key), tuple(value), rows, index, count, bias, scales, shifts, order, starts,
-        out, lse, grad_query, terms,
-        encode(k.shape[1] for k in key), encode(k.shape[0] for k in key),
-        tuple(encode(x) for x in zip(*source_strides[:S])), tuple(encode(x) for x in zip(*source_strides[S:])),
-        index_strides, count_strides, bias_strides, scale_strides, shift_strides,
-        N, H, classes, tiles_per_head, tables.scale,
-        with_rows, with_index, with_bias, with_scale, with_shift,
+        grad_out, grad_lse, query, tuple(key), tuple(value), sources.rows, sources.index, sources.count, sources.bias,
+        sources.scales, sources.shifts, order.order, order.starts, out, lse, grad_query, terms,
+        sources.keys_of_source, sources.rows_of_source,
+        by_dimension(source_strides[:S]), by_dimension(source_strides[S:]),
+        sources.index_strides, sources.count_strides, sources.bias_strides,
+        sources.scale_strides, sources.shift_strides,
+        N, H, order.classes, tiles_per_head, tables.scale, *sources.bits,
         *query_strides, *out_strides, *grad_strides,
-        *((0, 0, 0) if grad_lse is None else strides(grad_lse, 0, 1, 2)),
-        *((0, 0) if order is None else (*strides(order, 0), *strides(starts, 0))),
+        *((0, 0, 0) if grad_lse is None else strides(grad_lse, 0, 1, 2)), *order.strides,
     )  # fmt: skip
-    return arguments, {"S": S, **_constants(tile, D, unit, query.dtype)}, B * H * tiles_per_head
+    return arguments, {"S": S, **constants_of(tile, D, unit, query.dtype)}, B * H * tiles_per_head
 
 
 def source_launch(
@@ -388,10 +377,9 @@ def source_launch(
     index, count, visible = _keys_of_any_class(tables.key_index[s], tables.key_count[s])
     scales, scale_strides, _ = strided_tables([tables.logit_scale[s]])
     shifts, shift_strides, _ = strided_tables([tables.logit_bias[s]])
-    order, starts = dense_last(tables.query_order), dense_last(tables.class_start)
-    classes = 1 if starts is None else starts.shape[1] - 1
+    order = query_order(tables)
     key_tiles = triton.cdiv(M, tile.BN)
-    unit, units = _in_units(query, grad_out, key, value)
+    unit, units = in_units(query, grad_out, key, value)
     query_strides, grad_strides, key_strides, value_strides = units
 
     def plain(encoded: tuple | None) -> tuple[int, ...]:
@@ -399,16 +387,15 @@ def source_launch(
 
     arguments = (
         grad_out, grad_lse, query, key, value, tables.rows[s], index, count, visible, bias,
-        None if scales is None else scales[0], None if shifts is None else shifts[0], order, starts,
+        None if scales is None else scales[0], None if shifts is None else shifts[0], order.order, order.starts,
         terms, grad_key, grad_value, grad_key_bias,
-        M, R, B, N, H, classes, key_tiles, tables.scale, *key_strides, *value_strides,
+        M, R, B, N, H, order.classes, key_tiles, tables.scale, *key_strides, *value_strides,
         *((0, 0) if index is None else (*strides(index, 0), *strides(count, 0))),
         *((0, 0) if visible is None else strides(visible, 0, 1)), 0 if bias is None else strides(bias, 0)[0],
         *query_strides, *grad_strides, *((0, 0, 0) if grad_lse is None else strides(grad_lse, 0, 1, 2)),
-        *plain(scale_strides), *plain(shift_strides),
-        *((0, 0) if order is None else (*strides(order, 0), *strides(starts, 0))),
+        *plain(scale_strides), *plain(shift_strides), *order.strides,
     )  # fmt: skip
-    return arguments, _constants(tile, D, unit, query.dtype), R * H * key_tiles
+    return arguments, constants_of(tile, D, unit, query.dtype), R * H * key_tiles
 
 
 def _keys_of_any_class(
@@ -430,23 +417,6 @@ def _keys_of_any_class(
         compact_keys_triton(seen, None, [0], joint, joint_count)
         return joint[0], joint_count[0], visible
     return *true_places(seen), visible
-
-
-def _in_units(*tensors: Tensor) -> tuple[int, list[tuple[int, ...]]]:
-    """(unit, strides of B, N, H of each tensor in units): 16 bytes where all strides allow it, else one element."""
-    unit = 16 // tensors[0].element_size()
-    found = [strides(x, 0, 1, 2) for x in tensors]
-    if any(x % unit for steps in found for x in steps):
-        unit = 1
-    return unit, [tuple(x // unit for x in steps) for steps in found]
-
-
-def _constants(tile: tiles.Tile, head_dim: int, unit: int, dtype: torch.dtype) -> dict:
-    return {
-        "D": head_dim, "D0": tile.D0, "D1": tile.D1, "BM": tile.BM, "BN": tile.BN, "UNIT": unit,
-        "PRECISION": dot_precision(dtype), "UPCAST": INTERPRETED,
-        "num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True,
-    }  # fmt: skip
 
 
 def _check(

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from ..runtime.calls import Call
 from ..runtime.schemas import MAX_TOKENS
-from .launch import INTERPRETED, check_grid, on_device, strides
-from .sources import dot_precision
+from .launch import INTERPRETED, check_grid, dot_precision, on_device, strides
 
 _INF = tl.constexpr(float("inf"))
 _PROGRAMS = 264

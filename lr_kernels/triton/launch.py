@@ -1,4 +1,4 @@
-"""What every launcher needs: the architecture, the device guard, the grid limit and strides as kernel arguments."""
+"""What every launcher needs: architecture, device guard, grid limit, strides as kernel arguments, precision of fp32."""
 
 import contextlib
 import functools
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.checks import fail
-from ..runtime.platform import interpreted
+from ..runtime.platform import interpreted, tf32_allowed
 
 GRID_LIMIT = 2**31 - 1
 """Programs along grid axis x. The other axes end at 65,535, so every kernel here uses x alone."""
@@ -47,3 +47,8 @@ def dense_last(x: Tensor | None) -> Tensor | None:
 def strides(x: Tensor, *dims: int) -> tuple[int, ...]:
     """Strides of `dims`, 0 where the dimension has one entry: a table of one row is shared by all."""
     return tuple(x.stride(d) if x.shape[d] > 1 else 0 for d in dims)
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """How tl.dot multiplies fp32: exactly, unless PyTorch was told that TF32 is good enough."""
+    return "tf32" if dtype == torch.float32 and tf32_allowed() else "ieee"

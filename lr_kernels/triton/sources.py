@@ -1,15 +1,7 @@
-"""What the attention kernels, forward and backward, know of sources, key lists and query classes; and how their
-launchers turn the tables of the op into kernel arguments."""
+"""What the kernels of attention, forward and backward, know of sources, lists of keys and classes of queries."""
 
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from ..runtime.platform import tf32_allowed
-from .launch import dense_last, strides
 
 LOG2E = tl.constexpr(1.4426950408889634)
 MAX = tl.constexpr(3.4028234663852886e38)
@@ -153,47 +145,3 @@ def query_tile(class_start, tile, classes, BM: tl.constexpr):
         end = tl.where(here, high, end)
         tile -= count
     return c_found, first, end
-
-
-def encode(integers) -> tuple[int, ...]:
-    """Integers for a tuple argument. Triton (3.6 to 3.9) compiles anew for tuple elements that are 1 or that become
-    divisible by 16, whatever do_not_specialize says; times 16 they all look alike."""
-    return tuple(16 * x for x in integers)
-
-
-def optional(tensors: Sequence[Tensor | None]) -> tuple[tuple[Tensor, ...], int]:
-    """(S pointers, bit set of the sources that have one); the gaps hold a pointer that is never read."""
-    filler = next((x for x in tensors if x is not None), None)
-    bits = sum(1 << s for s, x in enumerate(tensors) if x is not None)
-    return () if filler is None else tuple(filler if x is None else x for x in tensors), bits
-
-
-def tables_of(tensors: Sequence[Tensor | None], *dims: int) -> tuple[tuple[Tensor, ...] | None, tuple | None, int]:
-    """`optional` of tables made contiguous in the last dimension, and the encoded strides of `dims`; None for none."""
-    pointers, bits = optional([dense_last(x) for x in tensors])
-    if not pointers:
-        return None, None, bits
-    return pointers, tuple(encode(x) for x in zip(*(strides(x, *dims) for x in pointers))), bits
-
-
-def strided_tables(tensors: Sequence[Tensor | None]) -> tuple[tuple[Tensor, ...] | None, tuple | None, int]:
-    """`optional` of fp32 (B, n) of any strides, and encoded (start, stride of B, stride of n). Triton would compile
-    anew for pointers off a 16-byte boundary, so a slice of a schedule is passed from the boundary before it on."""
-    pointers, bits = optional(tensors)
-    if not pointers:
-        return None, None, bits
-    starts = [x.storage_offset() % 4 for x in pointers]
-    places = zip(*((start, *strides(x, 0, 1)) for start, x in zip(starts, pointers)))
-    pointers = tuple(_from_boundary(x, start) if start else x for start, x in zip(starts, pointers))
-    return pointers, tuple(encode(x) for x in places), bits
-
-
-def _from_boundary(x: Tensor, start: int) -> Tensor:
-    """The memory of x and the `start` elements before it."""
-    span = start + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride())) + 1
-    return x.as_strided((span,), (1,), x.storage_offset() - start)
-
-
-def dot_precision(dtype: torch.dtype) -> str:
-    """How tl.dot multiplies fp32: exactly, unless PyTorch was told that TF32 is good enough."""
-    return "tf32" if dtype == torch.float32 and tf32_allowed() else "ieee"

@@ -14,8 +14,8 @@ from torch import Tensor
 from ..runtime.calls import Call
 from ..runtime.checks import FLOAT32_MAX
 from ..runtime.schemas import MAX_HEAD_DIM, MAX_TOKENS
-from .launch import INTERPRETED, architecture, check_grid, dense_last, on_device, strides
-from .sources import dot_precision, load_tile
+from .launch import INTERPRETED, architecture, check_grid, dense_last, dot_precision, on_device, strides
+from .sources import load_tile
 from .tiles import split_head_dim
 
 _INF = tl.constexpr(float("inf"))

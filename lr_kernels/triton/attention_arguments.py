@@ -1,0 +1,132 @@
+"""How the launchers of attention, forward and backward, turn the tables of the op into kernel arguments."""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..runtime.schemas import AttentionTables
+from .launch import INTERPRETED, dense_last, dot_precision, strides
+from .tiles import Tile
+
+
+def encode(integers: Iterable[int]) -> tuple[int, ...]:
+    """Integers for a tuple argument. Triton (3.6 to 3.9) compiles anew for tuple elements that are 1 or that become
+    divisible by 16, whatever do_not_specialize says; times 16 they all look alike."""
+    return tuple(16 * x for x in integers)
+
+
+def optional(tensors: Sequence[Tensor | None]) -> tuple[tuple[Tensor, ...], int]:
+    """(S pointers, bit set of the sources that have one); the gaps hold a pointer that is never read."""
+    filler = next((x for x in tensors if x is not None), None)
+    bits = sum(1 << s for s, x in enumerate(tensors) if x is not None)
+    return () if filler is None else tuple(filler if x is None else x for x in tensors), bits
+
+
+def tables_of(tensors: Sequence[Tensor | None], *dims: int) -> tuple[tuple[Tensor, ...] | None, tuple | None, int]:
+    """`optional` of tables made contiguous in the last dimension, and the encoded strides of `dims`; None for none."""
+    pointers, bits = optional([dense_last(x) for x in tensors])
+    if not pointers:
+        return None, None, bits
+    return pointers, tuple(encode(x) for x in zip(*(strides(x, *dims) for x in pointers))), bits
+
+
+def strided_tables(tensors: Sequence[Tensor | None]) -> tuple[tuple[Tensor, ...] | None, tuple | None, int]:
+    """`optional` of fp32 (B, n) of any strides, and encoded (start, stride of B, stride of n). Triton would compile
+    anew for pointers off a 16-byte boundary, so a slice of a schedule is passed from the boundary before it on."""
+    pointers, bits = optional(tensors)
+    if not pointers:
+        return None, None, bits
+    starts = [x.storage_offset() % 4 for x in pointers]
+    places = zip(*((start, *strides(x, 0, 1)) for start, x in zip(starts, pointers)))
+    pointers = tuple(_from_boundary(x, start) if start else x for start, x in zip(starts, pointers))
+    return pointers, tuple(encode(x) for x in places), bits
+
+
+def _from_boundary(x: Tensor, start: int) -> Tensor:
+    """The memory of x and the `start` elements before it."""
+    span = start + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride())) + 1
+    return x.as_strided((span,), (1,), x.storage_offset() - start)
+
+
+Pointers = tuple[Tensor, ...] | None
+Strides = tuple[tuple[int, ...], ...] | None
+"""Encoded, one tuple of S integers per dimension."""
+
+
+class SourceArguments(NamedTuple):
+    """The tables of a call as both directions of attention pass them to a kernel over all sources."""
+
+    rows: Pointers
+    index: Pointers
+    count: Pointers
+    bias: Pointers
+    scales: Pointers
+    shifts: Pointers
+    keys_of_source: tuple[int, ...]
+    rows_of_source: tuple[int, ...]
+    index_strides: Strides
+    count_strides: Strides
+    bias_strides: Strides
+    scale_strides: Strides
+    shift_strides: Strides
+    bits: tuple[int, int, int, int, int]
+    """Bit s of each: source s has a table of rows, a list of keys, a bias, a scale, a shift."""
+
+
+def source_arguments(tables: AttentionTables) -> SourceArguments:
+    """The tables of all sources, contiguous in the last dimension, and their strides."""
+    rows, _, with_rows = tables_of(tables.rows)
+    index, index_strides, with_index = tables_of(tables.key_index, 0, 1)
+    count, count_strides, _ = tables_of(tables.key_count, 0, 1)
+    bias, bias_strides, with_bias = tables_of(tables.key_bias, 0)
+    scales, scale_strides, with_scale = strided_tables(tables.logit_scale)
+    shifts, shift_strides, with_shift = strided_tables(tables.logit_bias)
+    return SourceArguments(
+        rows, index, count, bias, scales, shifts,
+        encode(k.shape[1] for k in tables.key), encode(k.shape[0] for k in tables.key),
+        index_strides, count_strides, bias_strides, scale_strides, shift_strides,
+        (with_rows, with_index, with_bias, with_scale, with_shift),
+    )  # fmt: skip
+
+
+class QueryOrder(NamedTuple):
+    """The order of the queries by class, as the kernels read it."""
+
+    order: Tensor | None
+    starts: Tensor | None
+    classes: int
+    strides: tuple[int, int]
+    """Of the batch row, in order and in starts."""
+
+
+def query_order(tables: AttentionTables) -> QueryOrder:
+    """The order of the queries, contiguous in the last dimension; without one all queries are one class."""
+    order, starts = dense_last(tables.query_order), dense_last(tables.class_start)
+    if order is None or starts is None:
+        return QueryOrder(None, None, 1, (0, 0))
+    return QueryOrder(order, starts, starts.shape[1] - 1, (strides(order, 0)[0], strides(starts, 0)[0]))
+
+
+def in_units(*tensors: Tensor) -> tuple[int, list[tuple[int, ...]]]:
+    """(unit, strides of B, N, H of each tensor in units): 16 bytes where all strides allow it, else one element."""
+    unit = 16 // tensors[0].element_size()
+    found = [strides(x, 0, 1, 2) for x in tensors]
+    if any(x % unit for steps in found for x in steps):
+        unit = 1
+    return unit, [tuple(x // unit for x in steps) for steps in found]
+
+
+def by_dimension(steps: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+    """Strides of S tensors -> encoded, a tuple of S per dimension."""
+    return tuple(encode(x) for x in zip(*steps))
+
+
+def constants_of(tile: Tile, head_dim: int, unit: int, dtype: torch.dtype) -> dict[str, object]:
+    """The compile-time arguments and options of a kernel of attention."""
+    return {
+        "D": head_dim, "D0": tile.D0, "D1": tile.D1, "BM": tile.BM, "BN": tile.BN, "UNIT": unit,
+        "PRECISION": dot_precision(dtype), "UPCAST": INTERPRETED,
+        "num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True,
+    }  # fmt: skip
