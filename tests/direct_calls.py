@@ -7,206 +7,23 @@ A tensor's memory ends with its last element, so that whatever reaches further i
 """
 
 import math
-import random
 import sys
 from collections import Counter
-from collections.abc import Callable
+from importlib import import_module
 
 import torch
+from draw import FLOATS, Arguments, Draw, Place, own
 from torch import Tensor
 
-from lr_kernels import plan_attention
-from lr_kernels.runtime.schemas import COLUMNS
+from lr_kernels.runtime.schemas import SCHEMAS
 
-Arguments = list
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 REFUSALS = (RuntimeError, ValueError, TypeError)
 
 
-def own(x: Tensor) -> Tensor:
-    """x in memory of its own, with its strides and without a gap behind it."""
-    if not x.numel():
-        return x
-    reach = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
-    memory = x.as_strided((reach,), (1,)).clone()
-    return memory.as_strided(x.shape, x.stride(), 0)
-
-
-class Draw:
-    """Right arguments, their numbers from a seed."""
-
-    def __init__(self, seed: int) -> None:
-        self.random, self.generator = random.Random(seed), torch.Generator().manual_seed(seed)
-        self.filled: set[Place] = set()  # places of tensors where there was None
-
-    def size(self, low: int, high: int) -> int:
-        """Now and then 0."""
-        return 0 if low == 0 and self.random.random() < 0.05 else self.random.randint(max(low, 1), high)
-
-    def rarely(self) -> bool:
-        return self.random.random() < 0.25
-
-    def often(self) -> bool:
-        return self.random.random() < 0.5
-
-    def tensor(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.randn(shape, generator=self.generator).to(dtype)
-
-    def tokens(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Plain, or a part of a wider tensor."""
-        if self.often():
-            return self.tensor(*shape, dtype=dtype)
-        return own(self.tensor(shape[0], shape[1], 2, *shape[2:], dtype=dtype)[:, :, 1])
-
-    def below(self, limit: int, *shape: int) -> Tensor:
-        return torch.randint(max(1, limit), shape, generator=self.generator, dtype=torch.int32)
-
-    def bits(self, *shape: int) -> Tensor:
-        return torch.rand(shape, generator=self.generator) < 0.6
-
-    def one_or(self, n: int) -> int:
-        return self.random.choice((1, n))
-
-
-def attention_inputs(draw: Draw) -> tuple[tuple[int, ...], Arguments]:
-    """(sizes of query, the arguments from query to class_start)"""
-    shape = draw.size(0, 3), draw.size(0, 40), draw.size(0, 3), draw.size(1, 70)
-    batch, tokens, heads, head_dim = shape
-    dtype = draw.random.choice(FLOATS)
-    groups = draw.below(4, draw.one_or(batch), tokens).byte() if draw.rarely() else None
-    sources: list[list] = []
-    masks, bytes_ = [], []
-    for _ in range(draw.size(1, 4)):
-        keys, rows = draw.size(0, 30), draw.one_or(batch)
-        table = None
-        if draw.rarely():
-            rows = draw.size(1, 3)
-            table = draw.below(rows + 1, batch) - 1
-        moved, values = None, keys
-        if draw.rarely():
-            values = draw.size(1, 20)
-            moved = draw.below(values, draw.one_or(rows), keys)
-        masks.append(draw.bits(draw.one_or(rows), keys) if draw.rarely() else None)
-        bytes_.append(draw.below(4, draw.one_or(rows), keys).byte() if groups is not None and draw.often() else None)
-        strengths = [draw.tensor(batch, 1).expand(batch, heads) if draw.rarely() else None for _ in range(2)]
-        bias = draw.tensor(draw.one_or(rows), keys) if draw.rarely() else None
-        key = draw.tokens(rows, keys, heads, head_dim, dtype=dtype)
-        value = draw.tokens(rows, values, heads, head_dim, dtype=dtype)
-        sources.append([key, value, table, moved, bias, *strengths])
-    plan = plan_attention(masks, bytes_, groups)
-    key, value, rows, moved, *rest = (list(x) for x in zip(*sources))
-    query = draw.tokens(*shape, dtype=dtype)
-    lists = [key, value, rows, list(plan.key_index), list(plan.key_count), moved, *rest]
-    return shape, [query, *lists, plan.query_order, plan.class_start]
-
-
-def multi_source_attention(draw: Draw) -> Arguments:
-    shape, inputs = attention_inputs(draw)
-    groups = [0]
-    for _ in inputs[1][1:]:
-        groups.append(groups[-1] + draw.rarely())
-    weights = [draw.tensor(*shape[:2]) if draw.rarely() else None for _ in range(groups[-1] + 1)]
-    lse = torch.empty(shape[:3], dtype=draw.random.choice((torch.float32, torch.float64)))
-    out = torch.empty(shape, dtype=inputs[0].dtype)
-    return [*inputs, groups, weights, 0.3, out, lse if groups[-1] == 0 and draw.often() else None]
-
-
-def multi_source_attention_backward(draw: Draw) -> Arguments:
-    shape, inputs = attention_inputs(draw)
-    query, key, value, bias = inputs[0], inputs[1], inputs[2], inputs[7]
-    grad_lse = draw.tensor(*shape[:3]) if draw.rarely() else None
-    out, grad_out = (draw.tokens(*shape, dtype=query.dtype) for _ in range(2))
-    lse = draw.tensor(*shape[:3]).double()
-    gradients = [[torch.zeros(x.shape) for x in kind] for kind in (key, value)]
-    of_bias = [torch.zeros(shape[2], *x.shape) if x is not None and draw.often() else torch.zeros(0) for x in bias]
-    grad_query = torch.empty(shape, dtype=query.dtype)
-    return [grad_out, grad_lse, *inputs, 0.3, out, lse, grad_query, *gradients, of_bias]
-
-
-def attention_with_token_maps(draw: Draw) -> Arguments:
-    batch, queries, heads, head_dim = draw.size(0, 3), draw.size(0, 40), draw.size(1, 3), draw.size(1, 70)
-    keys, dtype = draw.size(1, 30), draw.random.choice(FLOATS)
-    query, key, value = (draw.tokens(batch, n, heads, head_dim, dtype=dtype) for n in (queries, keys, keys))
-    chosen = draw.below(keys, batch, draw.size(0, 5))
-    maps = torch.empty(batch, queries, chosen.shape[1])
-    return [query, key, value, chosen, 0.3, torch.empty(query.shape, dtype=dtype), maps]
-
-
-def subject_mask(draw: Draw) -> Arguments:
-    maps = draw.tensor(draw.size(0, 3), draw.size(1, 3), draw.size(1, 12), draw.size(1, 12))
-    level = draw.random.choice(((None, None), (0.4, None), (None, 0.7)))
-    out = torch.empty(maps.shape[0], draw.size(3, 20), draw.size(3, 20), dtype=torch.bool)
-    return [maps, *level, draw.random.choice((1, 3)), out]
-
-
-def step_blend(draw: Draw) -> Arguments:
-    shape, dtype = (draw.size(0, 3), draw.size(1, 3), draw.size(0, 9), draw.size(1, 9)), draw.random.choice(FLOATS)
-    batch, count, steps = shape[0], draw.size(1, 6), draw.size(1, 4)
-
-    def latents(wanted: bool = True) -> Tensor | None:
-        return draw.tensor(*shape, dtype=dtype) if wanted else None
-
-    masked, kept, noise, history = (draw.rarely() for _ in range(4))
-    table = draw.tensor(steps, draw.one_or(batch), count + len(COLUMNS))
-    for name, given in (("sigma", noise), ("q", noise), ("h", history)):
-        table[..., count + COLUMNS.index(name)] *= given
-    mask = draw.bits(draw.one_or(batch), *shape[2:]).float() if masked else None
-    step = draw.below(steps, 1) if draw.rarely() else None
-    copies = draw.tensor(2 * batch, *shape[1:], dtype=dtype) if draw.rarely() else None
-    return [
-        latents(), [latents() for _ in range(count)], table, step, steps - 1, mask, latents(masked or kept),
-        latents(noise), latents(history), draw.bits(batch) if kept else None, latents(), copies, latents(draw.rarely()),
-    ]  # fmt: skip
-
-
-def merge_attention_states(draw: Draw) -> Arguments:
-    shape, dtype = (draw.size(0, 3), draw.size(0, 20), draw.size(1, 3), draw.size(1, 40)), draw.random.choice(FLOATS)
-    parts = draw.size(1, 4)
-    outs, lses = (
-        [draw.tokens(*shape, dtype=dtype) for _ in range(parts)],
-        [draw.tensor(*shape[:3]) for _ in range(parts)],
-    )
-    return [outs, lses, torch.empty(shape, dtype=dtype), torch.empty(shape[:3])]
-
-
-def adain(draw: Draw) -> Arguments:
-    batch, tokens, others = draw.size(0, 3), draw.size(0, 40), draw.size(0, 40)
-    heads, channels, dtype = draw.size(1, 3), draw.size(1, 40), draw.random.choice(FLOATS)
-    rows = draw.one_or(batch)
-    x, reference = (draw.tokens(r, n, heads, channels, dtype=dtype) for r, n in ((batch, tokens), (rows, others)))
-    masks = [draw.bits(draw.one_or(batch), n) if draw.often() else None for n in (tokens, others)]
-    return [x, reference, *masks, 1e-5, torch.empty(x.shape, dtype=dtype)]
-
-
-def correspondence(draw: Draw) -> Arguments:
-    batch, channels, dtype = draw.size(0, 3), draw.size(1, 40), draw.random.choice(FLOATS)
-    target = draw.tokens(batch, draw.size(0, 50), channels, dtype=dtype)
-    reference = draw.tokens(draw.one_or(batch), draw.size(1, 50), channels, dtype=dtype)
-    radii = draw.below(20, draw.one_or(batch)).long()
-    shape = target.shape[:2]
-    return [target, reference, draw.size(1, 9), radii, torch.empty(shape, dtype=torch.long), torch.empty(shape) > 0]
-
-
-def compact_keys(draw: Draw) -> Arguments:
-    rows, keys, classes = draw.size(1, 3), draw.size(0, 40), draw.size(1, 4)
-    mask = draw.bits(draw.one_or(rows), keys) if draw.often() else None
-    groups = draw.below(4, draw.one_or(rows), keys).byte() if draw.often() else None
-    index = torch.empty(classes, rows, keys, dtype=torch.int32)
-    return [mask, groups, list(range(classes)), index, torch.empty(classes, rows, dtype=torch.int32)]
-
-
-OPERATORS: dict[str, Callable[[Draw], Arguments]] = {
-    f.__name__: f
-    for f in (
-        multi_source_attention, multi_source_attention_backward, attention_with_token_maps, subject_mask, step_blend,
-        merge_attention_states, adain, correspondence, compact_keys,
-    )
-}  # fmt: skip
-"""compact_keys has no CPU implementation."""
+OPERATORS = {name: import_module(f"test_{name}").right_call for name in SCHEMAS}
+"""How to draw the arguments of a right call of an op: the operator's test file says it."""
 ON_CPU = [name for name in OPERATORS if name != "compact_keys"]
-
-Place = tuple[int, ...]
-"""Of an argument, or of an entry of a list."""
+"""compact_keys has no CPU implementation."""
 
 
 def places(arguments: Arguments) -> list[Place]:

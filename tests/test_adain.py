@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from draw import FLOATS, Arguments, Draw
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -51,6 +52,15 @@ def check(arguments, masks, backend):
     exact = reference.adain(*(x.double() for x in arguments), **masks)
     assert_matches(out, reference.adain(*arguments, **masks), exact)
     return out
+
+
+def right_call(draw: Draw) -> Arguments:
+    batch, tokens, others = draw.size(0, 3), draw.size(0, 40), draw.size(0, 40)
+    heads, channels, dtype = draw.size(1, 3), draw.size(1, 40), draw.random.choice(FLOATS)
+    rows = draw.one_or(batch)
+    x, reference = (draw.tokens(r, n, heads, channels, dtype=dtype) for r, n in ((batch, tokens), (rows, others)))
+    masks = [draw.bits(draw.one_or(batch), n) if draw.often() else None for n in (tokens, others)]
+    return [x, reference, *masks, 1e-5, torch.empty(x.shape, dtype=dtype)]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from draw import Arguments, Draw
 
 from lr_kernels.attention.plan import visible_lists
 from lr_kernels.runtime import ops
@@ -22,6 +23,14 @@ def made_by(backend, mask, groups, classes, rows, keys, device):
     count = torch.full((len(classes), rows), -1, dtype=torch.int32, device=device)
     getattr(OPS, f"compact_keys_{backend}")(mask, groups, classes, index, count)
     return index.cpu(), count.cpu()
+
+
+def right_call(draw: Draw) -> Arguments:
+    rows, keys, classes = draw.size(1, 3), draw.size(0, 40), draw.size(1, 4)
+    mask = draw.bits(draw.one_or(rows), keys) if draw.often() else None
+    groups = draw.below(4, draw.one_or(rows), keys).byte() if draw.often() else None
+    index = torch.empty(classes, rows, keys, dtype=torch.int32)
+    return [mask, groups, list(range(classes)), index, torch.empty(classes, rows, dtype=torch.int32)]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

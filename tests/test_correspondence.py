@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from draw import FLOATS, Arguments, Draw
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -66,6 +67,15 @@ def _margin(similarity):
         return similarity.new_full(similarity.shape[:2], math.inf)
     best = similarity.topk(2, 2).values
     return best[..., 0] - best[..., 1]
+
+
+def right_call(draw: Draw) -> Arguments:
+    batch, channels, dtype = draw.size(0, 3), draw.size(1, 40), draw.random.choice(FLOATS)
+    target = draw.tokens(batch, draw.size(0, 50), channels, dtype=dtype)
+    reference = draw.tokens(draw.one_or(batch), draw.size(1, 50), channels, dtype=dtype)
+    radii = draw.below(20, draw.one_or(batch)).long()
+    shape = target.shape[:2]
+    return [target, reference, draw.size(1, 9), radii, torch.empty(shape, dtype=torch.long), torch.empty(shape) > 0]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

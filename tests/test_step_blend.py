@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from draw import FLOATS, Arguments, Draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from step_blend_inputs import make
@@ -70,6 +71,26 @@ def check(arguments, keywords, dtype, step=1):
     for name, x in found.items():
         assert x.dtype == dtype
         assert_matches(x, low[name], exact[name], name)
+
+
+def right_call(draw: Draw) -> Arguments:
+    shape, dtype = (draw.size(0, 3), draw.size(1, 3), draw.size(0, 9), draw.size(1, 9)), draw.random.choice(FLOATS)
+    batch, count, steps = shape[0], draw.size(1, 6), draw.size(1, 4)
+
+    def latents(wanted: bool = True) -> torch.Tensor | None:
+        return draw.tensor(*shape, dtype=dtype) if wanted else None
+
+    masked, kept, noise, history = (draw.rarely() for _ in range(4))
+    table = draw.tensor(steps, draw.one_or(batch), count + len(COLUMNS))
+    for name, wanted in (("sigma", noise), ("q", noise), ("h", history)):
+        table[..., count + COLUMNS.index(name)] *= wanted
+    mask = draw.bits(draw.one_or(batch), *shape[2:]).float() if masked else None
+    step = draw.below(steps, 1) if draw.rarely() else None
+    copies = draw.tensor(2 * batch, *shape[1:], dtype=dtype) if draw.rarely() else None
+    return [
+        latents(), [latents() for _ in range(count)], table, step, steps - 1, mask, latents(masked or kept),
+        latents(noise), latents(history), draw.bits(batch) if kept else None, latents(), copies, latents(draw.rarely()),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from draw import Arguments, Draw
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -39,6 +40,13 @@ def check(maps, **keywords):
     out = subject_mask(maps, **keywords, backend="cpu")
     assert out.dtype == torch.bool
     assert torch.equal(out, reference.subject_mask(maps.double(), **keywords))
+
+
+def right_call(draw: Draw) -> Arguments:
+    maps = draw.tensor(draw.size(0, 3), draw.size(1, 3), draw.size(1, 12), draw.size(1, 12))
+    level = draw.random.choice(((None, None), (0.4, None), (None, 0.7)))
+    out = torch.empty(maps.shape[0], draw.size(3, 20), draw.size(3, 20), dtype=torch.bool)
+    return [maps, *level, draw.random.choice((1, 3)), out]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

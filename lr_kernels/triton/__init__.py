@@ -2,6 +2,7 @@
 
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from triton import knobs
@@ -28,8 +29,14 @@ _FILES = {
 }
 """Of operators with long names; the others have a file of their name."""
 
+
+def file_of(operator: str) -> ModuleType:
+    """The module of an operator: its kernels, `<operator>_triton`, and the launches that the report compiles."""
+    return import_module(f".{_FILES.get(operator, operator)}", __name__)
+
+
 for _operator in SCHEMAS:
-    _module = import_module(f".{_FILES.get(_operator, _operator)}", __name__)
+    _module = file_of(_operator)
     for _key in ("CUDA", "CPU") if interpreted() else ("CUDA",):
         _library.impl(f"{_operator}_triton", getattr(_module, f"{_operator}_triton"), _key)
     for _name, _kernel in vars(_module).items():

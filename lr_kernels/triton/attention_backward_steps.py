@@ -13,7 +13,7 @@ from .sources import (
     key_list,
     key_shift,
     key_tokens,
-    load_tile,
+    load_parts,
     per_head,
     pick,
     pick_int,
@@ -23,19 +23,6 @@ from .sources import (
 
 COARSE = tl.constexpr(8192 / math.log(2))
 """Beyond it lse is its maximum alone, and the log of the sum is lost beside it."""
-
-
-@triton.jit
-def load_parts(at, ok, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UPCAST: tl.constexpr):
-    """Columns [0, D0) and [D0, D0 + D1) of the rows `ok` at these pointers; zeros elsewhere."""
-    c0 = tl.arange(0, D0)
-    W0: tl.constexpr = D0 if D1 > 0 else D
-    x0 = load_tile(at + c0[None, :], ok, c0, W0, D0, True, UPCAST)
-    x1 = x0
-    if D1 > 0:
-        c1 = tl.arange(0, D1)
-        x1 = load_tile(at + (D0 + c1)[None, :], ok, c1, D - D0, D1, True, UPCAST)
-    return x0, x1
 
 
 @triton.jit

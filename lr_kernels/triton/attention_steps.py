@@ -14,6 +14,7 @@ from .sources import (
     key_entries,
     key_list,
     key_tokens,
+    load_parts,
     load_tile,
     per_head,
     pick,
@@ -157,14 +158,10 @@ def attend_queries(
     c0 = tl.arange(0, D0)
     W0: tl.constexpr = D0 if D1 > 0 else D
     q_at = query + (b64 * query_b + h64 * query_h) * UNIT + (i * query_n)[:, None] * UNIT
-    q0 = load_tile(q_at + c0[None, :], query_ok, c0, W0, D0, True, UPCAST)
+    q0, q1 = load_parts(q_at, query_ok, D, D0, D1, UPCAST)
     if ROOM:
         q0 = (q0 * SHRINK).to(q0.dtype)
-    q1 = q0
-    if D1 > 0:
-        c1 = tl.arange(0, D1)
-        q1 = load_tile(q_at + (D0 + c1)[None, :], query_ok, c1, D - D0, D1, True, UPCAST)
-        if ROOM:
+        if D1 > 0:
             q1 = (q1 * SHRINK).to(q1.dtype)
     acc0 = tl.zeros([BM, D0], tl.float32)
     acc1 = 0.0

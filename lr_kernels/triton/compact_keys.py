@@ -66,6 +66,17 @@ def launch_arguments(
     return (mask, groups, index, count, M, query_class, *steps), {"BLOCK": _BLOCK, "num_warps": 4}, R
 
 
+def examples(arch: int) -> list[tuple]:
+    """(name, kernel, positional arguments, constants and options) of launches whose registers the report tells."""
+    mask = torch.empty(2, 4096, dtype=torch.bool, device="meta")
+    index, count = (
+        torch.empty(2, 4096, dtype=torch.int32, device="meta"),
+        torch.empty(2, dtype=torch.int32, device="meta"),
+    )
+    arguments, constants, _ = launch_arguments(mask, mask.to(torch.uint8), 3, index, count)
+    return [("compact_keys", compact_keys_kernel, arguments, constants)]
+
+
 def _check(mask: Tensor | None, groups: Tensor | None, classes: Sequence[int], index: Tensor, count: Tensor) -> None:
     """The arguments of compact_keys."""
     call = Call("compact_keys", index, "index", (torch.int32,))

@@ -197,6 +197,18 @@ def launch_arguments(
     return [*launches, (correspondence_check_kernel, arguments, constants, B * blocks)]
 
 
+def examples(arch: int) -> list[tuple]:
+    """(name, kernel, positional arguments, constants and options) of launches whose registers the report tells."""
+    index, radii = (torch.empty(2, *n, dtype=torch.int64, device="meta") for n in ((4096,), ()))
+    chosen = torch.empty(2, 4096, dtype=torch.bool, device="meta")
+    found = []
+    for dtype, label in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        x = torch.empty(2, 4096, 320, dtype=dtype, device="meta")
+        for kernel, *rest, _ in launch_arguments(x, x, 64, radii, index, chosen)[::2]:  # of two alike the first
+            found.append((f"{kernel.fn.__name__.removesuffix('_kernel')} {label}", kernel, *rest))
+    return found
+
+
 def _check(
     target: Tensor, reference: Tensor, columns: int, radius_squared: Tensor, index: Tensor, consistent: Tensor
 ) -> None:

@@ -87,6 +87,18 @@ def _times_16(parts: list[Tensor]) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(16 * x for x in dim) for dim in zip(*(strides(part, 0, 1, 2) for part in parts)))
 
 
+def examples(arch: int) -> list[tuple]:
+    """(name, kernel, positional arguments, constants and options) of launches whose registers the report tells."""
+    x = torch.empty(2, 4096, 8, 160, dtype=torch.bfloat16, device="meta")
+    lse = torch.empty(2, 4096, 8, device="meta")
+    found = []
+    for parts in (3, 16):
+        arguments, constants, _ = launch_arguments([x] * parts, [lse] * parts, x, lse)
+        name = f"merge_attention_states K{parts} bf16"
+        found.append((name, merge_attention_states_kernel, arguments, constants))
+    return found
+
+
 def _check(outs: Sequence[Tensor], lses: Sequence[Tensor], out: Tensor, lse: Tensor) -> None:
     """The arguments of merge_attention_states."""
     call = Call("merge_attention_states", out, "out")

@@ -19,8 +19,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ..runtime.schemas import AttentionTables
-from . import adain, attention, attention_backward, correspondence, merge, step_blend, subject_mask, token_maps
+from ..runtime.schemas import SCHEMAS, AttentionTables
+from . import attention, attention_backward, file_of
 
 ARCHITECTURES = (80, 90, 100)
 """One per family of tiles, with every kernel."""
@@ -66,7 +66,7 @@ def rows() -> list[Row]:
         jobs += [(attention_row, arch, D, bf16, "gathered biased") for D in (40, 64)]
         jobs += [(attention_row, arch, 64, bf16, "gathered warped")]
         jobs += [(backward_rows, arch, D, bf16) for D in HEAD_DIMS]
-        jobs += [(small_rows, arch)]
+        jobs += [(example_rows, arch)]
     jobs += [
         (attention_row, arch, D, bf16, kind) for arch in RELATED for D in HEAD_DIMS for kind in ("dense", "gathered")
     ]
@@ -137,59 +137,11 @@ def backward_rows(arch: int, head_dim: int, dtype: torch.dtype) -> list[Row]:
     return [query, source]
 
 
-def small_rows(arch: int) -> list[Row]:
-    """The kernels of the other ops."""
-    found = []
-    for head_dim in (40, 160):
-        like = torch.empty(2, 4096, 8, head_dim, dtype=torch.bfloat16, device="meta")
-        text = like[:, :77]
-        tokens = torch.empty(2, 4, dtype=torch.int32, device="meta")
-        maps = torch.empty(2, 4096, 4, device="meta")
-        arguments, constants, _ = token_maps.launch_arguments(like, text, text, tokens, 0.1, like, maps, arch)
-        kernel = token_maps.attention_with_token_maps_forward_kernel
-        found.append(measure(f"token maps D{head_dim} bf16", arch, kernel, arguments, constants))
-    layers = torch.empty(2, 20, 32, 32, device="meta")
-    mask = torch.empty(2, 64, 64, dtype=torch.bool, device="meta")
-    for kernel, arguments, constants, _ in subject_mask.launch_arguments(layers, None, None, 3, mask)[0]:
-        found.append(measure(kernel.fn.__name__.removesuffix("_kernel"), arch, kernel, arguments, constants))
-    x = torch.empty(2, 4, 64, 64, dtype=torch.bfloat16, device="meta")
-    table = torch.empty(50, 2, 15, device="meta")
-    step = torch.empty(1, dtype=torch.int32, device="meta")
-    none = [None] * 5
-    arguments, constants, _ = step_blend.launch_arguments(x, [x] * 4, table, step, 0, *none, x, None, None)
-    found.append(measure("step_blend K4 bf16", arch, step_blend.step_blend_kernel, arguments, constants))
-    keep = torch.empty(2, dtype=torch.bool, device="meta")
-    twice, latents = torch.cat([x, x]), torch.empty(2, 1, 64, 64, device="meta")[:, 0]
-    arguments, constants, _ = step_blend.launch_arguments(
-        x, [x] * 6, table, step, 0, latents, x, x, x, keep, x, twice, x
-    )
-    found.append(measure("step_blend K6 bf16 full", arch, step_blend.step_blend_kernel, arguments, constants))
-    return found + companion_rows(arch)
-
-
-def companion_rows(arch: int) -> list[Row]:
-    """merge_attention_states, adain and correspondence; of launches of the same kernel the first."""
-    found = []
-    for parts in (3, 16):
-        x = torch.empty(2, 4096, 8, 160, dtype=torch.bfloat16, device="meta")
-        lse = torch.empty(2, 4096, 8, device="meta")
-        arguments, constants, _ = merge.launch_arguments([x] * parts, [lse] * parts, x, lse)
-        kernel = merge.merge_attention_states_kernel
-        found.append(measure(f"merge_attention_states K{parts} bf16", arch, kernel, arguments, constants))
-    latents = torch.empty(2, 4, 4096, dtype=torch.bfloat16, device="meta").mT[..., None]
-    chosen = torch.empty(2, 4096, dtype=torch.bool, device="meta")
-    for name, x in (("", torch.empty(2, 4096, 8, 40, dtype=torch.bfloat16, device="meta")), (" latents", latents)):
-        for kernel, arguments, constants, _ in adain.launch_arguments(x, x, chosen, chosen, 1e-5, x)[1:]:
-            found.append(
-                measure(f"{kernel.fn.__name__.removesuffix('_kernel')}{name}", arch, kernel, arguments, constants)
-            )
-    for dtype in (torch.bfloat16, torch.float32):
-        x = torch.empty(2, 4096, 320, dtype=dtype, device="meta")
-        index, radii = (torch.empty(2, *n, dtype=torch.int64, device="meta") for n in ((4096,), ()))
-        for kernel, arguments, constants, _ in correspondence.launch_arguments(x, x, 64, radii, index, chosen)[::2]:
-            name = f"{kernel.fn.__name__.removesuffix('_kernel')} {_TYPES[dtype]}"
-            found.append(measure(name, arch, kernel, arguments, constants))
-    return found
+def example_rows(arch: int) -> list[Row]:
+    """The kernels of the other operators, at the sizes that their files give."""
+    files = [file_of(operator) for operator in SCHEMAS if not operator.startswith("multi_source_attention")]
+    examples = [example for file in files for example in file.examples(arch)]
+    return [measure(name, arch, kernel, arguments, constants) for name, kernel, arguments, constants in examples]
 
 
 def measure(name: str, arch: int, kernel, arguments: tuple, constants: dict) -> Row:

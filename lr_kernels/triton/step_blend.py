@@ -3,6 +3,7 @@
 The coefficients are a device table indexed by a device step counter, so a captured graph serves every step.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -143,3 +144,18 @@ def launch_arguments(
     copies = 0 if model_input is None else model_input.shape[0] // B
     constants = {"K": len(predictions), "COPIES": copies, "BLOCK": _BLOCK, "num_warps": 4, "enable_fp_fusion": True}
     return arguments, constants, B * C * blocks
+
+
+def examples(arch: int) -> list[tuple]:
+    """(name, kernel, positional arguments, constants and options) of launches whose registers the report tells."""
+    x = torch.empty(2, 4, 64, 64, dtype=torch.bfloat16, device="meta")
+    table = torch.empty(50, 2, 15, device="meta")
+    step = torch.empty(1, dtype=torch.int32, device="meta")
+    keep = torch.empty(2, dtype=torch.bool, device="meta")
+    twice, mask = torch.cat([x, x]), torch.empty(2, 1, 64, 64, device="meta")[:, 0]
+    plain = launch_arguments(x, [x] * 4, table, step, 0, None, None, None, None, None, x, None, None)
+    full = launch_arguments(x, [x] * 6, table, step, 0, mask, x, x, x, keep, x, twice, x)
+    return [
+        ("step_blend K4 bf16", step_blend_kernel, *plain[:2]),
+        ("step_blend K6 bf16 full", step_blend_kernel, *full[:2]),
+    ]

@@ -169,6 +169,14 @@ def launch_arguments(
     return launches, smooth
 
 
+def examples(arch: int) -> list[tuple]:
+    """(name, kernel, positional arguments, constants and options) of launches whose registers the report tells."""
+    layers = torch.empty(2, 20, 32, 32, device="meta")
+    mask = torch.empty(2, 64, 64, dtype=torch.bool, device="meta")
+    launches, _ = launch_arguments(layers, None, None, 3, mask)
+    return [(kernel.fn.__name__.removesuffix("_kernel"), kernel, *rest) for kernel, *rest, _ in launches]
+
+
 def _check(maps: Tensor, threshold: float | None, quantile: float | None, smoothing: int, out: Tensor) -> None:
     """The arguments of subject_mask."""
     call = Call("subject_mask", maps, "maps", (torch.float32,))

@@ -164,6 +164,20 @@ def launch_arguments(
     return arguments, constants, B * tiles * blocks
 
 
+def examples(arch: int) -> list[tuple]:
+    """(name, kernel, positional arguments, constants and options) of launches whose registers the report tells."""
+    found = []
+    for head_dim in (40, 160):
+        like = torch.empty(2, 4096, 8, head_dim, dtype=torch.bfloat16, device="meta")
+        text = like[:, :77]
+        tokens = torch.empty(2, 4, dtype=torch.int32, device="meta")
+        maps = torch.empty(2, 4096, 4, device="meta")
+        arguments, constants, _ = launch_arguments(like, text, text, tokens, 0.1, like, maps, arch)
+        kernel = attention_with_token_maps_forward_kernel
+        found.append((f"token maps D{head_dim} bf16", kernel, arguments, constants))
+    return found
+
+
 def _check(query: Tensor, key: Tensor, value: Tensor, token_indices: Tensor, out: Tensor, maps: Tensor) -> None:
     """The arguments of attention_with_token_maps."""
     call = Call("attention_with_token_maps", query, "query")

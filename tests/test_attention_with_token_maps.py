@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from draw import FLOATS, Arguments, Draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -46,6 +47,15 @@ def check(arguments, **keywords):
     assert out.dtype == arguments[0].dtype and maps.dtype == torch.float32
     assert_matches(out, out_low, out64, "out")
     assert_matches(maps, maps_low, maps64, "maps")
+
+
+def right_call(draw: Draw) -> Arguments:
+    batch, queries, heads, head_dim = draw.size(0, 3), draw.size(0, 40), draw.size(1, 3), draw.size(1, 70)
+    keys, dtype = draw.size(1, 30), draw.random.choice(FLOATS)
+    query, key, value = (draw.tokens(batch, n, heads, head_dim, dtype=dtype) for n in (queries, keys, keys))
+    chosen = draw.below(keys, batch, draw.size(0, 5))
+    maps = torch.empty(batch, queries, chosen.shape[1])
+    return [query, key, value, chosen, 0.3, torch.empty(query.shape, dtype=dtype), maps]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

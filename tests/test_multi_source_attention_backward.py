@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from draw import Arguments, Draw, drawn_attention
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from lr_kernels import Source, multi_source_attention, plan_attention, reference
@@ -31,6 +32,18 @@ def on(backend):
 
 def random_source(rows, keys, heads=2, head_dim=16, dtype=torch.float32):
     return Source(*(torch.randn(rows, keys, heads, head_dim, dtype=dtype) for _ in range(2)))
+
+
+def right_call(draw: Draw) -> Arguments:
+    shape, inputs = drawn_attention(draw)
+    query, key, value, bias = inputs[0], inputs[1], inputs[2], inputs[7]
+    grad_lse = draw.tensor(*shape[:3]) if draw.rarely() else None
+    out, grad_out = (draw.tokens(*shape, dtype=query.dtype) for _ in range(2))
+    lse = draw.tensor(*shape[:3]).double()
+    gradients = [[torch.zeros(x.shape) for x in kind] for kind in (key, value)]
+    of_bias = [torch.zeros(shape[2], *x.shape) if x is not None and draw.often() else torch.zeros(0) for x in bias]
+    grad_query = torch.empty(shape, dtype=query.dtype)
+    return [grad_out, grad_lse, *inputs, 0.3, out, lse, grad_query, *gradients, of_bias]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

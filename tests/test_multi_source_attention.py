@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from draw import Arguments, Draw, drawn_attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -30,6 +31,17 @@ def random_source(rows, keys, heads=2, head_dim=16, dtype=torch.float32):
     return Source(
         torch.randn(rows, keys, heads, head_dim, dtype=dtype), torch.randn(rows, keys, heads, head_dim, dtype=dtype)
     )
+
+
+def right_call(draw: Draw) -> Arguments:
+    shape, inputs = drawn_attention(draw)
+    groups = [0]
+    for _ in inputs[1][1:]:
+        groups.append(groups[-1] + draw.rarely())
+    weights = [draw.tensor(*shape[:2]) if draw.rarely() else None for _ in range(groups[-1] + 1)]
+    lse = torch.empty(shape[:3], dtype=draw.random.choice((torch.float32, torch.float64)))
+    out = torch.empty(shape, dtype=inputs[0].dtype)
+    return [*inputs, groups, weights, 0.3, out, lse if groups[-1] == 0 and draw.often() else None]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from draw import FLOATS, Arguments, Draw
 
 from lr_kernels import merge_attention_states, reference
 from lr_kernels.testing import assert_matches, strided_randn
@@ -49,6 +50,16 @@ def check(outs, lses, backend):
     assert_matches(lse, low[1], lse64, "lse")
     kinds = torch.stack([lse64.isnan(), lse64 == math.inf, lse64 == -math.inf])
     assert torch.equal(torch.stack([lse.isnan(), lse == math.inf, lse == -math.inf]), kinds)
+
+
+def right_call(draw: Draw) -> Arguments:
+    shape, dtype = (draw.size(0, 3), draw.size(0, 20), draw.size(1, 3), draw.size(1, 40)), draw.random.choice(FLOATS)
+    parts = draw.size(1, 4)
+    outs, lses = (
+        [draw.tokens(*shape, dtype=dtype) for _ in range(parts)],
+        [draw.tensor(*shape[:3]) for _ in range(parts)],
+    )
+    return [outs, lses, torch.empty(shape, dtype=dtype), torch.empty(shape[:3])]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
