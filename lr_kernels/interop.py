@@ -69,11 +69,11 @@ def _broadcast(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -
     """Batches of 1, and heads of 1 in key and value, expanded to those of the other tensors as PyTorch does; where
     only the query has several rows, the operator reads the one row of the others itself."""
     sizes = [x.shape[0] for x in (query, key, value)]
-    masked = mask is not None and mask.dim() == 4
-    batch = max(1, *sizes, mask.shape[0] if masked else 1) if 0 not in sizes else 0
+    rows_of_mask = mask.shape[0] if mask is not None and mask.dim() == 4 else 1
+    batch = max(1, *sizes, rows_of_mask) if 0 not in sizes else 0
     if sizes[0] == 1 != batch:
         query = query.expand(batch, -1, -1, -1)
-    if max(sizes[1:]) > 1 or (masked and mask.shape[0] > 1):
+    if max(sizes[1:]) > 1 or rows_of_mask > 1:
         key, value = (x.expand(batch, -1, -1, -1) if x.shape[0] == 1 != batch else x for x in (key, value))
     heads = query.shape[1]
     key, value = (x.expand(-1, heads, -1, -1) if x.shape[1] == 1 != heads else x for x in (key, value))
@@ -191,12 +191,40 @@ def attend(
     mask: Tensor | None = None,
     scale: float | None = None,
     gqa: bool = False,
-    return_lse: bool = False,
     mask_name: str = "attn_mask",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor:
     """`multi_source_attention` of one source: (B, N, H, D), (B, M, H, D) x 2 and a mask as in
     `scaled_dot_product_attention`; `op` and `mask_name` are the names in errors. Where value has another head_dim than
     key, zeros fill the smaller one up, which copies it."""
+    return _of_one_source(op, query, key, value, mask, scale, gqa, mask_name, return_lse=False)[0]
+
+
+def attend_with_lse(
+    op: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    gqa: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`attend`, and the lse (B, N, H) in fp32."""
+    out, lse = _of_one_source(op, query, key, value, mask, scale, gqa, "attn_mask", return_lse=True)
+    assert lse is not None
+    return out, lse
+
+
+def _of_one_source(
+    op: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    gqa: bool,
+    mask_name: str,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
     heads, key_heads = query.shape[2], key.shape[2]
     if heads != key_heads:
         if not gqa or key_heads == 0 or heads % key_heads:
@@ -229,9 +257,8 @@ def attend(
         else:
             fail(op, mask_name, "bool or a floating dtype", per_key.dtype, error=TypeError)
     found = multi_source_attention(query, [source], scale=scale, plan=plan, return_lse=return_lse)
-    if value_columns >= columns:
-        return found
-    return (found[0][..., :value_columns], found[1]) if return_lse else found[..., :value_columns]
+    out, lse = found if isinstance(found, tuple) else (found, None)
+    return out[..., :value_columns] if value_columns < columns else out, lse
 
 
 def _per_key(op: str, name: str, mask: Tensor, shape: tuple[int, ...]) -> Tensor:

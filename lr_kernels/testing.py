@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -134,7 +135,7 @@ def attention_inputs(case: AttentionCase, dtype: torch.dtype, seed: int = 0, dev
             first = group > 0 and group not in case.softmax_groups[:i]
             weight = torch.rand(case.batch, case.queries, generator=g) if first else None
             source = source._replace(softmax_group=group, weight=weight)
-        sources.append(Source(*(x.to(device) if isinstance(x, Tensor) else x for x in source)))
+        sources.append(Source._make(x.to(device) if isinstance(x, Tensor) else x for x in source))
     groups = _random_bits((case.batch, case.queries), case.groups, g).to(device) if case.groups else None
     return AttentionInputs(query.to(device), sources, groups)
 
@@ -147,7 +148,7 @@ EXTREMES = (
 """What makes all logits of a problem huge: `extreme_inputs`."""
 
 
-def extreme_inputs(extreme: tuple[str, float], dtype: torch.dtype, device: str = "cpu", **case) -> AttentionInputs:
+def extreme_inputs(extreme: tuple[str, float], dtype: torch.dtype, device: str = "cpu", **case: Any) -> AttentionInputs:
     """Inputs whose biases all have the value, or whose queries and keys are each multiplied by it (fp16: up to 1e3)."""
     kind, value = extreme
     inputs = attention_inputs(AttentionCase("extreme", **case), dtype, device=device)
@@ -198,7 +199,7 @@ def assert_matches(
         assert got <= limit, f"{what}: {name} error {got:.3e} > {limit:.3e}"
 
 
-def check_attention(run: Callable[..., tuple[Tensor, Tensor]], inputs: AttentionInputs, **kwargs) -> None:
+def check_attention(run: Callable[..., tuple[Tensor, Tensor]], inputs: AttentionInputs, **kwargs: Any) -> None:
     """Compare run(query, sources, query_groups=…, return_lse=…) with the reference: out, and lse of a single softmax
     group."""
     one_group = len({s.softmax_group for s in inputs.sources}) == 1
@@ -209,7 +210,8 @@ def check_attention(run: Callable[..., tuple[Tensor, Tensor]], inputs: Attention
         reference.multi_source_attention(inputs.query, inputs.sources, **kwargs),
         run(inputs.query, inputs.sources, **kwargs),
     )
-    (out64, lse64), (out_low, lse_low), (out, lse) = results if one_group else ((x, None) for x in results)
+    pairs = results if one_group else [(x, None) for x in results]
+    (out64, out_low, out), (lse64, lse_low, lse) = zip(*pairs)
     assert out.dtype == inputs.query.dtype
     assert_matches(out, out_low, out64, "out")
     if lse is not None:
@@ -229,14 +231,14 @@ def assert_lse_matches(lse: Tensor, lowp: Tensor, ref64: Tensor, dtype: torch.dt
         assert error <= 2 * (allowed + torch.finfo(dtype).eps * scale_of_lse), f"lse: error {error:.3e}"
 
 
-def check_attention_backward(run: Callable[..., Tensor], *problems: AttentionInputs, **kwargs) -> None:
+def check_attention_backward(run: Callable[..., Tensor], *problems: AttentionInputs, **kwargs: Any) -> None:
     """Compare the gradients of run(query, sources, query_groups=…, return_lse=…) with the reference's formula, those of
     all problems (of one case) and all sources of one kind together: the largest error of few elements is mostly luck.
     """
     found: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
     for seed, inputs in enumerate(problems):
-        for kind, *tensors in _gradients(run, inputs, seed, kwargs):
-            found.setdefault(kind, []).append(tuple(x.flatten() for x in tensors))
+        for kind, ours, lowp, ref64 in _gradients(run, inputs, seed, kwargs):
+            found.setdefault(kind, []).append((ours.flatten(), lowp.flatten(), ref64.flatten()))
     for kind, parts in found.items():
         ours, lowp, ref64 = (torch.cat(column) for column in zip(*parts))
         assert_matches(ours, lowp, ref64, f"grad_{kind}", problems[0].query.dtype)
@@ -263,14 +265,17 @@ def _gradients(
         )
         return [grad_query, *(y for per_source in grads for y in per_source if y is not None)]
 
-    def leaf(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.detach().requires_grad_()
+    def leaf(x: Tensor) -> Tensor:
+        return x.detach().requires_grad_()
 
     query = leaf(inputs.query)
-    sources = [s._replace(key=leaf(s.key), value=leaf(s.value), key_bias=leaf(s.key_bias)) for s in inputs.sources]
+    sources = [
+        s._replace(key=leaf(s.key), value=leaf(s.value), key_bias=None if s.key_bias is None else leaf(s.key_bias))
+        for s in inputs.sources
+    ]
     leaves = [query, *(x for s in sources for x in (s.key, s.value, s.key_bias) if x is not None)]
     result = run(query, sources, return_lse=one_group, **kwargs)
-    if one_group:
+    if grad_lse is not None:
         seen = result[1] > -torch.inf
         grads = torch.autograd.grad((result[0], result[1][seen]), leaves, (grad_out, grad_lse[seen]))
     else:

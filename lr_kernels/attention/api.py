@@ -1,12 +1,39 @@
 """multi_source_attention: attention of one query over several sources of keys and values, never concatenated."""
 
 from collections.abc import Sequence
+from typing import Literal, overload
 
 from torch import Tensor
 
 from ..source import Source
 from .plan import AttentionPlan
 from .prepare import prepare
+
+
+@overload
+def multi_source_attention(
+    query: Tensor,
+    sources: Sequence[Source],
+    *,
+    query_groups: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
+    plan: AttentionPlan | None = None,
+    backend: str = "auto",
+) -> Tensor: ...
+
+
+@overload
+def multi_source_attention(
+    query: Tensor,
+    sources: Sequence[Source],
+    *,
+    query_groups: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    plan: AttentionPlan | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def multi_source_attention(

@@ -11,7 +11,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 
-from ..interop import attend, refuse_unless_off
+from ..interop import attend, attend_with_lse, refuse_unless_off
 from ..runtime.checks import fail
 from .processors.joint import JOINT_PROCESSORS
 
@@ -67,7 +67,9 @@ def attention(
         "attention_backend", dropout_p=dropout_p, is_causal=is_causal, _parallel_config=_parallel_config,
         **attention_kwargs,
     )  # fmt: skip
-    return attend("attention_backend", query, key, value, attn_mask, scale, enable_gqa, return_lse)
+    if return_lse:
+        return attend_with_lse("attention_backend", query, key, value, attn_mask, scale, enable_gqa)
+    return attend("attention_backend", query, key, value, attn_mask, scale, enable_gqa)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -60,6 +60,28 @@ def visible_keys(query: Tensor, source: Source, query_groups: Tensor | None) -> 
 def _row_of(table: Tensor, rows: Tensor) -> Tensor:
     """(R or 1, ...) -> (B, ...): the entry of each query row; a table of one row is shared by all."""
     return table[rows.clamp(min=0)] if table.shape[0] > 1 else table.expand(len(rows), *table.shape[1:])
+
+
+@overload
+def multi_source_attention(
+    query: Tensor,
+    sources: Sequence[Source],
+    *,
+    query_groups: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def multi_source_attention(
+    query: Tensor,
+    sources: Sequence[Source],
+    *,
+    query_groups: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 @without_autocast

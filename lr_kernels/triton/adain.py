@@ -143,7 +143,8 @@ def launch_arguments(
     rows = _TILE // columns
     strips = triton.cdiv(C, columns)
     constants = {"ROWS": rows, "COLUMNS": columns, "num_warps": 4, "enable_fp_fusion": True}
-    launches, partials = [], []
+    launches: list[tuple] = []
+    partials = []
     for tensor, chosen in ((x, mask), (reference, reference_mask)):
         R, N = tensor.shape[:2]
         tiles = max(4, triton.cdiv(N, _RUNS * rows))
@@ -157,9 +158,8 @@ def launch_arguments(
         )
     own, other = partials
     (_, table, _, *rest), programs = launches[0][1], launches[0][3]
-    sizes, step = rest[:6], rest[6:]
     arguments = (
-        x, table, own, other, out, *sizes, other.shape[1], *strides(other, 0), eps, *step, *strides(out, 0, 1, 2),
+        x, table, own, other, out, *rest[:6], other.shape[1], *strides(other, 0), eps, *rest[6:], *strides(out, 0, 1, 2),
     )  # fmt: skip
     return [*launches, (adain_apply_kernel, arguments, constants, programs)]
 

@@ -9,6 +9,7 @@ does not have is None or a constant for the compiler; how its sources fall into 
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import triton
@@ -111,7 +112,7 @@ def _value_index_strides(indices: tuple[Tensor, ...] | None, key: Sequence[Tenso
     return tuple(encode(x if r == wanted else 0 for x, r in zip(steps, by_row)) for wanted in (True, False))
 
 
-def multi_source_attention_triton(query: Tensor, *arguments) -> None:
+def multi_source_attention_triton(query: Tensor, *arguments: Any) -> None:
     """arguments: those of AttentionTables, out, lse; shapes as in the schema `multi_source_attention` of
     runtime/schemas.py. An entry of rows outside the source reads nothing; one of value_index outside the values reads
     the nearest token inside."""
@@ -146,7 +147,7 @@ def launch_arguments(
     group_ends = sum(1 << s for s in range(S) if s == S - 1 or groups[s + 1] != groups[s]) if grouped else None
     per_pair = sources.bias is not None or sources.scales is not None or not tables.scale > 0
     biased = per_pair or sources.shifts is not None or value_index is not None
-    kind = "grouped" if grouped else "biased" if biased else "dense" if sources.index is None else "gathered"
+    kind = "grouped" if grouped else "biased" if biased else "dense" if sources.lists is None else "gathered"
     unit, units = in_units(query, out, *key, *value)
     query_strides, out_strides, *source_strides = units
     tile = tiles.attention_tile(arch, D, query.dtype, kind, B * N * H)
@@ -155,7 +156,7 @@ def launch_arguments(
             tile = tiles.unaligned_tile(arch, D)
     tiles_per_head = triton.cdiv(N, tile.BM) + order.classes - 1
     arguments = (
-        query, tuple(key), tuple(value), sources.rows, sources.index, sources.count, value_index, sources.bias,
+        query, tuple(key), tuple(value), sources.rows, sources.lists, sources.counts, value_index, sources.bias,
         sources.scales, sources.shifts, weights, order.order, order.starts, out, lse,
         sources.keys_of_source, sources.rows_of_source,
         None if value_index is None else encode(v.shape[1] for v in value),

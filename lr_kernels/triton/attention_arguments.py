@@ -38,7 +38,7 @@ def strided_tables(tensors: Sequence[Tensor | None]) -> tuple[tuple[Tensor, ...]
     pointers, bits = optional(tensors)
     if not pointers:
         return None, None, bits
-    starts = [x.storage_offset() % 4 for x in pointers]
+    starts = [int(x.storage_offset()) % 4 for x in pointers]
     places = zip(*((start, *strides(x, 0, 1)) for start, x in zip(starts, pointers)))
     pointers = tuple(_from_boundary(x, start) if start else x for start, x in zip(starts, pointers))
     return pointers, tuple(encode(x) for x in places), bits
@@ -59,8 +59,8 @@ class SourceArguments(NamedTuple):
     """The tables of a call as both directions of attention pass them to a kernel over all sources."""
 
     rows: Pointers
-    index: Pointers
-    count: Pointers
+    lists: Pointers
+    counts: Pointers
     bias: Pointers
     scales: Pointers
     shifts: Pointers

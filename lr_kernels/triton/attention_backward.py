@@ -11,6 +11,7 @@ Where lse is coarse, the rounding of the logits decides, and a tile finds maximu
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -302,11 +303,11 @@ def attention_backward_source_kernel(
 
 
 def multi_source_attention_backward_triton(
-    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, *arguments
+    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, *arguments: Any
 ) -> None:
     """Arguments as in the schema `multi_source_attention_backward` of runtime/schemas.py, without value_index."""
     *fields, scale, out, lse, grad_query, grad_key, grad_value, grad_key_bias = arguments
-    tables = AttentionTables(*fields, softmax_group=[0] * len(grad_key), weight=[None], scale=scale)
+    tables = AttentionTables._make([*fields, [0] * len(grad_key), [None], scale])
     _check(grad_out, grad_lse, query, tables, out, lse, grad_query, grad_key, grad_value, grad_key_bias)
     # Early return for trivial cases
     if query.numel() == 0:
@@ -352,7 +353,7 @@ def query_launch(
     unit, units = in_units(query, out, grad_out, *key, *value)
     query_strides, out_strides, grad_strides, *source_strides = units
     arguments = (
-        grad_out, grad_lse, query, tuple(key), tuple(value), sources.rows, sources.index, sources.count, sources.bias,
+        grad_out, grad_lse, query, tuple(key), tuple(value), sources.rows, sources.lists, sources.counts, sources.bias,
         sources.scales, sources.shifts, order.order, order.starts, out, lse, grad_query, terms,
         sources.keys_of_source, sources.rows_of_source,
         by_dimension(source_strides[:S]), by_dimension(source_strides[S:]),
@@ -390,7 +391,7 @@ def source_launch(
         None if scales is None else scales[0], None if shifts is None else shifts[0], order.order, order.starts,
         terms, grad_key, grad_value, grad_key_bias,
         M, R, B, N, H, order.classes, key_tiles, tables.scale, *key_strides, *value_strides,
-        *((0, 0) if index is None else (*strides(index, 0), *strides(count, 0))),
+        *((0, 0) if index is None or count is None else (*strides(index, 0), *strides(count, 0))),
         *((0, 0) if visible is None else strides(visible, 0, 1)), 0 if bias is None else strides(bias, 0)[0],
         *query_strides, *grad_strides, *((0, 0, 0) if grad_lse is None else strides(grad_lse, 0, 1, 2)),
         *plain(scale_strides), *plain(shift_strides), *order.strides,

@@ -259,7 +259,7 @@ def attend_queries(
     tl.store(o_at + c0[None, :], sum0.to(out.dtype.element_ty), mask=query_ok[:, None] & (c0[None, :] < W0))
     if D1 > 0:
         c1 = tl.arange(0, D1)
-        o1 = sum1.to(out.dtype.element_ty)
+        o1 = tl.cast(sum1, out.dtype.element_ty)
         tl.store(o_at + (D0 + c1)[None, :], o1, mask=query_ok[:, None] & (c1[None, :] < D - D0))
     if lse is not None:
         wide = top.to(lse.dtype.element_ty)  # fp64 keeps the mass beside a huge top, as the backward pass needs

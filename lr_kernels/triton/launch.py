@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ def _architecture(index: int) -> int:
     return 10 * major + minor
 
 
-def on_device(device: torch.device):
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Make `device` current around a launch: Triton launches on the current device and its current stream."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
@@ -37,6 +38,14 @@ def check_grid(op: str, programs: int) -> tuple[int]:
     if programs > GRID_LIMIT:
         fail(op, "out", f"at most {GRID_LIMIT} tiles of work", programs, "split the batch")
     return (programs,)
+
+
+@overload
+def dense_last(x: Tensor) -> Tensor: ...
+
+
+@overload
+def dense_last(x: Tensor | None) -> Tensor | None: ...
 
 
 def dense_last(x: Tensor | None) -> Tensor | None:

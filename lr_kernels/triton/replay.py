@@ -6,7 +6,7 @@ the compiled kernel and its arguments, where only the addresses of tensors chang
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ RECORDED_CALLS = 1024
 class Launch(NamedTuple):
     """A compiled kernel and its arguments."""
 
-    compiled: object
+    compiled: Any
     programs: int
     arguments: tuple
     """In the kernel's order, constants included; None where a tensor goes, which would live as long as the record."""
@@ -59,7 +59,7 @@ class Launch(NamedTuple):
 
 
 def record(
-    kernel, compiled, programs: int, arguments: tuple, constants: dict, pointers: Sequence[int]
+    kernel: Any, compiled: Any, programs: int, arguments: tuple, constants: dict, pointers: Sequence[int]
 ) -> Launch | None:
     """The launch `compiled = kernel[(programs,)](*arguments, **constants)` as one that can run again with other tensors
     of the same metadata, `pointers` being the addresses of this call's tensors.

@@ -154,7 +154,8 @@ def backward_tile(arch: int, head_dim: int, dtype: torch.dtype, kernel: str) -> 
         return Tile(32, 32, 4, 1, *split_head_dim(head_dim))
     table = _of_family(arch, dtype, _FLOAT32_BACKWARD, _BLACKWELL_BACKWARD, _HOPPER_BACKWARD, _MMA_BACKWARD)
     tiles = next(t for t in table if t.head_dim >= head_dim)
-    return Tile(*getattr(tiles, kernel), *tiles.columns)
+    BM, BN, warps, stages = getattr(tiles, kernel)
+    return Tile(BM, BN, warps, stages, *tiles.columns)
 
 
 def _of_family(
@@ -189,8 +190,9 @@ def attention_tile(arch: int, head_dim: int, dtype: torch.dtype, kind: str, quer
         return Tile(64, 64, 4, 1, *split_head_dim(head_dim))
     table = _of_family(arch, dtype, _FLOAT32, _BLACKWELL, _HOPPER, _MMA)
     tiles = next(t for t in table if t.head_dim >= head_dim)
-    few = tiles.few is not None and queries < FEW_QUERIES and kind in ("dense", "gathered")
-    return Tile(*(tiles.few if few else getattr(tiles, kind)), *tiles.columns)
+    few = tiles.few if queries < FEW_QUERIES and kind in ("dense", "gathered") else None
+    BM, BN, warps, stages = few or getattr(tiles, kind)
+    return Tile(BM, BN, warps, stages, *tiles.columns)
 
 
 def unaligned_tile(arch: int, head_dim: int) -> Tile:

@@ -104,11 +104,11 @@ def problem(case: Case, tokens: int, device: str) -> Problem:
     sources = [Source(key, value, key_mask=mask, key_bias=bias, softmax_group=g) for g in groups]
     tables = lay_out(query, sources, plan_attention([mask] * 3), None)
     out = torch.full_like(query, torch.nan)  # the op, not the public function: that replays the tile it recorded
-    lse = torch.empty(shape[:3], dtype=torch.float64, device=device) if backward else None
-    forward = functools.partial(kernel("multi_source_attention", "triton"), query, *tables, out, lse)
+    forward = functools.partial(kernel("multi_source_attention", "triton"), query, *tables, out)
     if not backward:
-        return Problem(query, sources, out, forward)
-    forward()
+        return Problem(query, sources, out, functools.partial(forward, None))
+    lse = torch.empty(shape[:3], dtype=torch.float64, device=device)
+    forward(lse)
     gradients = functools.partial(group_gradients, "triton", query, tables, out, lse, grad, None, (False,) * 3)
     return Problem(query, sources, out, gradients)
 

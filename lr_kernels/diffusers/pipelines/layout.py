@@ -22,7 +22,7 @@ from .step_end import Told, after_step
 from .stock import StockArguments
 
 
-class LayoutStage:
+class LayoutStage(PersonalizedPipeline):
     """The method `layout` of the pipelines; arguments are described at `LayoutRetouch`."""
 
     @torch.no_grad()

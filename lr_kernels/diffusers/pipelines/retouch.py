@@ -33,7 +33,7 @@ REFERENCE_SEED = 0
 """References are noised by a seed of its own, so that their masks and latents are the same for every image."""
 
 
-class RetouchStage:
+class RetouchStage(PersonalizedPipeline):
     """The methods `retouch` and `reference_bank` of the pipelines; arguments are described at `LayoutRetouch`."""
 
     @torch.no_grad()

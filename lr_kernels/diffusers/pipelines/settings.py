@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -52,7 +53,7 @@ class Settings:
     callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",)
 
     @classmethod
-    def given(cls, arguments: Mapping[str, object]) -> "Settings":
+    def given(cls, arguments: Mapping[str, Any]) -> "Settings":
         """From a method's arguments by name, as `locals()` at its start has them; others are left out."""
         return cls(**{field.name: arguments[field.name] for field in fields(cls) if field.name in arguments})
 

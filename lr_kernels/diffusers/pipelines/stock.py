@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 from torch import Tensor
 
@@ -89,7 +90,7 @@ class StockArguments:
     negative_crops_coords_top_left: Size | None = None
 
     @classmethod
-    def given(cls, arguments: Mapping[str, object], *, xl: bool) -> "StockArguments":
+    def given(cls, arguments: Mapping[str, Any], *, xl: bool) -> "StockArguments":
         """From a call's further keywords; `xl`: those of SDXL too."""
         known = {field.name for field in fields(cls)}
         for name, x in arguments.items():

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.models.attention_processor import FusedAttnProcessor2_0
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -11,7 +12,7 @@ from ...runtime.checks import fail
 from .settings import OP
 
 
-class Switches:
+class Switches(DiffusionPipeline):
     """Methods of the stock pipelines that would reach the vanilla model alone. FreeU, fused projections and textual
     inversions of the personalized model alone are set on `personalized_unet` or `personalized_text_encoder`."""
 
