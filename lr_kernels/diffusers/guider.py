@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import ClassVar
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -90,7 +90,8 @@ class StepBlendGuidance(ClassifierFreeGuidance):
             enabled=enabled,
         )
         # The config is written as JSON.
-        layout_steps = layout_steps if plain_number(layout_steps) is None else plain_number(layout_steps)
+        number: Any = plain_number(layout_steps)
+        layout_steps = layout_steps if number is None else number
         kept = None if callable(layout_blend) else layout_blend
         numbers = {"guidance_scale": guidance_scale, "layout_steps": layout_steps}
         self.register_to_config(layout_blend=kept, adapters=adapters, **numbers)
@@ -102,7 +103,7 @@ class StepBlendGuidance(ClassifierFreeGuidance):
         self._layout_inputs: dict[str, Tensor] = {}
         self._acting = ExitStack()  # what makes the denoiser the vanilla model
 
-    def new(self, **kwargs) -> "StepBlendGuidance":
+    def new(self, **kwargs: Any) -> "StepBlendGuidance":
         """A guider of the same configuration and vanilla model, but for `kwargs`; without layout inputs."""
         vanilla = kwargs.pop("vanilla", self.vanilla)
         guider = super().new(**{"layout_blend": self.layout_blend, **kwargs})
@@ -220,7 +221,7 @@ class StepBlendGuidance(ClassifierFreeGuidance):
         return batches
 
     def _blend(self, layout: Tensor | None, personalized: Tensor | None) -> Tensor | None:
-        if layout is None:
+        if layout is None or personalized is None:
             return None
         dtype = torch.promote_types(layout.dtype, torch.float32)
         return torch.lerp(layout.to(dtype), personalized.to(dtype), self._weight)

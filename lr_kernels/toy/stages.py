@@ -1,6 +1,7 @@
 """Every stage of Layout-and-Retouch on the toy model, by the pipeline's defaults, and the second stage's control."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -96,7 +97,12 @@ def run_stages(
     subject also reads the reference. layout, retouch: both stages of one call of the pipeline. control: the retouch
     stage of the same layouts with sharing off, all else equal; what retouch has above it is due to the attention.
     """
-    common = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "output_type": "pt", "backend": backend}
+    common: dict[str, Any] = {
+        "num_inference_steps": STEPS,
+        "guidance_scale": GUIDANCE,
+        "output_type": "pt",
+        "backend": backend,
+    }
 
     def noise() -> torch.Generator:
         return torch.Generator().manual_seed(seed)
@@ -112,6 +118,7 @@ def run_stages(
     if "reference-only" in stages:
         found["reference-only"] = pipe.retouch(task.prompts, *task.reference, generator=noise(), **common)
     both = pipe(task.prompts, task.layout_prompts, *task.reference, generator=noise(), **common)
+    assert isinstance(both, LayoutRetouchOutput) and both.contexts is not None and both.layout_images is not None
     found["layout"] = LayoutRetouchOutput(images=both.layout_images, latents=both.contexts.latents)
     if "control" in stages:
         off = round(DEFAULT_SWITCH * STEPS)  # sharing ends where it would start

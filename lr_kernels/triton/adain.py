@@ -159,7 +159,8 @@ def launch_arguments(
     own, other = partials
     (_, table, _, *rest), programs = launches[0][1], launches[0][3]
     arguments = (
-        x, table, own, other, out, *rest[:6], other.shape[1], *strides(other, 0), eps, *rest[6:], *strides(out, 0, 1, 2),
+        x, table, own, other, out, *rest[:6], other.shape[1], *strides(other, 0), eps, *rest[6:],
+        *strides(out, 0, 1, 2),
     )  # fmt: skip
     return [*launches, (adain_apply_kernel, arguments, constants, programs)]
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,7 +54,7 @@ def check_later(op: str, steps: int | Collection[int] | None) -> None:
         fail(op, "steps", "steps from 1 on", repr(steps), "the masks are found in the steps before")
 
 
-def check_list(op: str, name: str, values: Sequence[object], length: int | None = None) -> list[object]:
+def check_list(op: str, name: str, values: Sequence[object], length: int | None = None) -> list[Any]:
     """One entry per image, as a list."""
     sized = isinstance(values, list | tuple) or (isinstance(values, Tensor | np.ndarray) and values.ndim > 0)
     if not sized or (length is not None and len(values) != length):

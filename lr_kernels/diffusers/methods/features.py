@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
 from ...runtime.checks import check_integer, check_number, entries_of, fail
@@ -95,7 +95,7 @@ def reference_adain(
         yield
 
 
-def _matched_modules(unet: nn.Module, weight: float) -> list[nn.Module]:
+def _matched_modules(unet: UNet2DConditionModel, weight: float) -> list[nn.Module]:
     """The mid block, and in the blocks that take part what ends each of their layers."""
     found = [] if unet.mid_block is None else [unet.mid_block]
     down, up = unet.down_blocks, unet.up_blocks

@@ -64,6 +64,7 @@ def masactrl(
     @torch.compiler.disable
     @cache
     def plan(grid: tuple[int, int]) -> AttentionPlan:
+        assert masks is not None
         sides = token_mask(masks, grid).repeat(halves, 1)
         return presets.masactrl_plan(sides, sides, rows)
 

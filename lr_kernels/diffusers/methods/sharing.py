@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -88,14 +89,14 @@ def sharing(
             hint = "without guidance say halves=1; the pipeline repeats prompts for num_images_per_prompt"
             fail("sharing", "rows", f"a UNet's batch of {rows} rows", sample.shape[0], hint)
         if sample.shape[2:] != size:
-            size = tuple(sample.shape[2:])
-            run.grids = {name: layer_grid(scale, *size) for name, scale in scales.items()}
+            height, width = size = sample.shape[2], sample.shape[3]
+            run.grids = {name: layer_grid(scale, height, width) for name, scale in scales.items()}
         if steps is not None or "step" in asks:
             step = clock.step(timestep)
             run.active = step in wanted
             run.step = step if "step" in asks else None
 
-    def after_pass(unet: nn.Module, args: tuple, out: object) -> None:
+    def after_pass(unet: nn.Module, args: tuple, out: Any) -> None:
         if not (torch.is_grad_enabled() and unet.training and getattr(unet, "is_gradient_checkpointing", False)):
             return
         result = out[0] if isinstance(out, tuple) else out.sample

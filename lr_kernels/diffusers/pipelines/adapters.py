@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from diffusers.utils import is_peft_available
 from torch import nn
@@ -50,7 +51,7 @@ def adapters_off(op: str, models: Sequence[nn.Module], names: Sequence[str] | No
         _busy.difference_update(map(id, layers))
 
 
-def _active(layers: Sequence[nn.Module]) -> set[str]:
+def _active(layers: Sequence[Any]) -> set[str]:
     return {name for layer in layers if not layer.disable_adapters for name in layer.active_adapters}
 
 
@@ -60,7 +61,8 @@ def _check_free(op: str, layers: Sequence[nn.Module]) -> None:
         fail(op, "unet", "a model that no other call is using", "one whose adapters are off", hint, RuntimeError)
 
 
-def _layers(models: Sequence[nn.Module]) -> list[nn.Module]:
+def _layers(models: Sequence[nn.Module]) -> list[Any]:
+    """peft's layers with adapters."""
     if not is_peft_available():
         return []
     from peft.tuners.tuners_utils import BaseTunerLayer

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
@@ -17,7 +18,7 @@ _CLIP = (CLIPTextModel, CLIPTextModelWithProjection)
 """The text encoders whose widths are known from their configs."""
 
 
-def plain(module: nn.Module) -> nn.Module:
+def plain(module: Any) -> Any:
     """Without the wrapper of torch.compile."""
     return getattr(module, "_orig_mod", module)
 
@@ -65,9 +66,9 @@ def check_controlnet(pipe: PersonalizedPipeline) -> None:
     config = pipe.controlnet.config
     for name, unet in (("unet", pipe.unet), (pipe.personal_name, pipe.personal_unet)):
         for key in ("block_out_channels", "layers_per_block", "cross_attention_dim"):
-            expected, got = (_hashable(getattr(x, key)) for x in (unet.config, config))
-            if got != expected:
-                fail(OP, "controlnet", f"{key} {expected}, as {name}", got, "pass a ControlNet that was made for it")
+            wanted, has = (_hashable(getattr(x, key)) for x in (unet.config, config))
+            if has != wanted:
+                fail(OP, "controlnet", f"{key} {wanted}, as {name}", has, "pass a ControlNet that was made for it")
     factor = 2 ** (len(config.conditioning_embedding_out_channels) - 1)
     if factor != pipe.vae_scale_factor:
         expected = f"one that makes {pipe.vae_scale_factor} pixels one, as the VAE"
@@ -105,10 +106,10 @@ def _check_unet(pipe: PersonalizedPipeline, name: str, unet: UNet2DConditionMode
             fail(OP, name, f"text embeddings of {made} channels, as {encoders} make them", width, hint)
     if config.addition_embed_type == "text_time" and isinstance(plain(readers[-1].encoder), _CLIP):
         projected = readers[-1].encoder.config.projection_dim
-        expected, got = plain(unet).add_embedding.linear_1.in_features, 6 * config.addition_time_embed_dim + projected
-        if expected != got:
+        taken, made = plain(unet).add_embedding.linear_1.in_features, 6 * config.addition_time_embed_dim + projected
+        if taken != made:
             hint = f"pass the text encoders that {name} was trained with"
-            fail(OP, name, f"{got} added conditions, of 6 sizes and {readers[-1].name}", expected, hint)
+            fail(OP, name, f"{made} added conditions, of 6 sizes and {readers[-1].name}", taken, hint)
 
 
 def _check_pair(pipe: PersonalizedPipeline) -> None:

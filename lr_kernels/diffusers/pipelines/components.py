@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
@@ -22,7 +22,7 @@ from .adapters import adapters_off
 from .condition import Condition, Control, predict
 from .latents import encoded, latent_statistics
 from .output import Costs
-from .pictures import Image, preprocess
+from .pictures import Image, Images, preprocess
 from .schedule import Solver, solver
 from .settings import OP, Generator, Settings, check_numbers, one_or
 from .stock import StockArguments
@@ -60,7 +60,7 @@ class PersonalizedPipeline(Switches):
     """the remedy where the UNet is not of these"""
 
     @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: object) -> "PersonalizedPipeline":
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "PersonalizedPipeline":
         """Build the pipeline from the components of another one: `from_pipe(pipe, personalized_unet=…)`.
 
         The components keep their dtype unless another one is given (diffusers casts them to float32). ValueError where
@@ -112,7 +112,7 @@ class PersonalizedPipeline(Switches):
         """What decoding is told beside latents."""
         return {}
 
-    def finish(self, pixels: Tensor, output_type: str) -> tuple[Image, list[bool] | None]:
+    def finish(self, pixels: Tensor, output_type: str) -> tuple[Images, list[bool] | None]:
         """Decoded pixels (n, 3, H, W) in [-1, 1] -> images, and what a safety checker found."""
         return self.image_processor.postprocess(pixels, output_type=output_type), None
 
@@ -178,7 +178,11 @@ class PersonalizedPipeline(Switches):
         """Negative prompts, None for no text, beside prompts."""
         if not self.zeroes(texts):
             return self.embed([text or "" for text in texts], personal=personal)
-        return Embeds(*(None if x is None else x.new_zeros(len(texts), *x.shape[1:]) for x in prompts))
+
+        def zeros(like: Tensor) -> Tensor:
+            return like.new_zeros(len(texts), *like.shape[1:])
+
+        return Embeds(zeros(prompts.tokens), None if prompts.pooled is None else zeros(prompts.pooled))
 
     @contextmanager
     def in_stage(self, stage: str, guidance_scale: float) -> Iterator[None]:
@@ -216,7 +220,7 @@ class PersonalizedPipeline(Switches):
 
     def decode(
         self, latents: Tensor, output_type: str, costs: Costs, generator: Generator = None
-    ) -> tuple[Image, list[bool] | None]:
+    ) -> tuple[Images, list[bool] | None]:
         """Latents (n, C, h, w) -> images, and what the safety checker found."""
         if output_type == "latent":
             return latents, None
@@ -239,7 +243,7 @@ class PersonalizedPipeline(Switches):
         state = AttentionState(capturing=True, token_indices=tokens.indices, backend=backend)
         found = []
         with (
-            SubjectMaps(self.personal_unet, state, latents.shape[2:], {}) as maps,
+            SubjectMaps(self.personal_unet, state, (latents.shape[2], latents.shape[3]), {}) as maps,
             self.stage_bar("masks", len(MAP_TIMES)) as bar,
         ):
             for share in MAP_TIMES:
@@ -253,6 +257,7 @@ class PersonalizedPipeline(Switches):
         """Features (m, C, h, w) of given images for `matching`, at the lowest noise level of the maps."""
         with FeatureRecorder(self.personal_unet) as recorder:
             predict(self.personal_unet, *self.noised(latents, noise, MAP_TIMES[0]), condition)
+        assert recorder.features is not None
         return recorder.features
 
     def noised(self, latents: Tensor, noise: Tensor, share: float) -> tuple[Tensor, int]:
@@ -411,7 +416,9 @@ class PersonalizedStableDiffusionPipeline(PersonalizedPipeline, StableDiffusionP
         def last(out: BaseModelOutput) -> Tensor:
             if clip_skip is None:
                 return out[0]
-            encoder = getattr(reader.encoder, "text_model", reader.encoder)  # transformers before 5 has another module
+            encoder: Any = getattr(
+                reader.encoder, "text_model", reader.encoder
+            )  # transformers before 5 has another module
             return encoder.final_layer_norm(out.hidden_states[-(clip_skip + 1)])
 
         return Embeds(hidden_states(self, reader, texts, last)[0].to(self.prompt_dtype))
@@ -419,7 +426,7 @@ class PersonalizedStableDiffusionPipeline(PersonalizedPipeline, StableDiffusionP
     def vae_keywords(self, generator: Generator) -> dict:
         return {"generator": generator}
 
-    def finish(self, pixels: Tensor, output_type: str) -> tuple[Image, list[bool] | None]:
+    def finish(self, pixels: Tensor, output_type: str) -> tuple[Images, list[bool] | None]:
         pixels, nsfw = self.run_safety_checker(pixels, pixels.device, self.prompt_dtype)
         denormalize = None if nsfw is None else [not flag for flag in nsfw]
         return self.image_processor.postprocess(pixels, output_type=output_type, do_denormalize=denormalize), nsfw

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from .components import PersonalizedPipeline
 from .condition import Condition
 from .latents import upcast
-from .pictures import Image
+from .pictures import Images
 from .stock import StockArguments
 from .text import Embeds, TextReader, hidden_states
 
@@ -117,8 +117,9 @@ class PersonalizedStableDiffusionXLPipeline(PersonalizedPipeline, StableDiffusio
         self, embeds: Embeds, size: tuple[int, int], stock: StockArguments, *, negative: bool = False
     ) -> Condition:
         told = super().condition(embeds, size, stock)
-        pixels = tuple(x * self.vae_scale_factor for x in size)
-        sizes = stock.sizes(pixels, negative=negative)
+        assert embeds.pooled is not None
+        height, width = (x * self.vae_scale_factor for x in size)
+        sizes = stock.sizes((height, width), negative=negative)
         times = self._get_add_time_ids(*sizes, embeds.tokens.dtype, embeds.pooled.shape[-1]).to(embeds.tokens.device)
         return told._replace(added={"text_embeds": embeds.pooled, "time_ids": times.expand(len(embeds.tokens), -1)})
 
@@ -126,7 +127,7 @@ class PersonalizedStableDiffusionXLPipeline(PersonalizedPipeline, StableDiffusio
         """In float32 where float16 would overflow."""
         return upcast(self.vae)
 
-    def finish(self, pixels: Tensor, output_type: str) -> tuple[Image, None]:
+    def finish(self, pixels: Tensor, output_type: str) -> tuple[Images, list[bool] | None]:
         if self.watermark is not None:
             pixels = self.watermark.apply_watermark(pixels)
         return super().finish(pixels, output_type)

@@ -107,14 +107,14 @@ class ContextRecorder:
         if rows != self._rows:  # guidance has ended, and a bank has the same rows in all steps
             self.bank, self._rows = None, rows
             self._state.token_indices = self.tokens.indices.repeat(rows // self._images, 1)
-        banked = self.bank is not None and step in self.share
+        bank = self.bank if step in self.share else None
         self._state.capturing = step in self._mapped
         try:
-            with self.bank.extract(step - self.share.start) if banked else nullcontext():
+            with nullcontext() if bank is None else bank.extract(step - self.share.start):
                 yield
             if self._state.capturing:
-                rows = slice(-self._images, None)
-                found = self._maps.collect(rows, self.tokens.weights, backend=self._state.backend)
+                images = slice(-self._images, None)
+                found = self._maps.collect(images, self.tokens.weights, backend=self._state.backend)
                 self._found.append(stretched(found))
         finally:
             self._state.capturing = False

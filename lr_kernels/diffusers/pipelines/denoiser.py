@@ -61,12 +61,13 @@ class RetouchDenoiser:
 
     def __enter__(self) -> "RetouchDenoiser":
         layers = self.request.layers
-        banks = (self.references, None if self.contexts is None else self.contexts.bank)
+        of_contexts = None if self.contexts is None else self.contexts.bank
         with ExitStack() as stack:
             processors = {
                 name: MultiSourceAttnProcessor(
                     self._state,
-                    *(None if bank is None else bank.layer(name) for bank in banks),
+                    None if self.references is None else self.references.layer(name),
+                    None if of_contexts is None else of_contexts.layer(name),
                     tokens=math.prod(self._grid(name)),
                 )
                 for name in layers
@@ -74,7 +75,8 @@ class RetouchDenoiser:
             self._installed.append(stack.enter_context(install_processors(layers, processors)))
             if self.tracker is not None:
                 self._maps = stack.enter_context(SubjectMaps(self.unet, self._state, self.request.size, processors))
-                self._installed.append(self._maps.installation)
+                if self._maps.installation is not None:
+                    self._installed.append(self._maps.installation)
                 self._state.capturing = True
             self._stack = stack.pop_all()
         return self
@@ -129,12 +131,14 @@ class RetouchDenoiser:
             self._state.token_indices = self._tokens(batch)
         with ExitStack() as banks:
             if sharing and self.references is not None:
+                assert self.request.references.bank_steps is not None
                 banks.enter_context(self.references.read(self.request.references.bank_steps[step]))
             if sharing and self.contexts is not None:
+                assert self.contexts.bank is not None
                 banks.enter_context(self.contexts.bank.read(step - self.contexts.bank_start))
             out = predict(self.unet, inputs, t, condition, self._controlled(inputs, t, batch, condition))
         costs.count("retouch", len(inputs))
-        if self._maps is not None:
+        if self._maps is not None and self.tracker is not None and self.request.tokens is not None:
             start = batch.size - batch.half  # the conditional half
             conditional = slice(start, start + batch.images)
             maps = self._maps.collect(conditional, self.request.tokens.weights, backend=self._state.backend)
@@ -144,6 +148,7 @@ class RetouchDenoiser:
 
     def _tokens(self, batch: RetouchBatch) -> Tensor:
         """Token indices of all rows; only the targets' are used."""
+        assert self.request.tokens is not None
         indices = self.request.tokens.indices
         rows = torch.arange(batch.size, device=indices.device) % batch.half
         return indices[rows % batch.images]
@@ -158,6 +163,7 @@ class RetouchDenoiser:
         return placed(residuals, rows, batch.size)
 
     def _route(self, batch: RetouchBatch) -> dict[int, Routing | Swap]:
+        assert self.mask is not None
         grids = {self._grid(name) for name in self.request.layers}
         return {math.prod(grid): self.reading(batch, self.mask, grid) for grid in grids}
 

@@ -39,7 +39,7 @@ class GuidedStepper:
             self._stepper.table = self._table()
         rescale = self._pipe.guidance_rescale
         if rescale > 0 and self._pipe.do_classifier_free_guidance:
-            models = [rescaled(*model, self.scale, rescale) for model in models]
+            models = [rescaled(negative, positive, self.scale, rescale) for negative, positive in models]
         return self._stepper.step(i, latents, [x for model in models for x in model], **keywords)
 
     def _table(self) -> Tensor:

@@ -103,7 +103,7 @@ def lay_out(pipe: PersonalizedPipeline, request: Request) -> LayoutRetouchOutput
 
 def _denoised(pipe: PersonalizedPipeline, request: Request, costs: Costs) -> tuple[Tensor, Contexts | None]:
     """The latents of the layouts, and what the retouch stage reads of them."""
-    settings, solver, weights, count = request.settings, request.solver, request.weights, request.prompts.count
+    settings, solver, weights, count = request.settings, request.solver, request.weights, request.prompts.images
     with pipe.as_vanilla():
         vanilla = _condition(pipe, request, personal=False)
     conditions = [vanilla, _condition(pipe, request, personal=True)]  # of the vanilla and of the personalized model
@@ -133,7 +133,7 @@ def _denoised(pipe: PersonalizedPipeline, request: Request, costs: Costs) -> tup
                 rows = len(conditions[1].embeds)
                 with recorder.personal(i, rows) if recorder is not None else nullcontext():
                     by_personal = predictions(pipe.personal_unet, conditions[1], i)
-            models = [by_vanilla or by_personal, by_personal or by_vanilla]  # a stand-in has weight 0
+            models = [x for x in (by_vanilla or by_personal, by_personal or by_vanilla) if x]  # a stand-in has weight 0
             noise_of_step = noise_like(latents, settings.generator) if settings.eta > 0 else None
             if recorder is not None:
                 recorder.trajectory.append(latents)
@@ -154,7 +154,7 @@ def _condition(pipe: PersonalizedPipeline, request: Request, *, personal: bool) 
     guided = pipe.do_classifier_free_guidance
     negatives, prompts = request.prompts.embedded(pipe, personal=personal, guided=guided)
     condition = pipe.condition(prompts, request.size, request.stock)
-    if not guided:
+    if negatives is None:
         return condition
     return Condition.join([pipe.condition(negatives, request.size, request.stock, negative=True), condition])
 

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import numpy as np
 import PIL.Image
 import torch
 from diffusers.utils import BaseOutput
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from ..subjects.overlay import draw
 from .contexts import Contexts
+from .pictures import Images
 
 Match = tuple[Tensor, Tensor, tuple[int, int]]
 """index and consistent, (images, tokens) each, see `correspondence`; and the grid of the tokens"""
@@ -25,11 +25,11 @@ class LayoutRetouchOutput(BaseOutput):
     Entries that a stage does not make are None.
     """
 
-    images: list[PIL.Image.Image] | np.ndarray | Tensor
+    images: Images
     """n images in the requested output type"""
     latents: Tensor
     """(n, C, h, w): the latents of `images`"""
-    layout_images: list[PIL.Image.Image] | np.ndarray | Tensor | None = None
+    layout_images: Images | None = None
     """n layout (context) images of the first stage"""
     reference_images: Tensor | None = None
     """(references, 3, height, width) in [0, 1], as the model saw them"""

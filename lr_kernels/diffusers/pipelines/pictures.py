@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from os import PathLike
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -34,6 +35,8 @@ PROPORTIONS = 0.1
 """How far the logarithms of two aspect ratios may be apart that are of one picture: masks are made at other sizes."""
 
 Image = PIL.Image.Image | np.ndarray | Tensor
+Images = list[PIL.Image.Image] | np.ndarray | Tensor
+"""Several, as pipelines return them."""
 Size = tuple[int, int]
 """height and width"""
 Span = tuple[float, float]
@@ -74,7 +77,7 @@ def preprocess(
         ValueError: a shape, a range of numbers, a mode or a fit that is none of these, NaN or Inf, no image. TypeError:
         neither an image, an array nor a tensor, or one of other things than real numbers.
     """
-    several = list(images) if isinstance(images, (list, tuple)) else [images]
+    several: list[Any] = list(images) if isinstance(images, (list, tuple)) else [images]
     if not several:
         fail(OP, name, "at least one image", "none")
     check_choice(OP, "fit", fit, FITS)
@@ -127,17 +130,18 @@ def as_mask(
     if mask is picture and not _is_cutout(x):
         fail(OP, name, "a mask, or a picture that is transparent around the subject", "the picture, which is opaque")
     subject = _subject(x)
+    given = subject.shape[0], subject.shape[1]
     if picture is not None:
-        _check_proportions(tuple(subject.shape), _sides(picture), size, name)
-    rows, columns = _shown(tuple(subject.shape), size, fit)
+        _check_proportions(given, _sides(picture), size, name)
+    rows, columns = _shown(given, size, fit)
     down, across = _overlaps(rows, subject.shape[0], size[0]), _overlaps(columns, subject.shape[1], size[1])
     covered = (down @ subject.double() @ across.T).round(decimals=9)  # half a token is a half, nothing is nothing
     return token_mask(covered[None], size).unflatten(1, size).to(device)
 
 
-def one_by_one(images: Image | Sequence[Image]) -> list[Image]:
+def one_by_one(images: Image | Sequence[Image | None]) -> list[Image]:
     """One image, several, batches of them -> every image by itself; numbers and channels as they are."""
-    several = images if isinstance(images, (list, tuple)) else [images]
+    several: Sequence[Any] = images if isinstance(images, (list, tuple)) else [images]
     return [part for image in several for part in (image if getattr(image, "ndim", 0) == 4 else [image])]
 
 
@@ -337,14 +341,16 @@ def _middle(span: float, length: int, wanted: int) -> Span:
 
 def _fitted(x: PIL.Image.Image | Tensor, size: Size, fit: str) -> Tensor:
     """What `_read` gives -> (n, 3, *size)."""
-    given = (x.height, x.width) if isinstance(x, PIL.Image.Image) else tuple(x.shape[2:])
+    given = (x.height, x.width) if isinstance(x, PIL.Image.Image) else (x.shape[2], x.shape[3])
     rows, columns = _shown(given, size, fit)
     (top, height, below), (left, width, right) = (
         _placed(span, length, wanted) for span, length, wanted in zip((rows, columns), given, size)
     )
-    inside = [(max(start, 0), min(end, length)) for (start, end), length in zip((rows, columns), given)]
-    resize = _resized_pil if isinstance(x, PIL.Image.Image) else _resized
-    x = resize(x, *inside, (height, width))
+    down, across = ((max(start, 0), min(end, length)) for (start, end), length in zip((rows, columns), given))
+    if isinstance(x, PIL.Image.Image):
+        x = _resized_pil(x, down, across, (height, width))
+    else:
+        x = _resized(x, down, across, (height, width))
     x = x.expand(-1, 3, -1, -1)
     around = (left, right, top, below)
     return F.pad(x, around, mode="replicate") if any(around) else x

@@ -154,7 +154,7 @@ class LayoutRetouch(LayoutStage, RetouchStage):
         prompts = read_prompts(self, arguments, prompt, layout_prompt, negative_prompt, copies=copies)
         if control_image is not None:
             control_image = one_by_one(control_image)
-            count = prompts.count // copies
+            count = prompts.images // copies
             if len(control_image) not in (1, count):
                 fail(OP, "control_image", f"{one_or(count)} images, as there are prompts", len(control_image))
             if len(control_image) > 1:
@@ -179,9 +179,10 @@ class LayoutRetouch(LayoutStage, RetouchStage):
         output = layout if self.interrupt else retouch(self, request, layout.contexts)
         seconds, rows = dict(layout.seconds), dict(layout.rows)
         if output is not layout:
-            for costs, second in ((seconds, output.seconds), (rows, output.rows)):
-                for stage, cost in second.items():
-                    costs[stage] = costs.get(stage, 0) + cost
+            for stage, cost in output.seconds.items():
+                seconds[stage] = seconds.get(stage, 0.0) + cost
+            for stage, count in output.rows.items():
+                rows[stage] = rows.get(stage, 0) + count
         # without the contexts' keys and values, which may take gigabytes
         contexts = None if layout.contexts is None else replace(layout.contexts, bank=None)
         output = replace(  # what is set afterwards would be no entry of it

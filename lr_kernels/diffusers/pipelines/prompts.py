@@ -26,7 +26,8 @@ class Prompts(NamedTuple):
     negative_embeds: Embeds | None = None
 
     @property
-    def count(self) -> int:
+    def images(self) -> int:
+        """As many as there are prompts."""
         return len(self.negatives)
 
     def embedded(self, pipe: PersonalizedPipeline, *, personal: bool, guided: bool) -> tuple[Embeds | None, Embeds]:
@@ -108,9 +109,14 @@ def read_prompts(
     if negative_prompt is not None:
         if stock.negative_prompt_embeds is not None:
             refuse("negative_prompt_embeds is given", negative_prompt=negative_prompt)
-        negatives = as_list(negative_prompt, count, "negative_prompt")
+        negatives = [*as_list(negative_prompt, count, "negative_prompt")]
     embeds = [_given_embeds(pipe, stock, kind, count, copies) for kind in ("", "layout_", "negative_")]
-    return Prompts(*([x for x in xs for _ in range(copies)] for xs in (texts, layout_texts, negatives)), *embeds)
+    return Prompts(
+        [x for x in texts for _ in range(copies)],
+        [x for x in layout_texts for _ in range(copies)],
+        [x for x in negatives for _ in range(copies)],
+        *embeds,
+    )
 
 
 def check_prompts(
@@ -175,4 +181,5 @@ def _given_embeds(
     if width is not None and tokens.shape[2] != width:
         fail(OP, name, f"{width} channels, as {unet} takes", tokens.shape[2])
     place = {"device": pipe._execution_device, "dtype": pipe.prompt_dtype}
-    return Embeds(*(None if x is None else x.to(**place).repeat_interleave(copies, 0) for x in (tokens, pooled)))
+    tokens = tokens.to(**place).repeat_interleave(copies, 0)
+    return Embeds(tokens, None if pooled is None else pooled.to(**place).repeat_interleave(copies, 0))

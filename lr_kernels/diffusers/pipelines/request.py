@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -79,8 +80,8 @@ class Request:
     """of the prompts"""
     layout_masks: Tensor | None
     """bool (S, n, *size), given"""
-    references: References | None
-    """None in a layout stage by itself"""
+    references: References
+    """none in a layout stage by itself"""
 
 
 def build_request(
@@ -103,7 +104,7 @@ def build_request(
     with_references: bool = True,
 ) -> Request:
     """The arguments as the stages use them; raises what does not fit, before anything is computed."""
-    device, count = pipe._execution_device, prompts.count
+    device, count = pipe._execution_device, prompts.images
     settings.check_generators(count)
     check_scheduler(pipe.scheduler)
     check_models(pipe)
@@ -118,7 +119,9 @@ def build_request(
     start = step_in_schedule("retouch_start", settings.retouch_start, round(DEFAULT_SWITCH * steps), 0, steps - 1)
     end = step_in_schedule("retouch_end", settings.retouch_end, steps, start, steps)
     layers = select_layers(pipe.personal_unet, "self", settings.retouch_layers, "retouch_layers")
-    subjects, tokens, references, layout_masks = [], None, None, None
+    subjects: list[list[str]] = []
+    tokens = layout_masks = None
+    references = References(None, [], [], (), _no_tokens(0))
     unnamed = isinstance(subject_tokens, (list, tuple)) and not len(subject_tokens)
     if with_references or not unnamed:
         check_stock(layers)
@@ -144,16 +147,16 @@ def build_request(
         references = _banked_references(
             pipe, settings, size, subjects, layers, solver, range(start, end), reference_bank, reference_subjects
         )
-    texts = [] if references is None else references.prompts
-    check_prompts(pipe, prompts, texts, lays_out=with_layout, guided=guided or pipe.guides(settings.guidance_scale))
-    if settings.output_type != "latent" or (references is not None and references.pixels is not None):
+    check_prompts(
+        pipe, prompts, references.prompts, lays_out=with_layout, guided=guided or pipe.guides(settings.guidance_scale)
+    )
+    if settings.output_type != "latent" or references.pixels is not None:
         check_vae(pipe)
     if control_image is not None and pipe.controlnet is not None:
         check_controlnet(pipe)
-    if references is not None:
-        most = (MAX_SOURCES - 2) // (2 if settings.reading == "swap" and guided else 1)
-        if len(references.shows) > most:
-            fail(OP, "reference_image", f"at most {most} references", len(references.shows))
+    most = (MAX_SOURCES - 2) // (2 if settings.reading == "swap" and guided else 1)
+    if len(references.shows) > most:
+        fail(OP, "reference_image", f"at most {most} references", len(references.shows))
     return Request(
         settings=settings,
         stock=stock,
@@ -253,11 +256,12 @@ def _given_references(
     pixels = preprocess(images, height, width, settings.reference_fit, name="reference_image")
     count, device = len(images), pipe._execution_device
     prompts = as_list(prompts, count, "reference_prompt", "references")
-    found = []
+    found: list[Tensor | None] = []
     for r, mask in enumerate(_masks(masks, count)):
         name = "reference_mask" if count == 1 else f"reference_mask[{r}]"
-        found.append(None if mask is None else as_mask(mask, size, settings.reference_fit, device, name, images[r]))
-        if mask is not None and not found[-1].any():
+        read = None if mask is None else as_mask(mask, size, settings.reference_fit, device, name, images[r])
+        found.append(read)
+        if read is not None and not read.any():
             hint = "what is above half of the range of the numbers is the subject; of other numbers pass mask > 0"
             if settings.reference_fit == "crop":
                 hint += "; a subject at the border of a long picture is cut off: see reference_fit"
@@ -274,7 +278,7 @@ def _banked_references(
     layers: Mapping[str, Attention],
     solver: Solver,
     share: range,
-    bank: ReferenceBank,
+    bank: ReferenceBank | None,
     shows: Sequence[int] | None,
 ) -> References:
     """ValueError where the bank was built for something else."""
@@ -300,14 +304,19 @@ def _banked_references(
     if missing := [name for name in layers if name not in bank.layer_names]:
         stale(f"layer {missing[0]}", f"{len(bank.layer_names)} layers without it")
     given = bank.shows if shows is None else as_numbers(shows)
-    if bank.shows not in (None, given):
+    if bank.shows is not None and given is not None and bank.shows != given:
         fail(OP, "reference_subjects", f"{list(bank.shows)}, as the bank was built", list(given))
     if bank.words not in (None, subjects):
         fail(OP, "subject_tokens", f"{bank.words}, as the bank was built", subjects)
     part = slice(share.start, share.stop)
     steps = dict(enumerate(bank.steps_of(solver.timesteps[part], solver.signals[part]), share.start))
-    none = SubjectTokens(torch.empty(0, 0, dtype=torch.int32), torch.empty(len(subjects), 0, 0))
-    return References(None, [], [], shown_subjects(given, count, len(subjects)), none, bank, steps)
+    shown = shown_subjects(given, count, len(subjects))
+    return References(None, [], [], shown, _no_tokens(len(subjects)), bank, steps)
+
+
+def _no_tokens(subjects: int) -> SubjectTokens:
+    """Of no prompt."""
+    return SubjectTokens(torch.empty(0, 0, dtype=torch.int32), torch.empty(subjects, 0, 0))
 
 
 def _layout_masks(
@@ -326,13 +335,13 @@ def _layout_masks(
         names = ["layout_mask"] if len(given) == 1 else [f"layout_mask[{i}]" for i in range(len(given))]
         rows = [as_mask(mask, size, "squeeze", device, name) for mask, name in zip(given, names)]
         found.append(torch.cat(rows).expand(images, -1, -1))
-    found = torch.stack(found)
+    stacked = torch.stack(found)
     empty_only = 0, 1  # a given mask is not doubted
-    warn_of_implausible(found, "layout", "so says layout_mask", empty_only)
-    return found
+    warn_of_implausible(stacked, "layout", "so says layout_mask", empty_only)
+    return stacked
 
 
-def _masks_of_images(masks: Image | list | Tensor) -> list[Image]:
+def _masks_of_images(masks: Any) -> list[Image]:
     """One mask, or those of several images: a list, an array (n, h, w, C), or (n, h, w) with a width that is no number
     of channels, a tensor (n, h, w) or (n, C, h, w)."""
     if isinstance(masks, (list, tuple)):
@@ -344,7 +353,7 @@ def _masks_of_images(masks: Image | list | Tensor) -> list[Image]:
 
 def _masks(masks: Image | list[Image | None] | None, references: int) -> list[Image | None]:
     """One entry per reference."""
-    found = [None] * references if masks is None else one_by_one(masks)
+    found: list[Any] = [None] * references if masks is None else one_by_one(masks)
     if len(found) != references:
         fail(OP, "reference_mask", f"{references} masks, one per reference", len(found), "several are a list")
     return found

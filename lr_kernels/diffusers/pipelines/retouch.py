@@ -136,7 +136,7 @@ class RetouchStage(PersonalizedPipeline):
         """
         arguments = StockArguments.given(stock, xl=self.pools)
         prompts = read_prompts(self, arguments, prompt, negative_prompt=negative_prompt, lays_out=False)
-        contexts = given_contexts(self, prompts.count, layout, context_latents, latents, generator)
+        contexts = given_contexts(self, prompts.images, layout, context_latents, latents, generator)
         if contexts is not None:
             refuse("the contexts have it", height=height, width=width)
         request = build_request(
@@ -214,7 +214,7 @@ def _retouched(pipe: PersonalizedPipeline, request: Request, contexts: Contexts 
         control = pipe.control(
             request.control_image,
             settings.control_scale,
-            request.prompts.count,
+            request.prompts.images,
             request.size,
             rows.condition.embeds.dtype,
         )
@@ -228,6 +228,7 @@ def _retouched(pipe: PersonalizedPipeline, request: Request, contexts: Contexts 
 
     def read(batch: RetouchBatch, mask: Tensor, grid: tuple[int, int]) -> Routing | Swap:
         if settings.reading == "swap":
+            assert matches is not None
             return swap(batch, mask, masks.references, grid, request.references.shows, matches(grid))
         return route(batch, mask, masks.references, grid, request.references.shows)
 
@@ -244,7 +245,7 @@ def _retouched(pipe: PersonalizedPipeline, request: Request, contexts: Contexts 
     )
     latents = _targets(pipe, request, contexts, rows, of_contexts)
     stepper = GuidedStepper(pipe, request)
-    keeps = settings.mask_blending and contexts is not None
+    kept = masks.contexts if settings.mask_blending else None  # all else stays the contexts'
     with costs.of("retouch"), pipe.stage_bar("retouch", solver.steps - start) as bar, denoiser:
         for k, (i, t) in enumerate(zip(range(start, solver.steps), solver.timesteps[start:])):
             if pipe.interrupt:
@@ -255,8 +256,8 @@ def _retouched(pipe: PersonalizedPipeline, request: Request, contexts: Contexts 
                 i,
                 latents,
                 [predictions],
-                mask=(denoiser.mask | masks.contexts).any(0) if keeps else None,
-                background=of_contexts[k + 1] if keeps else None,
+                mask=None if kept is None or denoiser.mask is None else (denoiser.mask | kept).any(0),
+                background=None if kept is None else of_contexts[k + 1],
                 noise=noise_like(latents, settings.generator) if settings.eta > 0 else None,
             )
             told = Told(latents, denoiser.told, denoiser.control)
@@ -320,7 +321,7 @@ def _rows(pipe: PersonalizedPipeline, request: Request, contexts: Contexts | Non
     references, guided = request.references, request.retouch_guided
     banked = contexts is not None and _serves(contexts, request, pipe.attention_dtype)
     batch = RetouchBatch(
-        request.prompts.count,
+        request.prompts.images,
         contexts is not None,
         guided,
         len(references.shows),
@@ -328,10 +329,11 @@ def _rows(pipe: PersonalizedPipeline, request: Request, contexts: Contexts | Non
         context_banked=banked,
     )
     copies = 2 if batch.context_rows else 1
-    negatives, prompts = [], []  # of targets, contexts and references
+    negatives: list[Embeds] = []  # of targets, contexts and references
+    prompts: list[Embeds] = []
     if batch.images:
         negative, own = request.prompts.embedded(pipe, personal=True, guided=guided)
-        negatives, prompts = [negative] * copies, [own] * copies
+        negatives, prompts = [] if negative is None else [negative] * copies, [own] * copies
     if references.prompts:
         prompts.append(pipe.embed(references.prompts, personal=True, clip_skip=pipe.clip_skip))
         if guided:
@@ -364,30 +366,30 @@ def _serves(contexts: Contexts, request: Request, dtype: torch.dtype) -> bool:
 
 def _masks(pipe: PersonalizedPipeline, request: Request, contexts: Contexts | None, rows: Rows, costs: Costs) -> Masks:
     """Foregrounds of contexts and references: those given, else by the model's attention."""
-    settings, references, count = request.settings, request.references, request.prompts.count
+    settings, references, count = request.settings, request.references, request.prompts.images
     to_mask = _to_mask(request, WARM)
     of_contexts = None if contexts is None else request.layout_masks
     maps = None if contexts is None else contexts.maps
     if of_contexts is not None:
         maps = of_contexts.float()
     of_references = None
-    if (contexts is not None and maps is None) or references.needs_maps:
-        with_contexts = contexts is not None and maps is None
+    unmapped = contexts if maps is None else None
+    if unmapped is not None or references.needs_maps:
         latents, noise, texts = [rows.references], [rows.reference_noise], [rows.reference_condition]
         tokens = [references.tokens]
-        if with_contexts:
-            latents, noise = [contexts.latents, *latents], [contexts.noise, *noise]
+        if unmapped is not None and request.tokens is not None:
+            latents, noise = [unmapped.latents, *latents], [unmapped.noise, *noise]
             texts, tokens = [rows.prompt_condition, *texts], [request.tokens, *tokens]
-        latents = torch.cat(latents).to(rows.condition.embeds.dtype)
-        found = pipe.subject_maps(
-            latents, torch.cat(noise).to(latents), Condition.join(texts), tokens[0].joined(*tokens[1:]),
+        clean = torch.cat(latents).to(rows.condition.embeds.dtype)
+        of_references = pipe.subject_maps(
+            clean, torch.cat(noise).to(clean), Condition.join(texts), tokens[0].joined(*tokens[1:]),
             backend=settings.backend,
         )  # fmt: skip
-        costs.count("mask", len(MAP_TIMES) * len(latents))
-        if with_contexts:
-            maps, found = found[:, :count], found[:, count:]
-        of_references = found
+        costs.count("mask", len(MAP_TIMES) * len(clean))
+        if unmapped is not None:
+            maps, of_references = of_references[:, :count], of_references[:, count:]
     if contexts is not None and of_contexts is None:
+        assert maps is not None
         of_contexts = to_mask(maps)
         hint = "see mask_threshold and subject_tokens, or pass layout_mask"
         warn_of_implausible(of_contexts, "layout", hint)
@@ -398,10 +400,14 @@ def _foreground_of_references(request: Request, maps: Tensor | None, to_mask: Ca
     """bool (R, *size): the masks given, else those of the maps (S, R, h, w), or a bank's."""
     references = request.references
     if references.bank is not None:
+        assert references.bank.foreground is not None
         return references.bank.foreground
     found = []
     for r, (mask, subject) in enumerate(zip(references.masks, references.shows)):
-        seen = to_mask(maps[subject : subject + 1, r : r + 1])[0] if mask is None else mask
+        seen = mask
+        if seen is None:
+            assert maps is not None
+            seen = to_mask(maps[subject : subject + 1, r : r + 1])[0]
         if not seen.any():
             name = "reference_mask" if len(references.masks) == 1 else f"reference_mask[{r}]"
             hint = "check subject_tokens, reference_prompt and mask_threshold, or pass a mask"
@@ -461,7 +467,7 @@ def _targets(
     """Where the targets start."""
     settings, dtype = request.settings, rows.condition.embeds.dtype
     if contexts is None:
-        count = request.prompts.count
+        count = request.prompts.images
         return pipe.initial_latents(count, request.size, dtype, settings.generator, request.latents)
     if settings.targets_from == "contexts":
         return of_contexts[0]

@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, NoReturn
 
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, SchedulerMixin
@@ -143,7 +144,7 @@ class Stepper:
 
 
 def solver(
-    scheduler: object,
+    scheduler: Any,
     num_inference_steps: int,
     device: torch.device | str,
     *,
@@ -260,14 +261,13 @@ def _first_order(table: Tensor, i: int) -> Tensor:
     return table
 
 
-def check_scheduler(scheduler: object) -> None:
+def check_scheduler(scheduler: Any) -> None:
     """Refuse, with NotImplementedError, every scheduler whose step is no row of a table of step_blend."""
-    required = _REQUIRED.get(type(scheduler))
-    if required is None:
+    if type(scheduler) not in _REQUIRED:
         names = ", ".join(kind.__name__ for kind in _REQUIRED)
         hint = "use DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)"
         _refuse("scheduler", f"one of {names}", type(scheduler).__name__, hint)
-    for name, allowed in {**required, "prediction_type": PREDICTION_TYPES}.items():
+    for name, allowed in {**_REQUIRED[type(scheduler)], "prediction_type": PREDICTION_TYPES}.items():
         got = scheduler.config[name]
         if got not in allowed:
             expected = ("one of " if len(allowed) > 1 else "") + ", ".join(map(str, allowed))
@@ -276,7 +276,7 @@ def check_scheduler(scheduler: object) -> None:
             _refuse(f"scheduler.{name}", expected, got, hint)
 
 
-def _refuse(argument: str, expected: str, got: object, hint: str = "") -> None:
+def _refuse(argument: str, expected: str, got: object, hint: str = "") -> NoReturn:
     fail(_OP, argument, expected, got, hint, NotImplementedError)
 
 

@@ -82,7 +82,7 @@ class Settings:
         else:
             expected = "'otsu' or a number in [0, 1]"
             self._set("mask_threshold", check_number(OP, "mask_threshold", self.mask_threshold, expected, 0, 1))
-        layers = self.retouch_layers
+        layers: Any = self.retouch_layers
         if plain_number(layers) is not None:
             layers = [layers]
         if isinstance(layers, (list, tuple)):  # scales of any integer type

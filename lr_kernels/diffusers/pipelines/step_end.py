@@ -75,6 +75,7 @@ def after_step(
 
     def fitted(name: str) -> Tensor:
         given, x = before[name], returned.get(name, before[name])
+        assert given is not None
         if isinstance(x, Tensor) and x.dim() == given.dim():
             if rows == images and (x is given or (len(x) == 1 and x.equal(given[-1:]))):
                 x = given[-images:]

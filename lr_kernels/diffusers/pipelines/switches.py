@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import FusedAttnProcessor2_0
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -87,7 +87,7 @@ class Switches(DiffusionPipeline):
             embeddings.weight.data = table[kept]
             partner.set_input_embeddings(embeddings)
 
-    def _other_unets(self) -> Iterable[nn.Module]:
+    def _other_unets(self) -> Iterable[UNet2DConditionModel]:
         return () if self.personalized_unet is None else (self.personalized_unet,)
 
     def _partners(self, text_encoder: PreTrainedModel) -> dict[str, PreTrainedModel]:

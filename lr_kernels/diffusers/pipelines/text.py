@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import is_peft_available
 from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 
 class TextReader(NamedTuple):
@@ -18,7 +18,7 @@ class TextReader(NamedTuple):
     name: str
     """of the encoder among the components"""
     tokenizer: PreTrainedTokenizerBase
-    encoder: nn.Module
+    encoder: PreTrainedModel
 
 
 class Embeds(NamedTuple):
@@ -32,11 +32,11 @@ class Embeds(NamedTuple):
     @staticmethod
     def join(parts: Sequence["Embeds"]) -> "Embeds":
         """The rows of all parts."""
-        pooled = None if parts[0].pooled is None else torch.cat([part.pooled for part in parts])
-        return Embeds(torch.cat([part.tokens for part in parts]), pooled)
+        pooled = [part.pooled for part in parts if part.pooled is not None]
+        return Embeds(torch.cat([part.tokens for part in parts]), torch.cat(pooled) if pooled else None)
 
 
-def tokenized(pipe: DiffusionPipeline, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> dict:
+def tokenized(pipe: DiffusionPipeline, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> BatchEncoding:
     """As the stock pipelines tokenize prompts: padded or cut to the tokenizer's length."""
     texts = pipe.maybe_convert_prompt(list(texts), tokenizer)
     length = tokenizer.model_max_length
@@ -44,7 +44,7 @@ def tokenized(pipe: DiffusionPipeline, tokenizer: PreTrainedTokenizerBase, texts
 
 
 def hidden_states(
-    pipe: DiffusionPipeline, reader: TextReader, texts: Sequence[str], last: Callable[[object], Tensor]
+    pipe: DiffusionPipeline, reader: TextReader, texts: Sequence[str], last: Callable[[Any], Tensor]
 ) -> tuple[Tensor, Tensor]:
     """(what `last` takes of the encoder's output, the output's first entry), with the call's strength of adapters."""
     _, tokenizer, encoder = reader

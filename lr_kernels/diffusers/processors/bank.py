@@ -43,8 +43,9 @@ class BankLayer:
         """Hold keys and values (rows, tokens, heads, head_dim) until `keep`."""
         self.written = key, value
 
-    def keep(self) -> None:
+    def keep(self) -> Tensor:
         """Copy what was written into the buffer, outside the layer's pass: a compiled one would look at the buffer."""
+        assert self.written is not None
         key, value = self.written
         self.written = None
         if self.buffer is None:
@@ -53,6 +54,7 @@ class BankLayer:
         self.check_fit(key, rows=True)
         self.buffer[0].copy_(key)
         self.buffer[1].copy_(value)
+        return self.buffer
 
     def read(self, key: Tensor) -> tuple[Tensor, Tensor]:
         """The kept keys and values, for a layer whose own keys are these."""
@@ -63,6 +65,7 @@ class BankLayer:
 
     def check_fit(self, key: Tensor, rows: bool) -> None:
         """A bank built for other sizes, precision or device is stale."""
+        assert self.buffer is not None
         first = 0 if rows else 1
         built, got = ((*x.shape[first:], x.dtype, x.device) for x in (self.buffer[0], key))
         if built != got:
@@ -171,8 +174,9 @@ class KeyValueBank:
             part = slice(first, first + len(wanted))
             if self.timesteps[part] != wanted:
                 continue
-            known = self.signals is not None and signals is not None
-            if not known or all(abs(a - b) < SAME_LEVEL for a, b in zip(self.signals[part], signals)):
+            if self.signals is None or signals is None:
+                return range(part.start, part.stop)
+            if all(abs(a - b) < SAME_LEVEL for a, b in zip(self.signals[part], signals)):
                 return range(part.start, part.stop)
             at_other_levels = True
         hint = "use the same number of steps and a part of the same range of sharing, or call reset()"
@@ -193,10 +197,10 @@ class KeyValueBank:
             got = f"it first in step {step}" if name in written else f"a pass without it in step {step}"
             fail(self._op, "bank", f"layer {name} in every step", got, "call reset()")
         for name, layer in written.items():
-            layer.keep()
+            buffer = layer.keep()
             if name not in self._stored:
-                self._stored[name] = self._allocate(name, layer.buffer)
-            self._stored[name][step].copy_(layer.buffer, non_blocking=True)
+                self._stored[name] = self._allocate(name, buffer)
+            self._stored[name][step].copy_(buffer, non_blocking=True)
         self._filled.add(step)
 
     @contextlib.contextmanager
@@ -315,10 +319,11 @@ class ReferenceBank(KeyValueBank):
     def sources(self, layer: BankLayer, key: Tensor) -> tuple[list[Source], AttentionPlan | None]:
         """The bank as sources beside a layer's own keys, and the plan of all."""
         key_value, tables = layer.read(key), self._tables()
-        each = self.strength is not None and self.strength.dim() == 2
-        biases = self.strength.unbind() if each else [self.strength] * len(tables)
-        if len(biases) != len(tables):
-            fail("ReferenceBank", "strength", f"(), (B,) or ({len(tables)}, B) as rows", tuple(self.strength.shape))
+        strength, biases = self.strength, [self.strength] * len(tables)
+        if strength is not None and strength.dim() == 2:
+            biases = list(strength.unbind())
+            if len(biases) != len(tables):
+                fail("ReferenceBank", "strength", f"(), (B,) or ({len(tables)}, B) as rows", tuple(strength.shape))
         found = [Source(*key_value, rows, logit_bias=bias) for rows, bias in zip(tables, biases)]
         if self._foreground is None:
             return found, None
@@ -330,6 +335,7 @@ class ReferenceBank(KeyValueBank):
 
     def _grid(self, tokens: int) -> tuple[int, int]:
         """(rows, columns) of a layer's tokens: the mask's own at a whole scale, else in its proportions."""
+        assert self._foreground is not None
         height, width = self._foreground.shape[1:]
         for scale in range(1, max(height, width) + 1):
             rows, columns = layer_grid(scale, height, width)
@@ -389,6 +395,7 @@ class ReferenceBank(KeyValueBank):
         if not about:
             fail("ReferenceBank", "path", "a file that save() wrote", f"{path}: one without metadata")
         timesteps, signals, shows, words = (_field(path, about, name) for name in _FIELDS)
+        assert timesteps is not None  # _FIELDS
         if signals is not None and len(signals) != len(timesteps):
             fail("ReferenceBank", "signals", f"{len(timesteps)} in {path}, one per timestep", len(signals))
         found = about.get("model", "")
@@ -486,9 +493,11 @@ class BankAttnProcessor(StockAttnProcessor):
         if mode is not None and attention_mask is not None:
             refuse_mask(type(self).__name__)
         if mode == "extract":
+            assert self.layer is not None
             self.layer.write(key.transpose(1, 2), value.transpose(1, 2))
         if mode != "cached":
             return super().attend(query, key, value, attention_mask, is_cross)
+        assert isinstance(self.bank, ReferenceBank) and self.layer is not None
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         sources, plan = self.bank.sources(self.layer, key)
         return multi_source_attention(query, [Source(key, value), *sources], plan=plan).transpose(1, 2)

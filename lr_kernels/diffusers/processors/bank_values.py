@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 
@@ -33,12 +34,10 @@ def check_file(op: str, path: str | PathLike) -> None:
 def as_table(op: str, rows: Tensor | Sequence[int], device: torch.device) -> Tensor:
     """Integers (B,) or (n, B)."""
     expected = "integers (B,) or (n, B), the bank's row that each row reads, -1: none"
-    found = rows
-    if not isinstance(rows, Tensor):
-        try:
-            found = torch.as_tensor(rows, device=device)
-        except (TypeError, ValueError, RuntimeError):
-            fail(op, "rows", expected, repr(rows))
+    try:
+        found = rows if isinstance(rows, Tensor) else torch.as_tensor(rows, device=device)
+    except (TypeError, ValueError, RuntimeError):
+        fail(op, "rows", expected, repr(rows))
     if found.dim() not in (1, 2) or found.dtype == torch.bool or found.is_floating_point() or found.is_complex():
         fail(op, "rows", expected, f"{found.dtype} {tuple(found.shape)}")
     return found if isinstance(rows, Tensor) else found.int()
@@ -50,12 +49,11 @@ def as_bias(op: str, strength: float | Tensor | Sequence[float], device: torch.d
     number = None if isinstance(strength, Tensor) else plain_number(strength)
     if number is not None and math.isnan(number):
         fail(op, "strength", expected, repr(strength))
-    found = strength
-    if not isinstance(strength, Tensor):
-        try:
-            found = torch.as_tensor(strength, dtype=torch.float32, device=device)
-        except (TypeError, ValueError, RuntimeError):
-            fail(op, "strength", expected, repr(strength))
+    try:
+        as_tensor = partial(torch.as_tensor, dtype=torch.float32, device=device)
+        found = strength if isinstance(strength, Tensor) else as_tensor(strength)
+    except (TypeError, ValueError, RuntimeError):
+        fail(op, "strength", expected, repr(strength))
     if not found.is_floating_point() or found.dim() > 2:
         fail(op, "strength", expected, f"{found.dtype} {tuple(found.shape)}")
     return found

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, JointAttnProcessor2_0
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ def attention_layers(unet: nn.Module, kind: str) -> dict[str, Attention]:
     return dict(sorted(found.items(), key=lambda item: places.get(item[0].split(".")[0], len(places))))
 
 
-def layer_scale(unet: nn.Module, name: str) -> int:
+def layer_scale(unet: UNet2DConditionModel, name: str) -> int:
     """Side of a layer's token in latent pixels: 1, 2, 4 or 8 in the UNets of Stable Diffusion.
 
     Args:
@@ -65,7 +66,7 @@ def layer_grid(scale: int, height: int, width: int) -> tuple[int, int]:
 
 
 def select_layers(
-    unet: nn.Module, kind: str, choice: Sequence[int | str] | None = None, name: str = "choice"
+    unet: UNet2DConditionModel, kind: str, choice: Sequence[int | str] | None = None, name: str = "choice"
 ) -> dict[str, Attention]:
     """The attention layers of `kind` that match any entry of `choice`, in the order of execution.
 
@@ -87,10 +88,10 @@ def select_layers(
         fail("select_layers", name, "scales and beginnings of layer names, at least one", list(choice))
     chosen: set[str] = set()
     for entry in choice:
-        if isinstance(entry, Integral):
-            matches = [layer for layer in layers if layer_scale(unet, layer) == entry]
-        else:
+        if isinstance(entry, str):
             matches = [layer for layer in layers if f"{layer}.".startswith(entry.rstrip(".") + ".")]
+        else:
+            matches = [layer for layer in layers if layer_scale(unet, layer) == entry]
         if not matches:
             scales = sorted({layer_scale(unet, layer) for layer in layers})
             expected = f"one of the scales {scales} or the beginning of a layer's name"

@@ -62,7 +62,8 @@ def joint_attention(text: Tokens | None, image: Tokens) -> tuple[Tensor | None, 
         return None, multi_source_attention(image.query, [Source(image.key, image.value)])
     sources = [Source(text.key, text.value), Source(image.key, image.value)]
     out = multi_source_attention(torch.cat([text.query, image.query], 1), sources)
-    return tuple(out.split([text.query.shape[1], image.query.shape[1]], 1))
+    of_text, of_image = out.split([text.query.shape[1], image.query.shape[1]], 1)
+    return of_text, of_image
 
 
 def shared_joint_attention(
@@ -97,6 +98,13 @@ def _refuse_adapter(processor: str, **arguments: object) -> None:
             fail(processor, name, "None while the processor is active", "an IP-Adapter's", hint, NotImplementedError)
 
 
+def _of_text(processor: str, found: Tensor | None) -> Tensor:
+    """The result for the text, where there is one."""
+    if found is None:
+        fail(processor, "attention", "a result for the text beside that for the image", None, error=TypeError)
+    return found
+
+
 class CustomFluxAttnProcessor(OwnProcessor, FluxAttnProcessor):
     """Flux's joint attention by `attention`; None: diffusers' own processor, bit for bit.
 
@@ -110,7 +118,7 @@ class CustomFluxAttnProcessor(OwnProcessor, FluxAttnProcessor):
 
     def __call__(
         self,
-        attn: nn.Module,
+        attn: FluxAttention,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -127,7 +135,9 @@ class CustomFluxAttnProcessor(OwnProcessor, FluxAttnProcessor):
             fail(type(self).__name__, "attn", "separate projections", "fused ones", "call unfuse_qkv_projections()",
                  NotImplementedError)  # fmt: skip
 
-        def tokens(x: Tensor, projections: tuple[nn.Module, ...], norms: tuple[nn.Module, ...], rotary) -> Tokens:
+        def tokens(
+            x: Tensor, projections: tuple[nn.Module, ...], norms: tuple[nn.Module, ...], rotary: tuple | None
+        ) -> Tokens:
             query, key, value = (project(x).unflatten(-1, (-1, attn.head_dim)) for project in projections)
             query, key = (norm(y) for norm, y in zip(norms, (query, key)))
             if rotary is not None:
@@ -147,7 +157,7 @@ class CustomFluxAttnProcessor(OwnProcessor, FluxAttnProcessor):
         if text is None:
             return out
         out = attn.to_out[1](attn.to_out[0](out))
-        return out, attn.to_add_out(text_out.flatten(2).to(text.query.dtype))
+        return out, attn.to_add_out(_of_text(type(self).__name__, text_out).flatten(2).to(text.query.dtype))
 
 
 class CustomSD3AttnProcessor(OwnProcessor, JointAttnProcessor2_0):
@@ -189,5 +199,5 @@ class CustomSD3AttnProcessor(OwnProcessor, JointAttnProcessor2_0):
         out = attn.to_out[1](attn.to_out[0](out.flatten(2).to(image.query.dtype)))
         if text is None:
             return out
-        text_out = text_out.flatten(2).to(text.query.dtype)
+        text_out = _of_text(type(self).__name__, text_out).flatten(2).to(text.query.dtype)
         return out, text_out if attn.context_pre_only else attn.to_add_out(text_out)

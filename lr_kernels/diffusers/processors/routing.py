@@ -112,10 +112,12 @@ class Routing(NamedTuple):
     ) -> list[Source]:
         """The layer's own key and value (size, N, H, D), and those of the banks, through the row tables."""
         held = {"batch": (key, value), "references": references, "contexts": contexts}
-        return [
-            Source(*held[where], rows, key_groups=groups)
-            for where, rows, groups in zip(self.held, self.rows, self.key_groups)
-        ]
+        found = []
+        for where, rows, groups in zip(self.held, self.rows, self.key_groups):
+            pair = held[where]
+            assert pair is not None, f"the bank of {where} is not there"
+            found.append(Source(*pair, rows, key_groups=groups))
+        return found
 
     def attend(
         self,
@@ -155,13 +157,15 @@ def route(
     references = token_mask(reference_mask, grid)
     device = references.device
     bits = [FOREGROUND << s for s in range(len(subjects))]
-    target_groups = sum(torch.where(mask, bit, 0) for mask, bit in zip(subjects, bits))
+    target_groups = torch.stack([torch.where(mask, bit, 0) for mask, bit in zip(subjects, bits)]).sum(0)
     target_groups = torch.where(target_groups == 0, BACKGROUND, target_groups).to(torch.uint8)
     query_groups = torch.full((batch.size, references.shape[1]), OWN, dtype=torch.uint8, device=device)
-    for rows in batch.targets(query_groups):
-        rows.copy_(target_groups)
+    for images in batch.targets(query_groups):
+        images.copy_(target_groups)
     visible = torch.full_like(query_groups[:1], OWN | BACKGROUND) if batch.context else None
-    held, rows, key_groups = [], [], []
+    held: list[str] = []
+    rows: list[Tensor] = []
+    key_groups: list[Tensor | None] = []
     if not (batch.banked and batch.context_banked):  # else the batch is the targets alone, and nobody reads them
         held, rows, key_groups = ["batch"], [batch.own_rows(device)], [visible]
     if batch.context_banked:

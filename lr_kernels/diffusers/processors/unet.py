@@ -71,7 +71,7 @@ class StockAttnProcessor(OwnProcessor):
         if image_shape is not None:
             hidden_states = hidden_states.flatten(2).transpose(1, 2)
         is_cross = encoder_hidden_states is not None
-        batch, keys, _ = (encoder_hidden_states if is_cross else hidden_states).shape
+        batch, keys, _ = (hidden_states if encoder_hidden_states is None else encoder_hidden_states).shape
         if attention_mask is not None:
             attention_mask = attn.prepare_attention_mask(attention_mask, keys, batch)
             attention_mask = attention_mask.view(batch, attn.heads, -1, attention_mask.shape[-1])
@@ -236,6 +236,7 @@ class CustomAttnProcessor(StockAttnProcessor):
         return self.layer
 
     def _grid(self, query: Tensor, attention_mask: Tensor | None) -> tuple[int, int]:
+        assert self.layer is not None
         rows, columns = self.run.grids[self.layer]
         if rows * columns != query.shape[1]:
             got = f"{query.shape[1]} tokens in {self.layer}"
@@ -347,6 +348,7 @@ class TokenMapAttnProcessor(StockAttnProcessor):
             return super().attend(query, key, value, attention_mask, is_cross)
         if attention_mask is not None:
             refuse_mask(type(self).__name__)
+        assert self.state.token_indices is not None
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         out, self.maps = attention_with_token_maps(
             query, key, value, self.state.token_indices, backend=self.state.backend

@@ -74,7 +74,8 @@ def draw(
     rows.append(Row("results", images, output.subject_masks))
     if output.maps is not None:
         rows += _map_rows(output.maps, images if layouts is None else layouts)
-    if all(x is not None for x in (output.matches, layouts, output.reference_images, output.reference_mask)):
+    matched = all(x is not None for x in (output.matches, output.reference_images, output.reference_mask))
+    if layouts is not None and matched:
         rows += _match_rows(output, layouts, reference_subjects)
     return sheet(rows, side=side)
 
@@ -125,7 +126,7 @@ def overlay_mask(image: PIL.Image.Image, mask: Tensor, *, tint: float = TINT) ->
 def overlay_heat(image: PIL.Image.Image, heat: Tensor) -> PIL.Image.Image:
     """A map (h, w) in [0, 1] of any size, in the colours of `HEAT` over a grey image -> an RGB image of its size."""
     heat = _enlarged(heat[None].float().nan_to_num(0), image, "bilinear")[0]
-    places, colours = zip(*HEAT)
+    places, colours = [place for place, _ in HEAT], [colour for _, colour in HEAT]
     hot = [np.interp(heat.numpy(), places, channel) / 255 for channel in zip(*colours)]
     return _picture(0.35 * _dimmed(image, 1.0) + 0.65 * torch.from_numpy(np.stack(hot)).float())
 
@@ -217,7 +218,7 @@ def _painted(index: Tensor, matched: Tensor, colours: Tensor, subject: Tensor | 
 
     index, matched: (n, N); colours: (3, *grid) of the reference's tokens; subject: bool (n, h, w), None for anywhere.
     """
-    grid = tuple(colours.shape[1:])
+    grid = colours.shape[1], colours.shape[2]
     if subject is not None:
         matched = matched & token_mask(subject, grid)
     painted = colours.flatten(1)[:, index].movedim(0, 1)
@@ -247,9 +248,9 @@ def _cells(row: Row, side: int) -> list[PIL.Image.Image]:
 def _scaled(image: PIL.Image.Image, side: int) -> PIL.Image.Image:
     """`side` pixels along the longer side; whole pixels of small images stay squares."""
     longer = max(image.size)
-    size = tuple(max(round(x * side / longer), 1) for x in image.size)
+    width, height = (max(round(x * side / longer), 1) for x in image.size)
     whole = side % longer == 0
-    return image.resize(size, PIL.Image.Resampling.NEAREST if whole else PIL.Image.Resampling.LANCZOS)
+    return image.resize((width, height), PIL.Image.Resampling.NEAREST if whole else PIL.Image.Resampling.LANCZOS)
 
 
 def _lines(row: Row) -> list[tuple[str, int, str]]:
@@ -280,8 +281,7 @@ def _write_label(canvas: PIL.Image.Image, row: Row, top: int, height: int) -> No
         y += size + step
     for s in range(subjects if subjects > 1 else 0):
         x = MARGIN + s * (SMALL + GAP)
-        colour = SUBJECT_COLOURS[s % len(SUBJECT_COLOURS)]
-        draw.rectangle((x, y, x + SMALL, y + SMALL), fill=colour)
+        draw.rectangle((x, y, x + SMALL, y + SMALL), fill=SUBJECT_COLOURS[s % len(SUBJECT_COLOURS)])
         middle = (x + SMALL / 2 + 0.5, y + SMALL / 2 + 0.5)
         draw.text(middle, str(s + 1), fill="white", font=ImageFont.load_default(SMALL - 2), anchor="mm")
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ class SubjectTokens(NamedTuple):
 
 def as_subjects(subject_tokens: str | Sequence[str] | Sequence[Sequence[str]]) -> list[list[str]]:
     """A word, the words of one subject, or a list of such lists -> the words of each subject."""
-    words = [subject_tokens] if isinstance(subject_tokens, str) else subject_tokens
+    words: Any = [subject_tokens] if isinstance(subject_tokens, str) else subject_tokens
     subjects = [words] if _are_words(words) else [[x] if isinstance(x, str) else x for x in _listed(words)]
     if not subjects or not all(_are_words(x) and len(x) for x in subjects):
         fail(
@@ -64,7 +64,7 @@ def _are_words(x: object) -> bool:
     return isinstance(x, (list, tuple)) and all(isinstance(word, str) for word in x)
 
 
-def as_numbers(shows: Sequence[int]) -> tuple[int, ...]:
+def as_numbers(shows: Sequence[int]) -> tuple[Any, ...]:
     """The subjects' numbers as given. ValueError where there is one without a list."""
     if not isinstance(shows, Iterable) or getattr(shows, "ndim", 1) == 0:
         fail("layout_retouch", "reference_subjects", "a list of numbers", repr(shows))

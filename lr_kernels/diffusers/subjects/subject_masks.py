@@ -112,8 +112,9 @@ class SubjectMasks:
             fail("SubjectMasks", "prompts", f"a UNet's batch of {self._rows} rows", rows, hint)
 
     def _after_pass(self, unet: nn.Module, args: tuple, kwargs: dict, out: object) -> None:
-        size = tuple(pass_inputs(args, kwargs)[0].shape[2:])
-        maps = torch.stack([recorder.maps[-self._images :] for recorder in self._recorders.values()]).mean(0)
-        maps = (maps * self._weights).sum(2).unflatten(1, layer_grid(self._scale, *size))
+        height, width = pass_inputs(args, kwargs)[0].shape[2:]
+        recorded = [x.maps[-self._images :] for x in self._recorders.values() if x.maps is not None]
+        maps = torch.stack(recorded).mean(0)
+        maps = (maps * self._weights).sum(2).unflatten(1, layer_grid(self._scale, height, width))
         self._maps.append(maps)
         self._masks.clear()
