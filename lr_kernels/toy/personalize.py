@@ -6,21 +6,23 @@ import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from torch import Tensor
 from tqdm import tqdm
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from . import world
 from .models import build_pipeline, stratified_timesteps, token_ids, training_precision, velocity_target
 
 
 @torch.no_grad()
-def encode_references(pipeline, references):
+def encode_references(pipeline: StableDiffusionPipeline, references: Tensor) -> Tensor:
     """References [R, 3, 64, 64] in [-1, 1] as scaled latents [R, C, 16, 16]."""
     vae = pipeline.vae
     return vae.encode(references.to(vae.dtype)).latent_dist.mean.float() * vae.config.scaling_factor
 
 
 @torch.no_grad()
-def start_token(text_encoder, tokenizer, token):
+def start_token(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, token: str) -> Tensor:
     """Start a token's embedding at the mean of the colour words; returns a mask [V, 1] that selects its row."""
     weight = text_encoder.get_input_embeddings().weight
     row = tokenizer.convert_tokens_to_ids(token + "</w>")
@@ -81,5 +83,6 @@ def personalize(
         optimizer.step()
 
     unet.set_attn_processor(AttnProcessor2_0())
-    parts = (part.eval().requires_grad_(False) for part in (unet, text_encoder))
-    return build_pipeline(pipeline.vae, *parts, pipeline.tokenizer)
+    for part in (unet, text_encoder):
+        part.eval().requires_grad_(False)
+    return build_pipeline(pipeline.vae, unet, text_encoder, pipeline.tokenizer)

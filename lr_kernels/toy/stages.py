@@ -29,7 +29,7 @@ class Task:
     wanted: tuple[Wanted, ...]
 
     @property
-    def backgrounds(self) -> list[str]:
+    def backgrounds(self) -> list[str | None]:
         """The background of every image."""
         return [wanted.background for wanted in self.wanted]
 

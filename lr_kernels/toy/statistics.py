@@ -1,9 +1,18 @@
 """Means with bootstrap intervals, for values per image that may come in groups such as one subject and seed."""
 
+from collections.abc import Hashable, Sequence
+
 import numpy as np
+from numpy.typing import ArrayLike
 
 
-def bootstrap_interval(values, groups=None, level=0.95, samples=2000, seed=0):
+def bootstrap_interval(
+    values: ArrayLike,
+    groups: Sequence[Hashable] | np.ndarray | None = None,
+    level: float = 0.95,
+    samples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
     """The mean of values and a percentile bootstrap interval of it.
 
     With groups the bootstrap is hierarchical: it draws as many groups as there are, with replacement, and from each
@@ -20,39 +29,48 @@ def bootstrap_interval(values, groups=None, level=0.95, samples=2000, seed=0):
     Returns:
         (mean, low, high), floats. The mean is over all values, whatever their groups' sizes.
     """
-    values = np.asarray(values, dtype=np.float64)
-    if values.ndim != 1 or len(values) == 0 or not np.isfinite(values).all():
-        raise ValueError(f"values: expected one dimension of finite numbers, at least one; got shape {values.shape}")
+    found = np.asarray(values, dtype=np.float64)
+    if found.ndim != 1 or len(found) == 0 or not np.isfinite(found).all():
+        raise ValueError(f"values: expected one dimension of finite numbers, at least one; got shape {found.shape}")
     if not 0 < level < 1:
         raise ValueError(f"level: expected a share between 0 and 1; got {level}")
     rng = np.random.default_rng(seed)
     if groups is None:
-        means = values[rng.integers(len(values), size=(samples, len(values)))].mean(1)
+        means = found[rng.integers(len(found), size=(samples, len(found)))].mean(1)
     else:
-        means = _hierarchical_means(values, _rows_of_groups(groups, len(values)), samples, rng)
+        means = _hierarchical_means(found, _rows_of_groups(groups, len(found)), samples, rng)
     low, high = np.quantile(means, ((1 - level) / 2, (1 + level) / 2))
-    return float(values.mean()), float(low), float(high)
+    return float(found.mean()), float(low), float(high)
 
 
-def paired_difference(first, second, groups=None, level=0.95, samples=2000, seed=0):
+def paired_difference(
+    first: ArrayLike,
+    second: ArrayLike,
+    groups: Sequence[Hashable] | np.ndarray | None = None,
+    level: float = 0.95,
+    samples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
     """The mean of first - second, values [N] each of the same images, with its interval; see `bootstrap_interval`."""
-    first, second = (np.asarray(values, dtype=np.float64) for values in (first, second))
-    if first.shape != second.shape:
-        raise ValueError(f"second: expected the shape of first, {first.shape}; got {second.shape}")
-    return bootstrap_interval(first - second, groups, level, samples, seed)
+    one, other = (np.asarray(values, dtype=np.float64) for values in (first, second))
+    if one.shape != other.shape:
+        raise ValueError(f"second: expected the shape of first, {one.shape}; got {other.shape}")
+    return bootstrap_interval(one - other, groups, level, samples, seed)
 
 
-def _rows_of_groups(groups, count):
+def _rows_of_groups(groups: Sequence[Hashable] | np.ndarray, count: int) -> list[np.ndarray]:
     """The row numbers of each group: a list of integer arrays."""
-    rows = {}
+    rows: dict[Hashable, list[int]] = {}
     for row, label in enumerate(groups):
         rows.setdefault(label, []).append(row)
-    if (given := sum(map(len, rows.values()))) != count:
+    if (given := sum(len(members) for members in rows.values())) != count:
         raise ValueError(f"groups: expected {count} labels, one per value; got {given}")
     return [np.array(members) for members in rows.values()]
 
 
-def _hierarchical_means(values, groups, samples, rng):
+def _hierarchical_means(
+    values: np.ndarray, groups: list[np.ndarray], samples: int, rng: np.random.Generator
+) -> np.ndarray:
     """Bootstrap means [samples] of values [N] in groups, given as their row numbers."""
     sizes = np.array([len(members) for members in groups])
     largest = sizes.max()

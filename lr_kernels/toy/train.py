@@ -11,8 +11,10 @@ import math
 import os
 import platform
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -20,14 +22,15 @@ import torch
 import torch.distributed
 import torch.nn.functional as F
 import transformers
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from tqdm import tqdm
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from . import BASE, load_pipeline, models, world
-from .data import IGNORED, TRAITS, near_miss_renders, rendered_scenes
+from .data import IGNORED, TRAITS, JudgedScenes, near_miss_renders, rendered_scenes
 from .judge import WEIGHTS as JUDGE_WEIGHTS
 from .judge import Judge, Verdict, crop, evaluate, identity, load_judge, overlap, shape_rates
 
@@ -51,16 +54,16 @@ class Run:
     resume: bool
 
     @property
-    def leads(self):
+    def leads(self) -> bool:
         return self.rank == 0
 
 
-def to_images(arrays):
+def to_images(arrays: np.ndarray) -> Tensor:
     """Images [N, H, W, 3] uint8 -> tensor [N, 3, H, W] float32 in [-1, 1]."""
     return torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def save_grid(images, path, columns=6, zoom=3):
+def save_grid(images: Tensor, path: Path, columns: int = 6, zoom: int = 3) -> None:
     """Write images [N, 3, H, W] in [-1, 1] as one PNG with `columns` images per row."""
     n, _, height, width = images.shape
     pixels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
@@ -70,10 +73,12 @@ def save_grid(images, path, columns=6, zoom=3):
         top, left = index // columns * (height + 2), index % columns * (width + 2)
         canvas[top : top + height, left : left + width] = image
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(canvas).resize((canvas.shape[1] * zoom, canvas.shape[0] * zoom), Image.NEAREST).save(path)
+    Image.fromarray(canvas).resize((canvas.shape[1] * zoom, canvas.shape[0] * zoom), Image.Resampling.NEAREST).save(
+        path
+    )
 
 
-def update_manifest(stage, **facts):
+def update_manifest(stage: str, **facts: object) -> None:
     """Replace one stage's entry in the manifest beside the weights."""
     manifest = json.loads(MANIFEST.read_text()) if MANIFEST.exists() else {}
     manifest[stage] = facts
@@ -101,7 +106,7 @@ class Trainer:
     steps_of_all_ranks: int = 0
     losses: list = field(default_factory=list)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.parameters = [p for module in self.modules for p in module.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.parameters, self.learning_rate, betas=(0.9, 0.99), weight_decay=self.weight_decay, fused=True
@@ -114,19 +119,19 @@ class Trainer:
         self.progress = tqdm(total=round(self.run.minutes * 60), unit="s", disable=not self.run.leads, mininterval=15)
 
     @property
-    def seconds(self):
+    def seconds(self) -> float:
         return time.time() - self.started
 
     @property
-    def running(self):
+    def running(self) -> bool:
         return self.fraction < 1
 
-    def schedule(self):
+    def schedule(self) -> float:
         """Learning rate: warm-up, constant for 40 % of the time, then a cosine down to 3 %."""
         decay = 0.5 * (1 + math.cos(math.pi * max(0.0, self.fraction - 0.4) / 0.6))
         return self.learning_rate * min(1, (self.step + 1) / WARMUP_STEPS) * (0.03 + 0.97 * decay)
 
-    def average_over_ranks(self):
+    def average_over_ranks(self) -> None:
         """Average the weights over all ranks at fixed times, so that no rank waits for another in between."""
         while self.seconds >= self.next_average <= 60 * self.run.minutes:
             flat = torch.cat([p.data.flatten() for p in self.parameters] + [torch.tensor([float(self.step)])])
@@ -139,7 +144,7 @@ class Trainer:
                 offset += parameter.numel()
             self.next_average += AVERAGING_SECONDS
 
-    def update(self, loss):
+    def update(self, loss: Tensor) -> None:
         """One optimizer step from this rank's loss, a scalar tensor."""
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -158,10 +163,10 @@ class Trainer:
         if self.step % 100 == 0:
             self.progress.set_postfix(step=self.step, loss=f"{self.recent_loss(100):.4f}", refresh=False)
 
-    def recent_loss(self, window=400):
+    def recent_loss(self, window: int = 400) -> float:
         return float(np.mean(self.losses[-window:]))
 
-    def facts(self, batch):
+    def facts(self, batch: int) -> dict[str, object]:
         """What the manifest says about this training; batch is the number of samples per rank and step."""
         return {
             "seed": self.run.seed,
@@ -175,18 +180,18 @@ class Trainer:
         }
 
 
-def draw_batch(count, batch):
+def draw_batch(count: int, batch: int) -> Tensor:
     """Random indices below count: [batch]."""
     return torch.randint(0, count, (batch,))
 
 
-def on_objects(masks):
+def on_objects(masks: Tensor) -> Tensor:
     """Weights of mean 1 per image for masks [B, H, W] in [0, 1]: objects are small and have all the detail."""
     weights = 1 + OBJECT_WEIGHT * masks
     return (weights / weights.mean((1, 2), keepdim=True))[:, None]
 
 
-def autoencoder_loss(vae, images, masks):
+def autoencoder_loss(vae: AutoencoderKL, images: Tensor, masks: Tensor) -> Tensor:
     """L1 on pixels and on their differences plus a light KL term, for images [B, 3, H, W] and masks [B, H, W]."""
     with models.training_precision():
         posterior = vae.encode(images).latent_dist
@@ -200,14 +205,14 @@ def autoencoder_loss(vae, images, masks):
 
 
 @torch.no_grad()
-def encode(vae, images, batch=64):
+def encode(vae: AutoencoderKL, images: np.ndarray, batch: int = 64) -> Tensor:
     """Posterior means [N, C, 16, 16] of images [N, H, W, 3] uint8, scaled as the UNet sees them."""
     parts = [vae.encode(to_images(images[i : i + batch])).latent_dist.mean for i in range(0, len(images), batch)]
     return torch.cat(parts) * vae.config.scaling_factor
 
 
 @torch.no_grad()
-def standardize_latents(vae, images):
+def standardize_latents(vae: AutoencoderKL, images: np.ndarray) -> float:
     """Fold the latents' mean and deviation per channel into the 1x1 convolutions around them.
 
     The standard deviation is then 1, so the scaling factor stays 1; returns it as measured.
@@ -224,7 +229,7 @@ def standardize_latents(vae, images):
     return encode(vae, images).std().item()
 
 
-def train_vae(run, batch=12):
+def train_vae(run: Run, batch: int = 12) -> None:
     """The autoencoder, on random quarter images for the first 60 % of the time, which is 4x as fast."""
     scenes = rendered_scenes("autoencoder", 12000, seed=run.seed + 1 + 10 * run.resume)
     images, held_out = scenes.images[:-500], scenes.images[-500:]
@@ -235,7 +240,7 @@ def train_vae(run, batch=12):
     while trainer.running:
         if trainer.fraction < 0.6:
             picks, (top, left) = draw_batch(len(images), 3 * batch), torch.randint(0, size + 1, (2,)).tolist()
-            part = picks.numpy(), slice(top, top + size), slice(left, left + size)
+            part: Any = picks.numpy(), slice(top, top + size), slice(left, left + size)
         else:
             part = draw_batch(len(images), batch).numpy()
         masks = torch.from_numpy(scenes.masks[part]).float() / 255
@@ -260,7 +265,7 @@ def train_vae(run, batch=12):
 
 
 @torch.no_grad()
-def decode(vae, images, batch=16):
+def decode(vae: AutoencoderKL, images: np.ndarray, batch: int = 16) -> np.ndarray:
     """What the autoencoder makes of images [N, H, W, 3] uint8, in the same form."""
     parts = []
     for start in range(0, len(images), batch):
@@ -270,7 +275,7 @@ def decode(vae, images, batch=16):
     return np.concatenate(parts)
 
 
-def distort(images):
+def distort(images: Tensor) -> Tensor:
     """Renders [B, 3, H, W] with random contrast, tint, blur and noise, which generated images have and renders lack."""
     count = len(images)
     blurred = F.avg_pool2d(images, 3, 1, 1, count_include_pad=False)
@@ -279,14 +284,14 @@ def distort(images):
     return images + torch.randn_like(images) * torch.rand(count, 1, 1, 1) * 0.15
 
 
-def roughen(masks):
+def roughen(masks: Tensor) -> Tensor:
     """Masks [B, H, W], each as it is, grown by one or two pixels, or shrunk by one: a found mask is never exact."""
     grown = F.max_pool2d(masks, 3, 1, 1)
     choices = torch.stack([masks, grown, F.max_pool2d(grown, 3, 1, 1), -F.max_pool2d(-masks, 3, 1, 1)])
     return choices[torch.randint(len(choices), (len(masks),)), torch.arange(len(masks))]
 
 
-def judged_batch(scenes, picks, mirrored=False):
+def judged_batch(scenes: JudgedScenes, picks: np.ndarray, mirrored: bool = False) -> tuple[Tensor, ...]:
     """Tensors of the picked JudgedScenes: images [B, 3, H, W] in [-1, 1], masks and asked [B, H, W], labels, colors."""
     parts = [to_images(scenes.images[picks]), *(torch.from_numpy(m[picks]) / 255 for m in (scenes.masks, scenes.asked))]
     if mirrored:
@@ -294,7 +299,7 @@ def judged_batch(scenes, picks, mirrored=False):
     return *parts, torch.from_numpy(scenes.labels[picks]), torch.from_numpy(scenes.colors[picks])
 
 
-def judge_loss(judge, images, masks, asked, labels, colors):
+def judge_loss(judge: Judge, images: Tensor, masks: Tensor, asked: Tensor, labels: Tensor, colors: Tensor) -> Tensor:
     """Sum of the six tasks' losses for a judged batch.
 
     One in two scenes with a single object is read inside the mask that the judge finds, as in use, and all others
@@ -312,7 +317,7 @@ def judge_loss(judge, images, masks, asked, labels, colors):
 
 
 @torch.no_grad()
-def judge_accuracy(judge, scenes, picks):
+def judge_accuracy(judge: Judge, scenes: JudgedScenes, picks: np.ndarray) -> dict[str, float]:
     """A judge on the picked JudgedScenes, read inside the mask of the object asked about.
 
     Returns its mask IoU where an object is shown, and the shares of right backgrounds, shapes, textures, dots, and sets
@@ -330,13 +335,13 @@ def judge_accuracy(judge, scenes, picks):
 
 
 @torch.no_grad()
-def judge_identities(vae):
+def judge_identities(vae: AutoencoderKL) -> dict[str, object]:
     """Mean identity, by the shipped judge, of what it has to tell apart.
 
     Per subject: its true renders, and these through the autoencoder; per trait: all subjects' near misses in it.
     """
 
-    def mean_identity(images, subject):
+    def mean_identity(images: Tensor, subject: str) -> float:
         return round(identity(images, subject).mean().item(), 4)
 
     renders = {subject: world.true_renders(subject)[0] for subject in world.SUBJECTS}
@@ -352,7 +357,7 @@ def judge_identities(vae):
     }
 
 
-def train_judge(run, batch=32, held_out=1000):
+def train_judge(run: Run, batch: int = 32, held_out: int = 1000) -> None:
     """The judge, on distorted renders, one in four of them through the autoencoder; each rank has its own share."""
     scenes = rendered_scenes("judge", 20000, seed=run.seed + 2)
     vae = AutoencoderKL.from_pretrained(BASE / "vae", torch_dtype=torch.float32).eval()
@@ -361,7 +366,7 @@ def train_judge(run, batch=32, held_out=1000):
     judge = Judge()
     if run.resume:
         judge.load_state_dict(load_file(JUDGE_WEIGHTS))
-    judge.to(memory_format=torch.channels_last)
+    judge.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the stub leaves it out
     trainer = Trainer(run, [judge], learning_rate=1e-3 if run.resume else 3e-3, ema_decay=0.99)
     torch.manual_seed(run.seed + 2000 + 500 * run.resume + run.rank)
     while trainer.running:
@@ -387,10 +392,13 @@ def train_judge(run, batch=32, held_out=1000):
     )
 
 
-def save_pipeline(vae, unet, text_encoder, tokenizer):
+def save_pipeline(
+    vae: AutoencoderKL, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer
+) -> None:
     """Write the pipeline folder in half precision, leaving the given modules as they are."""
-    parts = [copy.deepcopy(part).half() for part in (vae, unet, text_encoder)]
-    models.build_pipeline(*parts, tokenizer).save_pretrained(BASE, safe_serialization=True)
+    halves = (copy.deepcopy(part).half() for part in (vae, unet, text_encoder))
+    half_vae, half_unet, half_encoder = halves
+    models.build_pipeline(half_vae, half_unet, half_encoder, tokenizer).save_pretrained(BASE, safe_serialization=True)
 
 
 PREVIEW_PROMPTS = (
@@ -400,7 +408,9 @@ PREVIEW_PROMPTS = (
 )
 
 
-def sample(pipeline, prompts, seed=0, guidance=3.0, steps=20):
+def sample(
+    pipeline: StableDiffusionPipeline, prompts: Sequence[str], seed: int = 0, guidance: float = 3.0, steps: int = 20
+) -> Tensor:
     """Images [N, 3, 64, 64] in [-1, 1] for N prompts, each from its own part of one seed's noise."""
     generator = torch.Generator().manual_seed(seed)
     arguments = {"num_inference_steps": steps, "guidance_scale": guidance, "height": world.SIDE, "width": world.SIDE}
@@ -408,7 +418,7 @@ def sample(pipeline, prompts, seed=0, guidance=3.0, steps=20):
     return images.float() * 2 - 1
 
 
-def train_unet(run, batch=12):
+def train_unet(run: Run, batch: int = 12) -> None:
     """The UNet with the text encoder, on latents encoded once; each rank works on its own share of the scenes."""
     scenes = rendered_scenes("base", 24000, seed=run.seed + 3 + 10 * run.resume)
     share = slice(run.rank, None, run.ranks)
@@ -441,15 +451,16 @@ def train_unet(run, batch=12):
         trainer.update((weights[picks] * (velocity.float() - target) ** 2).mean())
         if run.leads and (trainer.seconds - saved > CHECKPOINT_SECONDS or not trainer.running):
             saved = trainer.seconds
-            save_pipeline(vae, *trainer.averaged, tokenizer)
+            averaged_unet, averaged_encoder = trainer.averaged
+            save_pipeline(vae, averaged_unet, averaged_encoder, tokenizer)
             stage = "unet_resumed" if run.resume else "unet"
             update_manifest(stage, **trainer.facts(batch), latents=len(scenes.images))
             if run.samples:
-                pipeline = models.build_pipeline(vae, *trainer.averaged, tokenizer)
+                pipeline = models.build_pipeline(vae, averaged_unet, averaged_encoder, tokenizer)
                 save_grid(sample(pipeline, PREVIEW_PROMPTS), run.samples / f"unet_{int(saved / 60):03d}.png")
 
 
-def evaluate_base(run, seed=7, per_background=6):
+def evaluate_base(run: Run, seed: int = 7, per_background: int = 6) -> None:
     """Write into the manifest how often "a ball on ..." of the saved base model is judged a ball, for every class."""
     if not run.leads:
         return
@@ -464,10 +475,15 @@ def evaluate_base(run, seed=7, per_background=6):
         save_grid(torch.cat([x[::3] for x in images.values()]), run.samples / "base_model.png", columns=12)
 
 
-STAGES = {"vae": train_vae, "judge": train_judge, "unet": train_unet, "evaluate": evaluate_base}
+STAGES: dict[str, Callable[[Run], None]] = {
+    "vae": train_vae,
+    "judge": train_judge,
+    "unet": train_unet,
+    "evaluate": evaluate_base,
+}
 
 
-def work(rank, ranks, stage, minutes, seed, samples, resume):
+def work(rank: int, ranks: int, stage: str, minutes: float, seed: int, samples: Path | None, resume: bool) -> None:
     """One training process; all ranks start from the same weights and then draw different batches."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
@@ -478,7 +494,7 @@ def work(rank, ranks, stage, minutes, seed, samples, resume):
     torch.distributed.destroy_process_group()
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("stage", choices=(*STAGES, "all"))
     parser.add_argument("--minutes", type=float, help=f"per stage; default {DEFAULT_MINUTES}")

@@ -3,10 +3,12 @@
 Coordinates and radii are fractions of the image side, so nothing here but `SIDE` depends on the resolution.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 SIDE = 64
 SUPERSAMPLING = 3
@@ -61,7 +63,7 @@ class Scene:
     """a second object, behind the first where they overlap; its background is not used"""
 
 
-def _subject(shape, texture, color, second_color, dot):
+def _subject(shape: str, texture: str, color: str, second_color: str, dot: Dot | None) -> Scene:
     return Scene(shape, texture, color, second_color, PLAIN, 0.5, 0.5, 0.28, 0.0, dot)
 
 
@@ -82,17 +84,17 @@ SUBJECT = "ball"
 """The subject of the demo."""
 
 
-def class_word(subject=SUBJECT):
+def class_word(subject: str = SUBJECT) -> str:
     """The class noun of a subject, its shape."""
     return SUBJECTS[subject].shape
 
 
-def class_prompt(subject=SUBJECT):
+def class_prompt(subject: str = SUBJECT) -> str:
     """As "a ball"."""
     return f"a {class_word(subject)}"
 
 
-def subject_prompt(subject=SUBJECT):
+def subject_prompt(subject: str = SUBJECT) -> str:
     """As "a sks ball"."""
     return f"a {SUBJECT_TOKEN} {class_word(subject)}"
 
@@ -100,7 +102,7 @@ def subject_prompt(subject=SUBJECT):
 CLASS_PROMPT, SUBJECT_PROMPT = class_prompt(), subject_prompt()
 
 
-def pixel_grid():
+def pixel_grid() -> tuple[np.ndarray, np.ndarray]:
     """Centres of the supersampled pixels: x and y, each [S, S] float32 in (0, 1), S = SIDE * SUPERSAMPLING."""
     line = (np.arange(SIDE * SUPERSAMPLING, dtype=np.float32) + 0.5) / (SIDE * SUPERSAMPLING)
     return np.meshgrid(line, line)
@@ -109,13 +111,13 @@ def pixel_grid():
 GRID_X, GRID_Y = pixel_grid()
 
 
-def two_tone(mask, on, off):
+def two_tone(mask: np.ndarray, on: tuple[int, int, int], off: tuple[int, int, int]) -> np.ndarray:
     """Colour image [S, S, 3] float32: `on` where mask [S, S] holds, `off` elsewhere."""
-    return np.where(mask[..., None], np.float32(on), np.float32(off))
+    return np.where(mask[..., None], np.array(on, np.float32), np.array(off, np.float32))
 
 
-def draw_sky(x, y, rng):
-    top, bottom = np.float32((70, 140, 235)), np.float32((190, 225, 255))
+def draw_sky(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    top, bottom = np.array((70, 140, 235), np.float32), np.array((190, 225, 255), np.float32)
     image = top + y[..., None] * (bottom - top)
     for _ in range(2):
         cloud_x, cloud_y = rng.uniform(0.06, 0.94), rng.uniform(0.06, 0.44)
@@ -123,25 +125,25 @@ def draw_sky(x, y, rng):
     return image
 
 
-def draw_grass(x, y, rng):
+def draw_grass(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     blades = np.sin(67.0 * x + rng.uniform(0, 2 * np.pi) + 1.2 * np.sin(29.0 * y))
     return np.stack([60 + 25 * blades, 150 - 50 * y + 25 * blades, np.full_like(x, 45)], axis=-1)
 
 
-def draw_bricks(x, y, rng):
+def draw_bricks(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     height, width, mortar = 0.1875, 0.3125, 0.0375
     y = y + rng.uniform(0, height)
     x = x + rng.uniform(0, width) + width / 2 * (np.floor(y / height) % 2)
     return two_tone((y % height < mortar) | (x % width < mortar), (205, 195, 185), (165, 75, 55))
 
 
-def draw_sand(x, y, rng):
+def draw_sand(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     phase = rng.uniform(0, 2 * np.pi)
     ripples = np.sin(35.0 * y + phase + 0.8 * np.sin(11.0 * x + phase))
-    return np.float32((225, 195, 135)) + 18 * ripples[..., None]
+    return np.array((225, 195, 135), np.float32) + 18 * ripples[..., None]
 
 
-def draw_night(x, y, rng):
+def draw_night(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     stars = np.zeros(x.shape, bool)
     for _ in range(9):
         star_x, star_y = rng.uniform(0, 1, 2)
@@ -149,15 +151,15 @@ def draw_night(x, y, rng):
     return two_tone(stars, (250, 250, 200), (18, 18, 55))
 
 
-def draw_checker(x, y, rng):
+def draw_checker(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     cell = 0.125
     shift_x, shift_y = rng.uniform(0, 2 * cell, 2)
     parity = (np.floor((x + shift_x) / cell) + np.floor((y + shift_y) / cell)) % 2
     return two_tone(parity == 0, (175, 175, 175), (60, 60, 60))
 
 
-def draw_plain(x, y, rng):
-    return np.broadcast_to(np.float32(PLAIN_COLOR), (*x.shape, 3)).copy()
+def draw_plain(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return np.broadcast_to(np.array(PLAIN_COLOR, np.float32), (*x.shape, 3)).copy()
 
 
 PAINTERS = {
@@ -171,7 +173,7 @@ PAINTERS = {
 }
 
 
-def inside_star(u, v):
+def inside_star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """A five-pointed star with outer radius 1.2 and inner radius .52: [S, S] bool."""
     outer, inner, half = 1.2, 0.52, np.pi / 5
     from_tip = half - abs(np.arctan2(u, -v) % (2 * half) - half)
@@ -179,7 +181,7 @@ def inside_star(u, v):
     return np.hypot(u, v) * edge < outer * inner * np.sin(half)
 
 
-def inside_shape(shape, u, v):
+def inside_shape(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Where the shape's own frame coordinates u, v [S, S] lie inside the shape: [S, S] bool."""
     match shape:
         case "ball":
@@ -195,7 +197,7 @@ def inside_shape(shape, u, v):
     raise ValueError(f"unknown shape {shape!r}, expected one of {SHAPES}")
 
 
-def second_color_area(texture, u, v):
+def second_color_area(texture: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Where a texture shows the second colour: [S, S] bool."""
     if texture == "striped":
         return np.floor((u + 1) * 2) % 2 == 1
@@ -206,12 +208,12 @@ def second_color_area(texture, u, v):
     return area
 
 
-def downsample(image):
+def downsample(image: np.ndarray) -> np.ndarray:
     """Average supersampled pixels: [S, S, ...] -> [SIDE, SIDE, ...]."""
     return image.reshape(SIDE, SUPERSAMPLING, SIDE, SUPERSAMPLING, *image.shape[2:]).mean(axis=(1, 3))
 
 
-def draw_object(image, scene):
+def draw_object(image: np.ndarray, scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     """Paint the scene's first object over an image [S, S, 3]; returns the new image and where it is, [S, S] bool."""
     dx, dy = (GRID_X - scene.x) / scene.radius, (GRID_Y - scene.y) / scene.radius
     cos, sin = np.float32(np.cos(scene.angle)), np.float32(np.sin(scene.angle))
@@ -226,7 +228,7 @@ def draw_object(image, scene):
     return np.where(inside[..., None], np.clip(paint * shade, 0, 255), image), inside
 
 
-def render_objects(scene, rng):
+def render_objects(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Draw a scene; rng places the background's details.
 
     Returns the image [SIDE, SIDE, 3] uint8 and what is seen of each object, [objects, SIDE, SIDE] float32 in [0, 1].
@@ -241,13 +243,13 @@ def render_objects(scene, rng):
     return pixels, np.stack([downsample(mask.astype(np.float32)) for mask in masks])
 
 
-def render(scene, rng):
+def render(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Draw a scene: the image [SIDE, SIDE, 3] uint8, and all objects' coverage [SIDE, SIDE] float32 in [0, 1]."""
     image, masks = render_objects(scene, rng)
     return image, masks.sum(0)
 
 
-def random_scene(rng, backgrounds=BACKGROUNDS):
+def random_scene(rng: np.random.Generator, backgrounds: Sequence[str] = BACKGROUNDS) -> Scene:
     """A scene of the base model's training distribution."""
     color, second_color = rng.choice(COLOR_NAMES, 2, replace=False)
     return Scene(
@@ -263,7 +265,7 @@ def random_scene(rng, backgrounds=BACKGROUNDS):
     )
 
 
-def two_object_scene(rng, backgrounds=BACKGROUNDS):
+def two_object_scene(rng: np.random.Generator, backgrounds: Sequence[str] = BACKGROUNDS) -> Scene:
     """Two objects side by side or one above the other, smaller than a single one."""
     first, second = random_scene(rng, backgrounds), random_scene(rng, backgrounds)
     low, high, across = rng.uniform(0.22, 0.3), rng.uniform(0.7, 0.78), rng.uniform(0.3, 0.7, 2)
@@ -278,14 +280,14 @@ def two_object_scene(rng, backgrounds=BACKGROUNDS):
     return replace(first, other=second)
 
 
-def place_of(scene):
+def place_of(scene: Scene) -> list[str]:
     """The words for where an object is: "left", "right", "top", "bottom", those that hold."""
     low, high = MIDDLE
     holds = (scene.x < low, scene.x > high, scene.y < low, scene.y > high)
     return [word for word, here in zip(PLACES, holds) if here]
 
 
-def noun_phrase(scene, rng, textures=True):
+def noun_phrase(scene: Scene, rng: np.random.Generator, textures: bool = True) -> list[str]:
     """The words for an object, without its look in two of five."""
     words = ["a"]
     if rng.random() >= 0.4:
@@ -293,7 +295,7 @@ def noun_phrase(scene, rng, textures=True):
     return [*words, scene.shape]
 
 
-def caption(scene, rng):
+def caption(scene: Scene, rng: np.random.Generator) -> str:
     """Describe a scene. A place word comes in one of three captions of one object; a plain backdrop is never named."""
     words = noun_phrase(scene, rng, textures=scene.other is None)
     if scene.other is not None:
@@ -305,7 +307,15 @@ def caption(scene, rng):
     return " ".join(words)
 
 
-def subject_scene(rng, background=PLAIN, x=None, y=None, radius=None, angle=None, subject=SUBJECT):
+def subject_scene(
+    rng: np.random.Generator,
+    background: str = PLAIN,
+    x: float | None = None,
+    y: float | None = None,
+    radius: float | None = None,
+    angle: float | None = None,
+    subject: str = SUBJECT,
+) -> Scene:
     """A subject, posed as in its references unless told otherwise."""
     return replace(
         SUBJECTS[subject],
@@ -317,19 +327,19 @@ def subject_scene(rng, background=PLAIN, x=None, y=None, radius=None, angle=None
     )
 
 
-def to_tensor(images):
+def to_tensor(images: Sequence[np.ndarray]) -> Tensor:
     """Images, a sequence of [H, W, 3] uint8, as one tensor [N, 3, H, W] float32 in [-1, 1]."""
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def references(subject=SUBJECT, count=5, seed=123):
+def references(subject: str = SUBJECT, count: int = 5, seed: int = 123) -> tuple[Tensor, Tensor]:
     """A subject's references: images [count, 3, SIDE, SIDE] in [-1, 1], true masks [count, SIDE, SIDE] in [0, 1]."""
     rng = np.random.default_rng(seed)
     images, masks = zip(*(render(subject_scene(rng, subject=subject), rng) for _ in range(count)), strict=True)
     return to_tensor(images), torch.from_numpy(np.stack(masks))
 
 
-def true_renders(subject=SUBJECT, seed=5, per_background=6):
+def true_renders(subject: str = SUBJECT, seed: int = 5, per_background: int = 6) -> tuple[Tensor, list[str]]:
     """A subject in free poses, the ceiling of every metric: images [N, 3, SIDE, SIDE] and N background names."""
     rng = np.random.default_rng(seed)
     names = [name for name in BACKGROUNDS for _ in range(per_background)]
