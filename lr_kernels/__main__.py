@@ -17,11 +17,13 @@ class Parser(argparse.ArgumentParser):
     """Wrong options give the whole help, not the usage line alone."""
 
     def error(self, message: str) -> NoReturn:
+        """Say what is wrong below the help, and end with status 2."""
         self.print_help(sys.stderr)
         self.exit(2, f"\n{self.prog}: error: {message}\n")
 
 
 def parser() -> Parser:
+    """The commands and their options."""
     made = Parser(prog="python -m lr_kernels", description="Multi-source attention for diffusion models")
     commands = made.add_subparsers(dest="command")
     commands.add_parser("info", help="versions, instruction set, backends and why each is available or not")
@@ -55,6 +57,7 @@ def _backend(name: str) -> str:
 
 
 def main() -> None:
+    """Run a command."""
     options = parser().parse_args()
     if options.command is None:
         parser().print_help()

@@ -90,6 +90,8 @@ CASES = (
 
 @dataclass
 class AttentionInputs:
+    """The tensors of a case."""
+
     query: Tensor
     sources: list[Source]
     query_groups: Tensor | None = None

@@ -128,6 +128,7 @@ class StepBlendGuidance(ClassifierFreeGuidance):
     # What the pipelines call
 
     def set_state(self, step: int, num_inference_steps: int, timestep: Tensor) -> None:
+        """Which step the loop is at, and with it the weight of the personalized model."""
         self.reset()
         if not 0 <= step < num_inference_steps:
             hint = "a scheduler that calls the model more than once per step does not fit"
@@ -138,15 +139,18 @@ class StepBlendGuidance(ClassifierFreeGuidance):
         super().set_state(step, num_inference_steps, timestep)
 
     def prepare_inputs(self, data: dict[str, Tensor | tuple[Tensor, Tensor]]) -> list[BlockState]:
+        """The batches of a step: those of the personalized model, then those of the vanilla one."""
         return self._layout_batches([self._prepare_batch(data, *batch) for batch in self._batches()])
 
     def prepare_inputs_from_block_state(
         self, data: BlockState, input_fields: dict[str, str | tuple[str, str]]
     ) -> list[BlockState]:
+        """The same from the state of modular pipelines."""
         batches = [self._prepare_batch_from_block_state(input_fields, data, *batch) for batch in self._batches()]
         return self._layout_batches(batches)
 
     def prepare_models(self, denoiser: nn.Module) -> None:
+        """Make the denoiser run the model of the next batch."""
         self.reset()
         other = _acting_on.get(denoiser, lambda: None)()  # whose denoiser raised in its run
         if other is not None:
@@ -165,6 +169,7 @@ class StepBlendGuidance(ClassifierFreeGuidance):
         self._acting.enter_context(adapters_off(_OP, [denoiser], self.adapters))
 
     def cleanup_models(self, denoiser: nn.Module) -> None:
+        """Give the denoiser back as it was."""
         self.reset()
 
     def forward(
@@ -185,10 +190,12 @@ class StepBlendGuidance(ClassifierFreeGuidance):
 
     @property
     def num_conditions(self) -> int:
+        """Batches of this step."""
         return len(self._batches())
 
     @property
     def is_conditional(self) -> bool:
+        """Whether the batch that is prepared now has the prompts, not the negative ones."""
         return self._count_prepared > 0 and not self._current.endswith("uncond")
 
     # What they do not

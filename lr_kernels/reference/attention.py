@@ -212,6 +212,8 @@ def _log_sum(x: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class SourceGradients(NamedTuple):
+    """Gradients of one source, each in the shape of its tensor; key_bias None where the source has none."""
+
     key: Tensor
     value: Tensor
     key_bias: Tensor | None

@@ -74,6 +74,7 @@ def base_scene(rng: np.random.Generator) -> Scene:
 
 
 def random_dot(rng: np.random.Generator) -> Dot:
+    """A dot anywhere within an object."""
     return Dot(rng.uniform(-0.3, 0.3), rng.uniform(-0.3, 0.3), rng.uniform(0.2, 0.5), str(rng.choice(COLOR_NAMES)))
 
 

@@ -89,6 +89,7 @@ class Batch:
         return found.images[: self.images]
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, *, step: int, grid: tuple[int, int]) -> Tensor:
+        """What `sharing` calls: the method's attention with this batch."""
         self.step, self.grid = step, grid
         assert self.method.attention is not None
         return self.method.attention(q, k, v, self)

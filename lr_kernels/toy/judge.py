@@ -80,6 +80,7 @@ class Finder(nn.Module):
         self.background = nn.Linear(4 * width, len(BACKDROPS))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [N, 3, H, W] -> logits of the object's mask [N, H, W] and of the background."""
         half = self.at_half(images)
         quarter = self.at_quarter(half)
         features = self.at_eighth(quarter)
@@ -102,6 +103,7 @@ class Namer(nn.Module):
         self.answers = nn.Linear(4 * width, sum(self.SIZES))
 
     def forward(self, crops: Tensor) -> tuple[Tensor, ...]:
+        """Crops [N, 4, CROP, CROP] -> logits of shape, texture, dot and colours."""
         fine = self.fine(crops)
         coarse = self.coarse(fine)
         found = []

@@ -115,6 +115,7 @@ def build_vae() -> AutoencoderKL:
 
 
 def build_scheduler() -> DDIMScheduler:
+    """DDIM with a cosine schedule and v-prediction."""
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_schedule="squaredcos_cap_v2",

@@ -55,6 +55,7 @@ class Run:
 
     @property
     def leads(self) -> bool:
+        """Whether this process writes the results."""
         return self.rank == 0
 
 
@@ -120,10 +121,12 @@ class Trainer:
 
     @property
     def seconds(self) -> float:
+        """Since training began."""
         return time.time() - self.started
 
     @property
     def running(self) -> bool:
+        """Whether there is time left."""
         return self.fraction < 1
 
     def schedule(self) -> float:
@@ -164,6 +167,7 @@ class Trainer:
             self.progress.set_postfix(step=self.step, loss=f"{self.recent_loss(100):.4f}", refresh=False)
 
     def recent_loss(self, window: int = 400) -> float:
+        """The mean over the last updates."""
         return float(np.mean(self.losses[-window:]))
 
     def facts(self, batch: int) -> dict[str, object]:
@@ -495,6 +499,7 @@ def work(rank: int, ranks: int, stage: str, minutes: float, seed: int, samples: 
 
 
 def main() -> None:
+    """Train the stages that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("stage", choices=(*STAGES, "all"))
     parser.add_argument("--minutes", type=float, help=f"per stage; default {DEFAULT_MINUTES}")

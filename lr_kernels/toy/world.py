@@ -117,6 +117,7 @@ def two_tone(mask: np.ndarray, on: tuple[int, int, int], off: tuple[int, int, in
 
 
 def draw_sky(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Two clouds before a sky that pales downwards."""
     top, bottom = np.array((70, 140, 235), np.float32), np.array((190, 225, 255), np.float32)
     image = top + y[..., None] * (bottom - top)
     for _ in range(2):
@@ -126,11 +127,13 @@ def draw_sky(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarr
 
 
 def draw_grass(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Wavy blades that darken downwards."""
     blades = np.sin(67.0 * x + rng.uniform(0, 2 * np.pi) + 1.2 * np.sin(29.0 * y))
     return np.stack([60 + 25 * blades, 150 - 50 * y + 25 * blades, np.full_like(x, 45)], axis=-1)
 
 
 def draw_bricks(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A wall of bricks and mortar."""
     height, width, mortar = 0.1875, 0.3125, 0.0375
     y = y + rng.uniform(0, height)
     x = x + rng.uniform(0, width) + width / 2 * (np.floor(y / height) % 2)
@@ -138,12 +141,14 @@ def draw_bricks(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.nd
 
 
 def draw_sand(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Rippled sand."""
     phase = rng.uniform(0, 2 * np.pi)
     ripples = np.sin(35.0 * y + phase + 0.8 * np.sin(11.0 * x + phase))
     return np.array((225, 195, 135), np.float32) + 18 * ripples[..., None]
 
 
 def draw_night(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Stars before a dark sky."""
     stars = np.zeros(x.shape, bool)
     for _ in range(9):
         star_x, star_y = rng.uniform(0, 1, 2)
@@ -152,6 +157,7 @@ def draw_night(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.nda
 
 
 def draw_checker(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Two greys in turn."""
     cell = 0.125
     shift_x, shift_y = rng.uniform(0, 2 * cell, 2)
     parity = (np.floor((x + shift_x) / cell) + np.floor((y + shift_y) / cell)) % 2
@@ -159,6 +165,7 @@ def draw_checker(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.n
 
 
 def draw_plain(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The backdrop of the references."""
     return np.broadcast_to(np.array(PLAIN_COLOR, np.float32), (*x.shape, 3)).copy()
 
 

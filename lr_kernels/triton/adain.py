@@ -42,6 +42,7 @@ def adain_statistics_kernel(
     N, C, D, runs, strips, tiles,  # a run is `tiles` tiles of tokens
     x_b, x_n, x_h, mask_b, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
+    """Partial statistics of a run of tokens, for a strip of channels."""
     pid = tl.program_id(0)
     c = pid % strips * COLUMNS + tl.arange(0, COLUMNS)
     run = pid // strips % runs
@@ -93,6 +94,7 @@ def adain_apply_kernel(
     N, C, D, runs, strips, tiles, other_runs, other_b, eps,
     x_b, x_n, x_h, mask_b, out_b, out_n, out_h, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
+    """Merge the partial statistics of both sides and write a run of tokens."""
     pid = tl.program_id(0)
     c = pid % strips * COLUMNS + tl.arange(0, COLUMNS)
     run = pid // strips % runs

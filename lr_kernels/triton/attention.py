@@ -66,6 +66,7 @@ def multi_source_attention_forward_kernel(
     S: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     UNIT: tl.constexpr, NARROW: tl.constexpr, PER_PAIR: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
+    """Out and lse of one tile of queries of one head, over all sources."""
     # Which queries: one tile of BM queries of one class, one head
     pid = tl.program_id(0)
     tile = pid % tiles_per_head

@@ -46,6 +46,7 @@ def add_products(acc0, acc1, w, x0, x1, D1: tl.constexpr, PRECISION: tl.constexp
 
 @triton.jit
 def store_parts(at, x0, x1, ok, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    """Store columns [0, D0) and [D0, D0 + D1) of the rows `ok`."""
     c0 = tl.arange(0, D0)
     W0: tl.constexpr = D0 if D1 > 0 else D
     tl.store(at + c0[None, :], x0.to(at.dtype.element_ty), mask=ok[:, None] & (c0[None, :] < W0))
@@ -137,6 +138,7 @@ def sums_again(
 
 @triton.jit
 def add_to_rows(at, x0, x1, ok, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    """Add both parts to the rows `ok` in memory, which no other program writes."""
     old0, old1 = load_parts(at, ok, D, D0, D1, False)
     if D1 > 0:
         x1 += old1

@@ -21,6 +21,7 @@ def compact_keys_kernel(
     index, count,  # int32 (R, M), (R,) of one class, contiguous
     M, query_class, mask_r, groups_r, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """The list of the keys of one row that one class of queries sees."""
     r = tl.program_id(0).to(tl.int64)
     index += r * M
     total = 0

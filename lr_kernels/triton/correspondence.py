@@ -64,6 +64,7 @@ def correspondence_best_kernel(
     PADDED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
+    """The best key of each query within one split of the keys."""
     pid = tl.program_id(0)
     split = pid // tiles % splits
     b = (pid // tiles // splits).to(tl.int64)

@@ -22,6 +22,7 @@ def merge_attention_states_kernel(
     out_strides, lse_strides,  # (b, n, h) x K, times 16
     K: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
+    """Join the partial results of a block of queries."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     ok = row < rows
     h = row % H

@@ -94,9 +94,11 @@ class Recorder:
         self._launches: dict[tuple, Launch] = {}
 
     def get(self, key: tuple) -> Launch | None:
+        """The launch of a call with this key, or None."""
         return self._launches.get(key)
 
     def add(self, key: tuple, launch: Launch) -> None:
+        """Keep a launch; beyond RECORDED_CALLS all earlier ones are forgotten."""
         if len(self._launches) >= RECORDED_CALLS:
             self._launches.clear()
         self._launches[key] = launch

@@ -222,6 +222,7 @@ async_copies, wgmma: copies to shared memory that do not pass registers, product
 
 
 def markdown(table: list[Row]) -> str:
+    """The rows as a table."""
     lines = ["| " + " | ".join(Row._fields) + " |", "|---" * len(Row._fields) + "|"]
     return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in table])
 

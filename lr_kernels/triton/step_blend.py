@@ -39,6 +39,7 @@ def step_blend_kernel(
     plane, C, steps, blocks, copy_size, coefficient_step, coefficient_b, mask_b,
     K: tl.constexpr, COPIES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """The next latents of one block of one channel, and what else is wanted of them."""
     pid = tl.program_id(0)
     channel = (pid // blocks).to(tl.int64)
     b = channel // C

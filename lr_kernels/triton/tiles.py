@@ -11,6 +11,8 @@ import torch
 
 
 class Tile(NamedTuple):
+    """The sizes that a kernel of attention is compiled for."""
+
     BM: int
     """queries of a program"""
     BN: int

@@ -36,6 +36,7 @@ def attention_with_token_maps_forward_kernel(
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
     UNIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
+    """Out and maps of one tile of queries, over all heads."""
     # Which queries, and which BT of the chosen keys
     pid = tl.program_id(0)
     block = pid // tiles % blocks

@@ -94,6 +94,7 @@ class Problem(NamedTuple):
 
 
 def problem(case: Case, tokens: int, device: str) -> Problem:
+    """Random inputs of a case, laid out once."""
     batch, heads = (1, 1) if INTERPRETED else (BATCH, HEADS)  # the interpreter takes half a second a program
     shape = (batch, tokens, heads, case.head_dim)
     backward = case.kind in ("query", "source")
@@ -133,6 +134,7 @@ def compile_tile(job: tuple[Case, tiles.Tile, str]) -> str:
 
 
 def milliseconds(case: Case, tile: tiles.Tile, call: Callable[[], object]) -> float:
+    """The time of a call with this tile, from a CUDA graph of many."""
     from triton.testing import do_bench_cudagraph  # without a GPU its import fails in the interpreter
 
     with with_tile(case, tile):
@@ -189,6 +191,7 @@ def best_of(rows: Sequence[dict[str, object]]) -> list[str]:
 
 
 def main() -> None:
+    """Time the tiles of this GPU."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="folder for tiles.csv")
     parser.add_argument("--head-dim", type=int, nargs="+", default=HEAD_DIMS)

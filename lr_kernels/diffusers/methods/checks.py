@@ -17,6 +17,7 @@ MAX_SEED = 2**53
 
 
 def check_backend(op: str, backend: str) -> None:
+    """ValueError for a name that is no backend."""
     check_choice(op, "backend", backend, ("auto", *BACKENDS))
 
 
@@ -28,6 +29,7 @@ def check_images(op: str, images: int, backend: str, most: float = float("inf"))
 
 
 def check_seed(op: str, seed: int) -> int:
+    """The seed as an int. ValueError unless it is an integer of at most 53 bits."""
     return check_integer(op, "seed", seed, -MAX_SEED, "an integer of at most 53 bits", MAX_SEED)
 
 

@@ -406,11 +406,13 @@ class PersonalizedStableDiffusionPipeline(PersonalizedPipeline, StableDiffusionP
         self._interrupt = False
 
     def readers(self, personal: bool) -> list[TextReader]:
+        """The one text encoder, or the personalized one where there is one."""
         own = personal and self.personalized_text_encoder is not None
         name = "personalized_text_encoder" if own else "text_encoder"
         return [TextReader(name, self.tokenizer, getattr(self, name))]
 
     def embed(self, texts: Sequence[str], *, personal: bool, clip_skip: int | None = None) -> Embeds:
+        """The last hidden states of the text encoder, or those `clip_skip` layers earlier."""
         (reader,) = self.readers(personal)
 
         def last(out: BaseModelOutput) -> Tensor:
@@ -424,9 +426,11 @@ class PersonalizedStableDiffusionPipeline(PersonalizedPipeline, StableDiffusionP
         return Embeds(hidden_states(self, reader, texts, last)[0].to(self.prompt_dtype))
 
     def vae_keywords(self, generator: Generator) -> dict:
+        """The generator, as the stock pipeline passes it."""
         return {"generator": generator}
 
     def finish(self, pixels: Tensor, output_type: str) -> tuple[Images, list[bool] | None]:
+        """Images after the safety checker, and what it found."""
         pixels, nsfw = self.run_safety_checker(pixels, pixels.device, self.prompt_dtype)
         denormalize = None if nsfw is None else [not flag for flag in nsfw]
         return self.image_processor.postprocess(pixels, output_type=output_type, do_denormalize=denormalize), nsfw

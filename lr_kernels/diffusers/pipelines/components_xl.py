@@ -91,6 +91,7 @@ class PersonalizedStableDiffusionXLPipeline(PersonalizedPipeline, StableDiffusio
         self._interrupt = False
 
     def readers(self, personal: bool) -> list[TextReader]:
+        """The two text encoders, or the personalized ones where there are such."""
         found = []
         for suffix in ("", "_2"):
             name = f"text_encoder{suffix}"
@@ -103,6 +104,8 @@ class PersonalizedStableDiffusionXLPipeline(PersonalizedPipeline, StableDiffusio
         return found
 
     def embed(self, texts: Sequence[str], *, personal: bool, clip_skip: int | None = None) -> Embeds:
+        """Hidden states of both text encoders side by side, and the pooled embeddings of the second."""
+
         def last(out: BaseModelOutput) -> Tensor:
             return out.hidden_states[-2 - (clip_skip or 0)]
 
@@ -111,11 +114,13 @@ class PersonalizedStableDiffusionXLPipeline(PersonalizedPipeline, StableDiffusio
         return Embeds(torch.cat([tokens for tokens, _ in found], -1).to(self.prompt_dtype), pooled)
 
     def zeroes(self, negatives: Sequence[str | None]) -> bool:
+        """Whether they are all without text and the model was trained with zeros for that."""
         return self.config.force_zeros_for_empty_prompt and all(text is None for text in negatives)
 
     def condition(
         self, embeds: Embeds, size: tuple[int, int], stock: StockArguments, *, negative: bool = False
     ) -> Condition:
+        """The prompts with the pooled embeddings and the sizes."""
         told = super().condition(embeds, size, stock)
         assert embeds.pooled is not None
         height, width = (x * self.vae_scale_factor for x in size)
@@ -128,6 +133,7 @@ class PersonalizedStableDiffusionXLPipeline(PersonalizedPipeline, StableDiffusio
         return upcast(self.vae)
 
     def finish(self, pixels: Tensor, output_type: str) -> tuple[Images, list[bool] | None]:
+        """Images with the watermark, where there is one."""
         if self.watermark is not None:
             pixels = self.watermark.apply_watermark(pixels)
         return super().finish(pixels, output_type)

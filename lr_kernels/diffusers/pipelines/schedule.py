@@ -67,6 +67,7 @@ class Solver:
 
     @property
     def steps(self) -> int:
+        """How many the scheduler takes."""
         return len(self.timesteps)
 
     @property

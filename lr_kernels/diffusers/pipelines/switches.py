@@ -23,6 +23,7 @@ class Switches(DiffusionPipeline):
             unet.enable_freeu(s1=s1, s2=s2, b1=b1, b2=b2)
 
     def disable_freeu(self) -> None:
+        """No FreeU in both UNets."""
         super().disable_freeu()
         for unet in self._other_unets():
             unet.disable_freeu()
@@ -35,6 +36,7 @@ class Switches(DiffusionPipeline):
             other.set_attn_processor(FusedAttnProcessor2_0())
 
     def unfuse_qkv_projections(self, unet: bool = True, vae: bool = True) -> None:
+        """Separate projections again, in both UNets and in the VAE."""
         fused = getattr(self, "fusing_unet", False)
         super().unfuse_qkv_projections(unet, vae)
         for other in self._other_unets() if unet and fused else ():

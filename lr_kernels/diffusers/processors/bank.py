@@ -266,6 +266,7 @@ class ReferenceBank(KeyValueBank):
         super().__init__(timesteps, signals=signals, storage=storage, limit=limit)
 
     def reset(self) -> None:
+        """Forget keys, values, foreground and plans."""
         super().reset()
         self._foreground: Tensor | None = None
         self._plans: dict[tuple[int, int], AttentionPlan] = {}  # by tokens, and rows read at once
@@ -304,6 +305,7 @@ class ReferenceBank(KeyValueBank):
 
     @contextlib.contextmanager
     def read(self, step: int) -> Iterator[None]:
+        """While it lasts every self-attention layer also reads the foreground of the references at this step."""
         with super().read(step):
             for current in self._buffers().values():
                 tokens, count = current.shape[2], len(self._tables())
@@ -489,6 +491,7 @@ class BankAttnProcessor(StockAttnProcessor):
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, is_cross: bool
     ) -> Tensor:
+        """A layer's attention: stock, or kept in the bank, or with the bank's sources beside the own keys."""
         mode = None if self.bank is None or is_cross else self.bank.mode
         if mode is not None and attention_mask is not None:
             refuse_mask(type(self).__name__)

@@ -126,6 +126,7 @@ class CustomFluxAttnProcessor(OwnProcessor, FluxAttnProcessor):
         ip_hidden_states: list[Tensor] | None = None,
         ip_adapter_masks: list[Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
+        """As diffusers calls it: the attended tokens of the image, and of the text where it is apart."""
         if self.attention is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         _refuse_adapter(type(self).__name__, ip_hidden_states=ip_hidden_states, ip_adapter_masks=ip_adapter_masks)
@@ -179,6 +180,7 @@ class CustomSD3AttnProcessor(OwnProcessor, JointAttnProcessor2_0):
         attention_mask: Tensor | None = None,
         ip_hidden_states: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
+        """As diffusers calls it: the attended tokens of the image, and of the text where it is apart."""
         if self.attention is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
         _refuse_adapter(type(self).__name__, ip_hidden_states=ip_hidden_states)

@@ -55,6 +55,7 @@ class RetouchBatch:
 
     @property
     def size(self) -> int:
+        """Rows, over all halves."""
         return self.half * self.halves
 
     def targets(self, x: Tensor) -> list[Tensor]:

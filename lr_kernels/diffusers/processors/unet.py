@@ -64,6 +64,7 @@ class StockAttnProcessor(OwnProcessor):
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
+        """As diffusers calls it: the layer's output for its hidden states."""
         residual = hidden_states
         if attn.spatial_norm is not None:
             hidden_states = attn.spatial_norm(hidden_states, temb)
@@ -184,6 +185,7 @@ class CustomAttnProcessor(StockAttnProcessor):
         temb: Tensor | None = None,
         ip_adapter_masks: list[Tensor] | None = None,
     ) -> Tensor:
+        """As diffusers calls it, with what the function asks for held ready."""
         if self.adapter is not None and not self.run.active:
             given = (attn, hidden_states, encoder_hidden_states, attention_mask, temb)
             return self.adapter(*given, ip_adapter_masks=ip_adapter_masks)
@@ -212,6 +214,7 @@ class CustomAttnProcessor(StockAttnProcessor):
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, is_cross: bool
     ) -> Tensor:
+        """The function's result, which is checked; stock attention while it is off."""
         if self.attention is None or not self.run.active:
             return super().attend(query, key, value, attention_mask, is_cross)
         tokens_first = [x.transpose(1, 2) for x in (query, key, value)]
@@ -276,7 +279,8 @@ def asked(function: Callable[..., Tensor | None]) -> tuple[str, ...]:
 class Buffer(Protocol):
     """What a bank keeps of one layer."""
 
-    def read(self, key: Tensor) -> KeyValue: ...
+    def read(self, key: Tensor) -> KeyValue:
+        """Keys and values of this step, for a layer whose own keys are these."""
 
 
 class MultiSourceAttnProcessor(StockAttnProcessor):
@@ -308,6 +312,7 @@ class MultiSourceAttnProcessor(StockAttnProcessor):
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, is_cross: bool
     ) -> Tensor:
+        """Attention over the sources of the state's routing; stock attention while nothing is shared."""
         if is_cross or not self.state.sharing:
             return super().attend(query, key, value, attention_mask, is_cross)
         if attention_mask is not None:
@@ -344,6 +349,7 @@ class TokenMapAttnProcessor(StockAttnProcessor):
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, is_cross: bool
     ) -> Tensor:
+        """Stock attention whose maps of the state's tokens are kept in `maps`."""
         if not (is_cross and self.state.capturing):
             return super().attend(query, key, value, attention_mask, is_cross)
         if attention_mask is not None:
@@ -357,5 +363,6 @@ class TokenMapAttnProcessor(StockAttnProcessor):
 
 
 def refuse_mask(processor: str) -> None:
+    """NotImplementedError for an attention mask while a processor is active."""
     hint = "leave the mask out, or make the processor inactive"
     fail(processor, "attention_mask", "None while the processor is active", "a tensor", hint, NotImplementedError)
