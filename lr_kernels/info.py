@@ -78,7 +78,7 @@ def report() -> str:
 
 
 def availability(backend: str) -> str:
-    """Whether it is available, or why not, of the operators that the backend has; those that differ from most are named."""
+    """Whether a backend is available, or why not, for the operators that it has; differing ones are named."""
     has = [op for op in SCHEMAS if backend == "reference" or op in ops.BACKENDS[backend].operators]
     found: dict[str, list[str]] = {}
     for operator in has:

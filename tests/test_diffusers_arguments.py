@@ -47,7 +47,7 @@ HALF[:, :4] = True
 def test_a_wrong_argument_is_refused_by_name(pipe, arguments, message):
     with pytest.raises(ValueError) as caught:
         run(pipe, **arguments)
-    assert str(caught.value).startswith(f"lr_kernels.layout_retouch: {message}")
+    assert str(caught.value).startswith(f"lr_kernels.LayoutRetouch: {message}")
 
 
 @pytest.mark.parametrize("tokens", [3, (), None, [[]], ["ball", 3], [["ball"], 3], [["ball"], []]])
@@ -131,7 +131,7 @@ def test_nothing_is_computed_before_a_wrong_argument_is_refused(pipe, arguments,
     steps = []
     with pytest.raises((ValueError, TypeError)) as caught:
         run(pipe, callback_on_step_end=lambda pipe, step, t, tensors: steps.append(step), **arguments)
-    assert str(caught.value).startswith(f"lr_kernels.layout_retouch: {message}") and not steps
+    assert str(caught.value).startswith(f"lr_kernels.LayoutRetouch: {message}") and not steps
 
 
 def test_layers_are_refused_by_the_arguments_name(pipe):

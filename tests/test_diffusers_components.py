@@ -228,7 +228,7 @@ def test_what_cannot_work_is_refused_before_any_step(name):
     pipe = fresh(**make())
     with pytest.raises((ValueError, NotImplementedError)) as caught:
         run(pipe, callback_on_step_end=lambda *a: steps.append(a), latents=None, height=16, width=16)
-    assert str(caught.value).startswith(f"lr_kernels.layout_retouch: {message}") and not steps
+    assert str(caught.value).startswith(f"lr_kernels.LayoutRetouch: {message}") and not steps
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_what_cannot_work_is_refused_before_any_step(name):
 def test_what_cannot_work_with_sdxl(parts, message):
     with pytest.raises(ValueError) as caught:
         run(fresh("xl", **parts))
-    assert str(caught.value).startswith(f"lr_kernels.layout_retouch: {message}")
+    assert str(caught.value).startswith(f"lr_kernels.LayoutRetouch: {message}")
 
 
 def test_a_personalized_unet_of_another_width_works():

@@ -156,5 +156,5 @@ def test_tokens_that_are_covered_by_half_belong_to_the_subject():
     ],
 )
 def test_masks_that_do_not_fit(mask, error, message):
-    with pytest.raises(error, match=r"lr_kernels.layout_retouch: reference_mask\[1\]: " + message):
+    with pytest.raises(error, match=r"lr_kernels.LayoutRetouch: reference_mask\[1\]: " + message):
         as_mask(mask, (16, 16), "crop", CPU, "reference_mask[1]")

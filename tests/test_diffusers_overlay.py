@@ -184,7 +184,8 @@ def test_labels_name_the_colours_of_subjects():
 @pytest.mark.parametrize("part", ["masks", "heat", "colours"])
 def test_parts_of_other_pictures_are_refused(part):
     x = torch.zeros(3, 4, 4, dtype=torch.bool) if part == "masks" else torch.zeros(3, 4, 4, 4)
-    with pytest.raises(ValueError, match=f"lr_kernels.sheet: {part}: expected one for each of the 2 images, got"):
+    message = f"{part}: expected one for each of the 2 images, got"
+    with pytest.raises(ValueError, match=rf"^lr_kernels\.LayoutRetouchOutput\.draw: {message}"):
         sheet([Row("", plain((0, 0, 0)), **{part: x})])
     with pytest.raises(ValueError, match="rows: expected at least one row, got 0"):
         sheet([])

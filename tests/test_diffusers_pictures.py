@@ -358,7 +358,7 @@ def test_image_and_mask_stay_together(fit, shape):
     ],
 )
 def test_images_that_do_not_fit(image, error, message):
-    with pytest.raises(error, match="lr_kernels.layout_retouch: control_image: .*" + message):
+    with pytest.raises(error, match="lr_kernels.LayoutRetouch: control_image: .*" + message):
         preprocess(image, 16, 16, name="control_image")
 
 

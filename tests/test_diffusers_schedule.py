@@ -255,7 +255,7 @@ def test_ddim_table_is_that_of_the_solver():
 )
 def test_other_schedulers_are_refused_by_name(kind, config, message):
     scheduler = kind(**({"clip_sample": False} if issubclass(kind, DDIM) else {}) | config)
-    with pytest.raises(NotImplementedError, match=rf"^lr_kernels\.layout_retouch: {message}"):
+    with pytest.raises(NotImplementedError, match=rf"^lr_kernels\.LayoutRetouch: {message}"):
         solver(scheduler, 10, "cpu")
 
 

@@ -208,7 +208,7 @@ def test_what_does_not_fit_is_refused_before_any_step(pipe, arguments, error, me
     steps = []
     with pytest.raises(error) as caught:
         run(pipe, callback_on_step_end=lambda *a: steps.append(a), **arguments)
-    assert str(caught.value).startswith(f"lr_kernels.layout_retouch: {message}") and not steps
+    assert str(caught.value).startswith(f"lr_kernels.LayoutRetouch: {message}") and not steps
 
 
 # Models that are told more

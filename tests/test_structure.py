@@ -4,6 +4,8 @@ Every import statement counts, also those within functions.
 """
 
 import ast
+import importlib
+from functools import reduce
 from pathlib import Path
 
 import pytest
@@ -148,3 +150,31 @@ def test_a_planted_import_is_found(file, line, complaint, tmp_path):
     imports = imports_of(package)
     told = [f"circle: {' -> '.join(circle(imports))}"] if circle(imports) else []
     assert any(complaint in text for text in [*told, *forbidden(imports)])
+
+
+PUBLIC = ("", ".diffusers", ".diffusers.methods", ".presets", ".interop")
+"""Where users import from."""
+
+
+def test_error_prefixes_name_what_users_call():
+    """`lr_kernels.<prefix>: …` of every `fail` whose prefix is written out, or a constant of the file."""
+    places = [importlib.import_module(f"lr_kernels{place}") for place in PUBLIC]
+
+    def found(name: str) -> bool:
+        parts = name.split(".")
+        return any(callable(reduce(lambda x, part: getattr(x, part, None), parts, place)) for place in places)
+
+    prefixes = set()
+    for path in PACKAGE.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        constants = {
+            node.targets[0].id: node.value.value
+            for node in tree.body
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "fail":
+                prefix = node.args[0]
+                prefixes.add(getattr(prefix, "value", None) or constants.get(getattr(prefix, "id", "")))
+    prefixes.discard(None)
+    assert len(prefixes) > 20 and [name for name in prefixes if isinstance(name, str) and not found(name)] == []

@@ -13,7 +13,11 @@ from .pipelines.components import PersonalizedStableDiffusionPipeline
 from .pipelines.components_xl import PersonalizedStableDiffusionXLPipeline
 from .pipelines.inversion import invert, renoise
 from .pipelines.output import LayoutRetouchOutput
-from .pipelines.pipeline import StableDiffusionLayoutRetouchPipeline, StableDiffusionXLLayoutRetouchPipeline
+from .pipelines.pipeline import (
+    LayoutRetouch,
+    StableDiffusionLayoutRetouchPipeline,
+    StableDiffusionXLLayoutRetouchPipeline,
+)
 from .pipelines.schedule import blend_weights, ddim_table
 from .processors.bank import BankAttnProcessor, ReferenceBank
 from .processors.install import (
@@ -46,6 +50,7 @@ __all__ = [
     "CustomFluxAttnProcessor",
     "CustomSD3AttnProcessor",
     "Installation",
+    "LayoutRetouch",
     "LayoutRetouchOutput",
     "MultiSourceAttnProcessor",
     "PersonalizedStableDiffusionPipeline",

@@ -73,14 +73,21 @@ class PersonalizedPipeline(Switches):
         controlnet = kwargs.get("controlnet")
         if controlnet is not None and not isinstance(controlnet, ControlNetModel):
             got = type(controlnet).__name__
-            fail("from_pipe", "controlnet", "a ControlNetModel or None", got, "pass controlnet=", NotImplementedError)
+            fail(
+                "LayoutRetouch.from_pipe",
+                "controlnet",
+                "a ControlNetModel or None",
+                got,
+                "pass controlnet=",
+                NotImplementedError,
+            )
         if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
             models = {name: kwargs[name] for name in sorted(expected) if isinstance(kwargs.get(name), torch.nn.Module)}
             dtypes = {name: model.dtype for name, model in models.items()}
             if len(set(dtypes.values())) > 1:
                 got = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
                 hint = "pass dtype=, which casts them all, or bring them to one before"
-                fail("from_pipe", "dtype", "a dtype, since the components have several", got, hint)
+                fail("LayoutRetouch.from_pipe", "dtype", "a dtype, since the components have several", got, hint)
             kwargs["dtype"] = next(iter(dtypes.values()), None)
         return super().from_pipe(pipeline, **kwargs)
 

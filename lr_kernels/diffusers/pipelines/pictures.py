@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from ...runtime.checks import check_choice, fail
 from ..processors.routing import token_mask
 
-OP = "layout_retouch"
+OP = "LayoutRetouch"
 
 FITS = ("crop", "pad", "squeeze")
 """How a picture of another aspect ratio is brought to a size: its longer side is cut around the middle, its border

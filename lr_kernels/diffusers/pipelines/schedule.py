@@ -22,7 +22,7 @@ from ...denoising.step_blend import step_blend
 from ...runtime.checks import check_choice, check_integer, check_number, fail
 from ...runtime.schemas import COLUMNS
 
-_OP = "layout_retouch"
+_OP = "LayoutRetouch"
 DEFAULT_SWITCH = 0.3
 """Share of the steps for layout_steps and retouch_start: with 6 of 20, layouts stay and identity comes back."""
 

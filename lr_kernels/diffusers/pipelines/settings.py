@@ -13,7 +13,7 @@ from ..processors.bank import STORAGES
 from .pictures import FITS
 from .schedule import Blend
 
-OP = "layout_retouch"
+OP = "LayoutRetouch"
 READINGS = ("routing", "swap")
 CONTEXTS_FROM = ("trajectory", "renoise", "inversion")
 TARGETS_FROM = ("renoise", "contexts")

@@ -63,7 +63,7 @@ def warn_of_implausible(masks: Tensor, what: str, hint: str, plausible: tuple[fl
             if not share or not low <= share <= high:
                 found = f"covers {share:.1%} of" if share else "is nowhere in"
                 warnings.warn(
-                    f"lr_kernels.layout_retouch: subject {subject} {found} {what} {image}; {hint}",
+                    f"lr_kernels.LayoutRetouch: subject {subject} {found} {what} {image}; {hint}",
                     RuntimeWarning,
                     stacklevel=2,
                 )

@@ -86,7 +86,7 @@ def sheet(rows: Sequence[Row], *, side: int = SIDE) -> PIL.Image.Image:
     ValueError: no rows, or a mask, heat or colours that are not of the row's n pictures.
     """
     if not rows:
-        fail("sheet", "rows", "at least one row", 0)
+        fail("LayoutRetouchOutput.draw", "rows", "at least one row", 0)
     drawn = [_cells(row, side) for row in rows]
     label_width = max(_label_width(row) for row in rows) + MARGIN
     widths = [sum(cell.width + GAP for cell in cells) - GAP for cells in drawn]
@@ -166,7 +166,7 @@ def _shown(reference_subjects: Sequence[int] | None, references: int, subjects: 
     if subjects == 1:
         return [0] * references
     if references != subjects:
-        fail("draw", "reference_subjects", f"the subjects of {references} references", None)
+        fail("LayoutRetouchOutput.draw", "reference_subjects", f"the subjects of {references} references", None)
     return range(references)
 
 
@@ -233,7 +233,7 @@ def _cells(row: Row, side: int) -> list[PIL.Image.Image]:
     masks = row.masks[None] if row.masks is not None and row.masks.dim() == 3 else row.masks
     for name, x, dim in (("masks", masks, 1), ("heat", row.heat, 0), ("colours", row.colours, 0)):
         if x is not None and x.shape[dim] != len(images):
-            fail("sheet", name, f"one for each of the {len(images)} images", tuple(x.shape))
+            fail("LayoutRetouchOutput.draw", name, f"one for each of the {len(images)} images", tuple(x.shape))
     cells = [_scaled(image, side) for image in images]
     if row.heat is not None:
         cells = [overlay_heat(cell, heat) for cell, heat in zip(cells, row.heat)]
@@ -296,7 +296,7 @@ def _pictures(images: Pictures, name: str) -> list[PIL.Image.Image]:
         x = x.movedim(-1, 1) if isinstance(images, np.ndarray) and x.dim() == 4 else x
         if x.dim() != 4 or x.shape[1] != 3:
             hint = "latents are no pictures: call the pipeline with another output_type"
-            fail("draw", name, "(n, 3, height, width) in [0, 1]", tuple(images.shape), hint)
+            fail("LayoutRetouchOutput.draw", name, "(n, 3, height, width) in [0, 1]", tuple(images.shape), hint)
         return [_picture(image.float().cpu()) for image in x]
     return [image.convert("RGB") for image in images]
 

@@ -50,9 +50,7 @@ def as_subjects(subject_tokens: str | Sequence[str] | Sequence[Sequence[str]]) -
     words: Any = [subject_tokens] if isinstance(subject_tokens, str) else subject_tokens
     subjects = [words] if _are_words(words) else [[x] if isinstance(x, str) else x for x in _listed(words)]
     if not subjects or not all(_are_words(x) and len(x) for x in subjects):
-        fail(
-            "layout_retouch", "subject_tokens", "words of the prompts that stand for the subject", repr(subject_tokens)
-        )
+        fail("LayoutRetouch", "subject_tokens", "words of the prompts that stand for the subject", repr(subject_tokens))
     return [list(x) for x in subjects]
 
 
@@ -67,7 +65,7 @@ def _are_words(x: object) -> bool:
 def as_numbers(shows: Sequence[int]) -> tuple[Any, ...]:
     """The subjects' numbers as given. ValueError where there is one without a list."""
     if not isinstance(shows, Iterable) or getattr(shows, "ndim", 1) == 0:
-        fail("layout_retouch", "reference_subjects", "a list of numbers", repr(shows))
+        fail("LayoutRetouch", "reference_subjects", "a list of numbers", repr(shows))
     return tuple(x if plain_number(x) is None else plain_number(x) for x in shows)
 
 
@@ -78,13 +76,13 @@ def shown_subjects(shows: Sequence[int] | None, references: int, subjects: int) 
         ValueError: a subject that no reference shows, a number that is none.
     """
     if shows is None and subjects not in (1, references):
-        fail("layout_retouch", "reference_subjects", f"the subject of each of {references} references", None)
+        fail("LayoutRetouch", "reference_subjects", f"the subject of each of {references} references", None)
     found = tuple([0] * references if subjects == 1 else range(references)) if shows is None else as_numbers(shows)
     numbers = all(type(s) is int for s in found)
     if len(found) != references or not numbers or set(found) != set(range(subjects)):
         expected = f"{references} numbers, among them each of 0 to {subjects - 1}"
         hint = "one for each reference: the subject that it shows"
-        fail("layout_retouch", "reference_subjects", expected, list(found), hint)
+        fail("LayoutRetouch", "reference_subjects", expected, list(found), hint)
     return found
 
 
@@ -94,7 +92,7 @@ def find_subjects(
     subjects: Sequence[Sequence[str]],
     device: torch.device | str,
     shows: Sequence[int | None] | None = None,
-    op: str = "layout_retouch",
+    op: str = "LayoutRetouch",
 ) -> SubjectTokens:
     """Places of the subjects' words in tokenized prompts, every occurrence and every token of a word.
 
@@ -254,7 +252,7 @@ def propagated(
     query, key = (torch.cat(parts) for parts in zip(*layers))
     subjects, images, height, width = maps.shape
     if subjects > query.shape[3]:
-        fail("propagated", "maps", f"at most {query.shape[3]} subjects, the head_dim", subjects)
+        fail("SubjectMaps", "maps", f"at most {query.shape[3]} subjects, the head_dim", subjects)
     for _ in range(times):
         value = query.new_zeros(images, height * width, 1, query.shape[3])
         value[..., 0, :subjects] = maps.flatten(2).permute(1, 2, 0)
