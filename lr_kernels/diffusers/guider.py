@@ -125,7 +125,7 @@ class StepBlendGuidance(ClassifierFreeGuidance):
         """Make the denoiser the personalized model again, exactly as it was. Only needed where the denoiser raised."""
         self._acting.close()
 
-    # What the pipelines call
+    # Methods that modular pipelines call
 
     def set_state(self, step: int, num_inference_steps: int, timestep: Tensor) -> None:
         """Which step the loop is at, and with it the weight of the personalized model."""
@@ -198,7 +198,7 @@ class StepBlendGuidance(ClassifierFreeGuidance):
         """Whether the batch that is prepared now has the prompts, not the negative ones."""
         return self._count_prepared > 0 and not self._current.endswith("uncond")
 
-    # What they do not
+    # Private
 
     def _batches(self) -> list[tuple[int, str]]:
         """(0 for the conditional inputs, 1 for the unconditional ones; name of the prediction) of each model call.

@@ -1,8 +1,8 @@
-"""Calls that repeat: what shapes, strides and dtypes decide is decided once, and launched from then on.
+"""Recorded calls: a call whose shapes, strides and dtypes came before is launched without being checked again.
 
-A diffusion model calls the same layers with the same shapes hundreds of times; checking the arguments, laying them
-out and Triton's own look-up of the compiled kernel take ten times as long as the launch itself. A recorded call is
-the compiled kernel and its arguments, where only the addresses of tensors change.
+A diffusion model calls the same layers with the same shapes hundreds of times. Checking the arguments, laying them out
+and Triton's own look-up of the compiled kernel take ten times as long as the launch itself. A recorded call is the
+compiled kernel and its arguments; a call that repeats it only exchanges the addresses of the tensors.
 """
 
 from collections.abc import Sequence

@@ -26,8 +26,12 @@ class Tile(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """One row of the table: BM, BN, warps, stages by kind of call. What takes registers decides which tile still fits:
-    address registers of a gather, the bias of a pair, the second accumulator of groups, the masks of a padded D."""
+    """One row of the table: BM, BN, warps and stages by kind of call.
+
+    A tile fits where its kernel needs at most 255 registers a thread. The kinds differ in what they need beside the
+    accumulators: a gather holds addresses, a bias one number per pair, softmax groups a second accumulator, a padded
+    head_dim masks.
+    """
 
     head_dim: int
     """serves head dims up to this"""

@@ -181,7 +181,9 @@ def install_processors(
     Raises:
         ValueError: no layers.
         NotImplementedError: a layer has a processor that is not stock (IP-Adapter, attention slicing, fused
-            projections): without it the model is another. Whatever is raised, all previous processors are back.
+            projections). Replacing it would change what the model computes.
+
+    Whatever is raised, all layers have their previous processors again.
     """
     if not layers:
         hint = "SD3 and Flux have joint_attention_layers(model); UNets and PixArt attention_layers(model, 'self')"

@@ -77,7 +77,7 @@ def _region_sizes(masks: Tensor, *, diagonal: bool) -> Tensor:
     batch, height, width = masks.shape
     flat = masks.flatten(1)
     labels = torch.arange(1, height * width + 1, device=masks.device).expand(batch, -1) * flat
-    for _ in range(height + width):  # leaps make far fewer do, but how many is not asked of a GPU
+    for _ in range(height + width):  # far fewer are needed, but counting them would synchronize with a GPU
         seen = _neighbours(labels.view(batch, 1, height, width).double(), diagonal=diagonal).flatten(1).long() * flat
         labels = torch.where(flat, seen.gather(1, (seen - 1).clamp(min=0)), 0)
     counts = torch.zeros(batch, height * width + 1, dtype=torch.int64, device=masks.device)
