@@ -10,11 +10,11 @@ from .runtime import backends
 from .runtime.extras import require
 
 SUBJECTS = ("ball", "box", "star", "ring", "cross", "die")
-"""Those of `lr_kernels.toy.world`, which needs diffusers."""
+"""The subjects of `lr_kernels.toy.world`, written out here since importing that needs diffusers."""
 
 
 class Parser(argparse.ArgumentParser):
-    """Wrong options give the whole help, not the usage line alone."""
+    """A parser that answers wrong options with the whole help and not with the usage line alone."""
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong below the help, and end with status 2."""
@@ -46,7 +46,7 @@ def _positive(text: str) -> int:
 
 
 def _backend(name: str) -> str:
-    """One that runs here: the demo would else train for a minute before it says so."""
+    """The name of a backend that runs here. Without this check the demo would train for a minute before it failed."""
     if name == "auto":
         return name
     known = name in backends.BACKENDS
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """The commands that need diffusers, which info does not."""
+    """Run a command that needs diffusers; `info` does not."""
     require("diffusers")
     if options.command == "presets":
         from .toy.gallery import run as draw

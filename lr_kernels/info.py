@@ -28,7 +28,7 @@ def versions() -> dict[str, str]:
 
 
 def instruction_set() -> str | None:
-    """What the CPU kernels use here, as `LR_KERNELS_ISA` names it; None without the extension."""
+    """The instruction set that the CPU kernels use here, as `LR_KERNELS_ISA` names it; None without the extension."""
     if ops.extension_error is not None:
         return None
     library = _library()

@@ -1,7 +1,8 @@
 """Attention under the signatures that other libraries call: PyTorch's, xformers', transformers' and diffusers'.
 
-One source of keys, masks that hide keys from all queries alike (padding). What the operator cannot express is refused
-by name, never dropped: causal and per-pair masks, dropout, and every argument that is not known here.
+They compute attention over one source of keys, with masks that hide keys from all queries alike (padding). What the
+operator cannot express is refused by name and never dropped: causal and per-pair masks, dropout, and every argument
+that is not known here.
 """
 
 from numbers import Real
@@ -66,8 +67,9 @@ def scaled_dot_product_attention(
 
 
 def _broadcast(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Batches of 1, and heads of 1 in key and value, expanded to those of the other tensors as PyTorch does; where
-    only the query has several rows, the operator reads the one row of the others itself."""
+    """Expand batches of 1, and heads of 1 in key and value, to those of the other tensors, as PyTorch does.
+
+    Where only the query has several rows nothing is expanded: the operator reads the one row of the others for each."""
     sizes = [x.shape[0] for x in (query, key, value)]
     rows_of_mask = mask.shape[0] if mask is not None and mask.dim() == 4 else 1
     batch = max(1, *sizes, rows_of_mask) if 0 not in sizes else 0
@@ -268,7 +270,7 @@ def _per_key(op: str, name: str, mask: Tensor, shape: tuple[int, ...]) -> Tensor
     mask = mask[(None,) * (4 - mask.dim())]
     if not all(one_of(n, 1, wanted) for n, wanted in zip(mask.shape, shape)):
         fail(op, name, f"a shape that broadcasts to {shape}", tuple(mask.shape))
-    if 0 in mask.shape[1:3]:  # no query that could see it
+    if 0 in mask.shape[1:3]:  # no query could see a difference
         mask = mask.new_ones(1, 1, 1, 1)
     for dim, what in ((1, "head"), (2, "query")):
         first = mask.narrow(dim, 0, 1)

@@ -147,7 +147,7 @@ EXTREMES = (
     *(("logit_bias", x) for x in (-1e38, -1e30, 1e30)),
     *(("products", x) for x in (1e8, 1e15)),
 )
-"""What makes all logits of a problem huge: `extreme_inputs`."""
+"""The ways in which `extreme_inputs` makes all logits of a problem huge."""
 
 
 def extreme_inputs(extreme: tuple[str, float], dtype: torch.dtype, device: str = "cpu", **case: Any) -> AttentionInputs:

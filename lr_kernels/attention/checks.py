@@ -20,7 +20,7 @@ _INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class Facts(NamedTuple):
-    """What is seen of a call's arguments while they are checked."""
+    """What the checks learn about a call's arguments."""
 
     lazy: bool
     """whether a tensor that a kernel would read is lazy (see `resolve`); the dispatcher resolves negatives among query,
@@ -41,7 +41,7 @@ def check(query: Tensor, sources: Sequence[Source], query_groups: Tensor | None,
 
 
 def check_types(query: Tensor, sources: Sequence[Source]) -> None:
-    """What the cast of autocast and the transforms of torch.func rely on."""
+    """The checks that must come before autocast casts and before the transforms of torch.func are looked for."""
     check_dense(OP, "query", query)
     for i, source in enumerate(sources):
         if not isinstance(source, Source):
@@ -100,7 +100,7 @@ def _requires_grad(source: Source) -> bool:
 
 
 def resolve(query: Tensor, sources: Sequence[Source]) -> tuple[Tensor, list[Source]]:
-    """The same with the values of lazy tensors written out and float64 tables within float32, for the kernels."""
+    """The arguments as kernels can read them: lazy tensors written out, float64 tables within float32."""
     found = []
     for i, source in enumerate(sources):
         tensors = {name: x for name, x in zip(source._fields, source) if isinstance(x, Tensor)}
@@ -186,7 +186,7 @@ def _check_source(i: int, source: Source, query: Tensor, eager: bool) -> bool:
 
 
 def _check_stride(name: str, x: Tensor, eager: bool) -> None:
-    """Of the last dimension, where it is not 1: it never is of a sparse tensor."""
+    """Refuse a tensor whose last dimension is not contiguous, which kernels cannot read, or that is sparse."""
     if eager:
         check_dense(OP, name, x)
     if x.shape[3] > 1:
@@ -194,8 +194,8 @@ def _check_stride(name: str, x: Tensor, eager: bool) -> None:
 
 
 def _check_strength(name: str, x: object, eager: bool) -> bool:
-    """A number that float32 holds, infinite or NaN, or a tensor of real numbers; returns whether `resolve` changes
-    it."""
+    """Refuse a strength that is neither a tensor of real numbers nor a number that float32 holds (infinities and NaN it
+    holds); returns whether `resolve` would change it."""
     if type(x) is float or type(x) is int:
         if not -FLOAT32_MAX <= x <= FLOAT32_MAX:
             _check_beyond(name, x)
@@ -217,7 +217,7 @@ def _check_strength(name: str, x: object, eager: bool) -> bool:
 
 
 def _check_beyond(name: str, x: Real | float) -> None:
-    """A number that is not within float32: only the infinities and NaN keep their meaning there."""
+    """Refuse a finite number beyond float32's largest one."""
     if x == x and x != math.inf and x != -math.inf:
         fail(OP, name, "a number that float32 holds", x)
 

@@ -25,11 +25,11 @@ _DIFFERENTIABLE = tuple(map(Source._fields.index, ("key", "value", "key_bias")))
 
 
 class Options(NamedTuple):
-    """What a call is beside its tensors."""
+    """The parts of a call that are not tensors."""
 
     backend: str
     by_reference: bool
-    """Whether the reference may compute what the kernel cannot, as "auto" allows."""
+    """Whether the backend was "auto", so that the reference may compute what the kernel cannot."""
     scale: float | None
     return_lse: bool
 
@@ -78,7 +78,9 @@ class _Attention(torch.autograd.Function):
             return (None, found[0], None, None, *found[1:])
         plan = AttentionPlan((), (), None, tuple(rest[:count]), tuple(rest[count : 2 * count]), order, start)
         tables = lay_out(query, sources, plan, ctx.options.scale)
-        places = sorted(range(count), key=lambda i: sources[i].softmax_group)  # of the sources, in the tables' order
+        places = sorted(
+            range(count), key=lambda i: sources[i].softmax_group
+        )  # the sources' fields, in the order of the tables
         bias_wanted = tuple(wanted[i * _FIELDS + _DIFFERENTIABLE[2]] for i in places)
         if out is not None:
             parts = list(group_gradients(ctx.options.backend, query, tables, out, lse, grad_out, grad_lse, bias_wanted))
@@ -113,7 +115,7 @@ def _gradients_of_reference(
     grad_lse: Tensor | None,
     wanted: tuple[bool, ...],
 ) -> list[Tensor | None]:
-    """Of query and of every field of the sources, as a function of them and of grad_out that autograd sees."""
+    """The gradients of query and of the sources' fields, computed so that autograd can differentiate them."""
     if not options.by_reference:
         name = options.backend
         raise NotImplementedError(

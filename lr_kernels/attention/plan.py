@@ -18,7 +18,8 @@ from ..runtime.tensors import check_dense, resolved_or_none, true_places
 
 
 class _Kept:
-    """One mask as a plan was built from it. The alias holds its memory, so that no other mask can come to lie there."""
+    """One mask at the time when the plan was built. The alias keeps the memory alive, so that no other mask gets the
+    address."""
 
     def __init__(self, mask: Tensor) -> None:
         self.alias = mask.detach()
@@ -35,8 +36,8 @@ class _Kept:
 
 
 class PlanStamp:
-    """What `plan_attention` made a plan from, and what of it: to see that neither has changed since. A copy of a plan
-    (copy, pickle) holds other masks and has no stamp."""
+    """The masks and the lists of a plan as `plan_attention` made it, to see later whether either has changed. A copy of a
+    plan (copy, pickle) holds other masks and has no stamp."""
 
     def __init__(self, masks: Sequence[tuple[str, Tensor]], parts: tuple) -> None:
         self.masks = [(name, mask, _Kept(mask)) for name, mask in masks]
@@ -111,7 +112,7 @@ def plan_attention(
 def _named(
     key_masks: Sequence[Tensor | None], key_groups: Sequence[Tensor | None], query_groups: Tensor | None
 ) -> list[tuple[str, Tensor]]:
-    """The masks that are given, with the names of the arguments that they are."""
+    """The masks that are not None, each with the name of its argument."""
     named = [
         *((f"key_mask[{i}]", x) for i, x in enumerate(key_masks)),
         *((f"key_groups[{i}]", x) for i, x in enumerate(key_groups)),
@@ -126,7 +127,7 @@ def build_plan(
     query_groups: Tensor | None,
     query_classes: Iterable[int] | None = None,
 ) -> AttentionPlan:
-    """`plan_attention` of masks that are known to fit."""
+    """`plan_attention` without its checks, for masks that are known to fit."""
     masks = _named(key_masks, key_groups, query_groups)
     query_order = class_start = None
     classes: Sequence[int] = ()
@@ -136,7 +137,7 @@ def build_plan(
             if not isinstance(c, Integral) or not 0 <= int(c) <= 255:
                 fail("plan_attention", "query_classes", "integers from 0 to 255", c)
         classes = sorted({int(c) for c in named})
-        classes = classes or [0]  # no queries at all
+        classes = classes or [0]  # there are no queries
         _check_list_memory(masks, query_groups, len(classes))
         query_order, class_start = _order_queries(query_groups, classes)
     else:
@@ -189,7 +190,7 @@ def as_made(plan: AttentionPlan) -> bool:
 
 
 def check_parts(op: str, plan: AttentionPlan) -> None:
-    """TypeError where a plan that was put together by hand holds what is none of its parts."""
+    """TypeError if a field of the plan has a wrong type, as in a plan that was put together by hand."""
     for name in ("key_masks", "key_groups", "key_index", "key_count"):
         if not isinstance(getattr(plan, name), (list, tuple)):
             fail(op, f"plan.{name}", "a tuple", type(getattr(plan, name)).__name__, error=TypeError)
@@ -261,7 +262,7 @@ def check_masks(
     key_groups: Sequence[Tensor | None],
     query_groups: Tensor | None,
 ) -> None:
-    """The dtype and rank rules of masks and groups."""
+    """Check dtype and number of dimensions of masks and groups."""
     for i, (mask, groups) in enumerate(zip(key_masks, key_groups)):
         for name, x in (("key_mask", mask), ("key_groups", groups)):
             if x is not None and not isinstance(x, Tensor):

@@ -97,7 +97,7 @@ def _every_key(count: int) -> AttentionPlan:
 
 
 _EVERY_KEY = [_every_key(count) for count in range(MAX_SOURCES + 1)]
-"""By their number, the plan of sources without masks."""
+"""The plans of calls without masks, by the number of sources."""
 
 
 def _run(backend: str, query: Tensor, tables: AttentionTables, return_lse: bool) -> Result:
@@ -108,7 +108,7 @@ def _run(backend: str, query: Tensor, tables: AttentionTables, return_lse: bool)
 
 
 def _check_options(query: Tensor, sources: Sequence[Source], scale: float | None, return_lse: bool) -> float | None:
-    """The kinds of the arguments, on which what follows relies; returns the scale."""
+    """Check the types of the arguments before anything else looks at them; returns the scale."""
     if not isinstance(query, Tensor):
         fail(OP, "query", "a tensor", type(query).__name__, error=TypeError)
     if query.is_meta:

@@ -1,4 +1,4 @@
-"""Calls of multi_source_attention that repeat: what of a call decides how it is launched."""
+"""Which calls of multi_source_attention may be recorded, and the key under which an equal call is found again."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +20,7 @@ def signature(
     query: Tensor, sources: Sequence[Source], query_groups: Tensor | None, scale: float | None, return_lse: bool,
     plan: AttentionPlan | None,
 ) -> tuple[list, list[Tensor]] | None:  # fmt: skip
-    """What decides the launch, as parts of a dictionary's key, and the tensors that it is launched with.
+    """The parts of a call that decide how it is launched, as a dictionary's key, and the tensors it is launched with.
 
     None for a call that must be checked and laid out anew: gradients, masks without a plan, a plan for other masks (the
     checks say what is wrong), numbers instead of tensors as strengths, tensors of a subclass, a dispatch mode.

@@ -40,7 +40,7 @@ def lay_out(query: Tensor, sources: Sequence[Source], plan: AttentionPlan, scale
 
 
 def _table(name: str, x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """In the kernels' dtype and contiguous in the last dimension; as it is where it is so already."""
+    """The table in the kernels' dtype and contiguous in the last dimension; no copy if it is so already."""
     if x is None:
         return None
     if x.dtype != dtype or x.stride(-1) != 1:

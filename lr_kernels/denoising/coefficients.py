@@ -17,7 +17,8 @@ BACKGROUNDS = ("latents", "clean")
 SCHEDULES = ("hard", "linear", "cosine")
 
 _ROUNDING = 1e-6
-"""By how much of itself a σ may rise: diffusers computes some lists, which end at their lowest σ, in two ways."""
+"""The relative amount by which a σ may rise. diffusers computes the last σ of some lists in another way than the
+others, so that it rises by rounding."""
 
 PerStep = float | Sequence[float] | Tensor
 """One number, or one per step."""

@@ -129,7 +129,7 @@ def step_blend(
         out, model_input, history_out,
         dtypes=(*KERNEL_DTYPES, torch.float64), mask_dtypes=() if mask is None else (mask.dtype,),
     )  # fmt: skip
-    if refusal is not None:  # of what the binding alone looks at: coefficients that need a tensor, the launch
+    if refusal is not None:  # only the binding looks at the coefficients that need a tensor, and at the launch
         raise refusal
     if step_tensor is None and torch.compiler.is_compiling():  # an int would recompile the graph for the next step
         row, step_tensor = 0, torch.full((1,), row, dtype=torch.int32, device=device)
@@ -247,8 +247,8 @@ def _check_terms(
     noise: Tensor | None,
     history: Tensor | None,
 ) -> None:
-    """What else the C++ op looks at, where an error of its own would end the process: RuntimeError for a step outside
-    the table and for a tensor that the coefficients need, in a compiled graph too."""
+    """RuntimeError for a step outside the table and for a missing tensor whose coefficient is not 0, in a compiled graph
+    too. The C++ op checks this; it is checked here for a torch in which an error of the op would end the process."""
     now = coefficients[row]
     if step is not None:
         last = coefficients.shape[0] - 1

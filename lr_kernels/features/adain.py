@@ -67,7 +67,7 @@ def adain(
 
 
 def _dense(mask: Tensor | None) -> Tensor | None:
-    """With contiguous tokens; as it is where they are so already."""
+    """The mask with contiguous tokens; no copy if they are so already."""
     return mask if mask is None or mask.stride(1) == 1 else mask.contiguous()
 
 

@@ -16,7 +16,7 @@ from ..runtime.tensors import resolved
 
 _OP = "correspondence"
 _FAR = 2.0**30
-"""A radius that reaches every cell; the square of it is an int64."""
+"""A radius that reaches every cell. Its square fits an int64."""
 _MAX_CHANNELS = 2**24
 """The CPU kernel counts the channels of a few dozen tokens in 32 bits."""
 
@@ -120,7 +120,7 @@ def _check_radius(radius: float | Sequence[float] | Tensor, target: Tensor) -> f
             fail(_OP, "radius", f"a number, shape () or ({batch},)", f"shape {tuple(radius.shape)}")
         if radius.device != target.device:
             fail(_OP, "radius", str(target.device), radius.device)
-        check_memory(_OP, "radius", 4 * 8 * radius.numel(), radius.device)  # float64, and what follows from it
+        check_memory(_OP, "radius", 4 * 8 * radius.numel(), radius.device)  # the computation is in float64 then
         radius = radius.detach().reshape(-1).double()
         if radius.device.type == "cpu" and radius.numel() and not torch.compiler.is_compiling():
             low, high = (x.item() for x in radius.aminmax())
@@ -132,7 +132,7 @@ def _check_radius(radius: float | Sequence[float] | Tensor, target: Tensor) -> f
             fail(_OP, "radius", f"a number, or {batch} for the rows", f"{len(radius)} numbers")
         for i, x in enumerate(radius):
             check_number(_OP, f"radius[{i}]", x, expected, low=0)
-        # filled and not copied: a copy from the host would wait for the GPU
+        # filled on the device, since a copy from the host would wait for the GPU
         rows = [torch.full((1,), min(x, _FAR), dtype=torch.float64, device=target.device) for x in radius]
         return torch.cat(rows) if rows else target.new_empty(0, dtype=torch.float64)
     check_number(_OP, "radius", radius, expected, low=0)

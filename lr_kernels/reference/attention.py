@@ -20,7 +20,7 @@ __all__ = [
 ]
 
 _FAR = 2.0**120
-"""Of a logit: its parts may be beyond float32."""
+"""Where a logit is beyond this, the numbers that it is summed from may be beyond float32."""
 
 
 def _per_head(x: float | Tensor | None, default: float, query: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,13 +10,14 @@ from .modes import forward_mode, transforms_active
 from .platform import KERNEL_DTYPES
 
 BACKENDS = (*ops.BACKENDS, "reference")
-"""The kernels' in the order in which "auto" tries them; the reference serves the rest, the interpreter only by name."""
+"""All backends. "auto" tries those with kernels in this order and takes "reference" where none of them can serve. It
+never takes Triton's interpreter, which runs only where "triton" is named."""
 
 _OF_DEVICE = {
     device_type: [(name, about) for name, about in ops.BACKENDS.items() if about.device_type == device_type]
     for device_type in {about.device_type for about in ops.BACKENDS.values()}
 }
-"""What "auto" tries, by the tensors' device type: a look at all backends costs every call 0.4 us."""
+"""The backends that "auto" tries, by the tensors' device type. Looking at all of them would cost 0.4 us a call."""
 
 
 def unavailable(backend: str, op: str, device_type: str | None = None) -> str | None:
@@ -30,7 +31,7 @@ def unavailable(backend: str, op: str, device_type: str | None = None) -> str | 
 
 
 def forward_only(*tensors: torch.Tensor | None) -> dict[str, list[str]]:
-    """What the kernel backends lack of a call of an operator without gradients: see `choose`."""
+    """What the kernels of an operator that has no gradients lack of this call, by backend, as `choose` takes it."""
     if (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)) or forward_mode(*tensors):
         return {name: ["gradients"] for name in BACKENDS if name != "reference"}
     return {}

@@ -12,7 +12,7 @@ from .checks import fail, one_of
 from .platform import KERNEL_DTYPES
 
 Extent = int | tuple[int, ...] | str
-"""Of a dimension: its size, or one of several sizes, or the name of a dimension of any size."""
+"""What a dimension may be: one size, one of several sizes, or any size, then given by the name of the dimension."""
 Dtypes = torch.dtype | tuple[torch.dtype, ...]
 
 
@@ -59,7 +59,7 @@ class Call:
         start, end = self._span(name, x)
         if start == end:
             return
-        reach = 0  # of the dimensions with smaller strides
+        reach = 0  # along the dimensions with smaller strides, first to last element
         for stride, size in sorted((stride, size) for size, stride in zip(x.shape, x.stride()) if size > 1):
             self.require(stride > reach, name, "elements that share no memory", x.stride())
             reach += (size - 1) * stride
@@ -79,10 +79,10 @@ class Call:
         elif x.dtype not in (dtype if isinstance(dtype, tuple) else (dtype,)):
             expected = " or ".join(map(_bare, dtype if isinstance(dtype, tuple) else (dtype,)))
             fail(self.op, name, expected, x.dtype, error=TypeError)
-        if x.get_device() != self.index or (self.index < 0 and x.device != self.device):  # -1: the CPU, meta
+        if x.get_device() != self.index or (self.index < 0 and x.device != self.device):  # -1: CPU or meta
             fail(self.op, name, str(self.device), x.device)
         sizes = x.shape
-        if sizes == shape and x.is_contiguous():  # most are so, and this precedes every launch
+        if sizes == shape and x.is_contiguous():  # so are most tensors, and this check precedes every launch
             return
         if len(sizes) != len(shape) or not all(map(_fits, sizes, shape)):
             fail(self.op, name, f"shape {_text(shape)}", tuple(sizes))

@@ -88,7 +88,7 @@ def plain_number(value: object) -> int | float | None:
 
 
 def one_of(size: int, *allowed: int) -> bool:
-    """`size in allowed`, by comparing: under torch.compile `in` misses a symbolic size that is equal."""
+    """Whether the size is one of those allowed. (Under torch.compile `in` misses a symbolic size that is equal.)"""
     for x in allowed:
         if size == x:
             return True
@@ -96,7 +96,7 @@ def one_of(size: int, *allowed: int) -> bool:
 
 
 def has_shape(x: torch.Tensor, *shapes: tuple[int, ...]) -> bool:
-    """`tuple(x.shape) in shapes`, by comparing: see `one_of`."""
+    """Whether x has one of these shapes, for symbolic sizes too: see `one_of`."""
     for shape in shapes:
         if x.dim() == len(shape) and x.shape == shape:
             return True
@@ -134,7 +134,7 @@ def check_memory(op: str, argument: str, needed: int, device: torch.device) -> N
 
 
 def memory_limit(device: torch.device) -> int | None:
-    """Bytes of the device; on the CPU also the limits of the control group and of the process. None: not known."""
+    """The device's memory in bytes, on the CPU within the limits of control group and process; None where not known."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     if device.type != "cpu":

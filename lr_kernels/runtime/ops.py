@@ -20,16 +20,16 @@ from .schemas import OPERATORS_WITH_CUDA, SCHEMAS
 
 
 class Backend(NamedTuple):
-    """Kernels that are written in one language."""
+    """The kernels that are written in one language."""
 
     device_type: str
-    """Of the tensors for which "auto" takes it."""
+    """The device type of tensors for which "auto" takes this backend."""
     operators: Collection[str]
-    """That have a kernel of it."""
+    """The operators that have a kernel of this backend."""
     unavailable: Callable[[str | None], str | None]
-    """Why it cannot run here on tensors of a device type (None: of any), or None."""
+    """A function of a device type (None: any): why the backend cannot run here on such tensors, or None."""
     load: Callable[[], ModuleType] | None = None
-    """Imports the module that registers its kernels, where importing this package does not."""
+    """Imports the module that registers the kernels; None where importing this package does."""
 
 
 def _cuda_unavailable(device_type: str | None) -> str | None:
@@ -67,7 +67,7 @@ BACKENDS = {
     "triton": Backend("cuda", SCHEMAS, _triton_unavailable, _load_triton),
     "cpu": Backend("cpu", SCHEMAS, _cpu_unavailable),
 }
-"""In the order in which "auto" tries them."""
+"""The backends with kernels, in the order in which "auto" tries them."""
 
 _LOADERS = {name: about.load for name, about in BACKENDS.items() if about.load is not None}
 
@@ -90,7 +90,7 @@ def recorded_call(operator: str, backend: str, *arguments: Any) -> Any:
 
 _library = torch.library.Library("lr_kernels", "DEF")
 _ops: dict[tuple[str, str], Callable[..., None]] = {}
-"""By operator and backend."""
+"""The torch ops by operator and backend."""
 
 for _backend, _about in BACKENDS.items():
     for _operator in _about.operators:
@@ -101,7 +101,7 @@ for _backend, _about in BACKENDS.items():
 
 
 def _load_extension(folder: Path) -> tuple[str | None, str | None]:
-    """Load `_C.so` and `_C_cuda.so` from `folder`. Returns None, or why they are not available, of each."""
+    """Load `_C.so` and `_C_cuda.so` from `folder`. Returns for each None, or why it is not available."""
     library, cuda, record = folder / "_C.so", folder / "_C_cuda.so", folder / "_build.json"
     if not library.exists():
         reason = why_not_built(folder)

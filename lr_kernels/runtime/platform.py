@@ -7,8 +7,8 @@ import torch
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 ERRORS_REACH_PYTHON = tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 13)
-"""Whether an error raised by the C++ extension does: with torch 2.11 it crashes the process in torch's boxed kernel.
-There the checks in Python always come first."""
+"""Whether an error raised by the C++ extension arrives in Python. With torch 2.11 it crashes the process in torch's
+boxed kernel, so with that torch the checks in Python always come first."""
 
 
 def interpreted() -> bool:

@@ -10,14 +10,14 @@ from typing import NamedTuple
 from torch import Tensor
 
 MAX_TOKENS = 2**31 - 1
-"""What index tables of int32 can name."""
+"""The most tokens that int32 index tables can number."""
 MAX_SOURCES = 16
 MAX_HEAD_DIM = 256
 MAX_PREDICTIONS = 6
 MAX_PARTS = 16
-"""Partial results that merge_attention_states joins."""
+"""The most partial results that merge_attention_states joins."""
 COLUMNS = ("a", "e", "sigma", "h", "p", "q", "c", "d", "s")
-"""What follows the weights g_0 … g_{K-1} of the predictions in a row of step_blend's coefficients; see
+"""The columns after the weights g_0 … g_{K-1} of the predictions in step_blend's coefficient table; their meaning is in
 `reference.step_blend`."""
 
 # B query rows of N tokens, S sources of R rows and M keys, C query classes (see plan.py), G softmax groups
@@ -70,7 +70,7 @@ SCHEMAS = {
 }
 
 OPERATORS_WITH_CUDA = frozenset({"step_blend", "compact_keys"})
-"""Those with a CUDA C++ kernel: small ones, whose time on a GPU is that of the launch."""
+"""The operators with a CUDA C++ kernel: small ones, whose time on a GPU is mostly that of the launch."""
 
 
 class AttentionTables(NamedTuple):

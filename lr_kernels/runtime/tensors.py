@@ -55,7 +55,7 @@ def within_float32(x: Tensor) -> Tensor:
 
 
 def resolved_or_none(op: str, argument: str, x: Tensor | None) -> Tensor | None:
-    """`resolved` of an argument that may be None."""
+    """`resolved` for an argument that may be None."""
     return None if x is None else resolved(op, argument, x)
 
 
@@ -63,7 +63,7 @@ def true_places(x: Tensor) -> tuple[Tensor, Tensor]:
     """Of bool (…, M): int32 (…, M), the places of the true entries in ascending order and then 0, and int32 (…), how
     many they are."""
     entries = x.shape[-1]
-    place = torch.where(x, x.cumsum(-1) - 1, entries)  # the others all land in one spare slot, cut off below
+    place = torch.where(x, x.cumsum(-1) - 1, entries)  # all others land in a spare slot, which is cut off below
     index = torch.zeros(*x.shape[:-1], entries + 1, dtype=torch.int32, device=x.device)
     index.scatter_(-1, place, torch.arange(entries, dtype=torch.int32, device=x.device).expand_as(place))
     return index[..., :entries], x.sum(-1, dtype=torch.int32)
