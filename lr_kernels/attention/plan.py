@@ -36,7 +36,7 @@ class _Kept:
 
 
 class PlanStamp:
-    """The masks and the lists of a plan as `plan_attention` made it, to see later whether either has changed. A copy of a
+    """The masks and lists of a plan as `plan_attention` made it, to see later whether either has changed. A copy of a
     plan (copy, pickle) holds other masks and has no stamp."""
 
     def __init__(self, masks: Sequence[tuple[str, Tensor]], parts: tuple) -> None:

@@ -247,8 +247,8 @@ def _check_terms(
     noise: Tensor | None,
     history: Tensor | None,
 ) -> None:
-    """RuntimeError for a step outside the table and for a missing tensor whose coefficient is not 0, in a compiled graph
-    too. The C++ op checks this; it is checked here for a torch in which an error of the op would end the process."""
+    """RuntimeError for a step outside the table and for a missing tensor whose coefficient is not 0, also in compiled
+    graphs. The C++ op checks the same; this is for a torch in which an error of the op would end the process."""
     now = coefficients[row]
     if step is not None:
         last = coefficients.shape[0] - 1

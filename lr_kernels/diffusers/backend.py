@@ -38,7 +38,8 @@ def register_attention_backend() -> None:
 
 
 class _AnyName(frozenset):
-    """diffusers drops what a backend's signature does not name; with this it hands over all, for us to refuse."""
+    """A signature that accepts every keyword. diffusers drops keywords that a backend's signature does not name; so it
+    hands over all of them, and this backend refuses those that it lacks."""
 
     def __contains__(self, name: object) -> bool:
         return True
@@ -101,7 +102,7 @@ def use_attention_backend(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _what_serves(processors: Sequence[object]) -> str:
-    """What this package has for a model whose processors do not dispatch."""
+    """Which processors of this package serve a model that does not dispatch its attention."""
     if any(isinstance(p, JOINT_PROCESSORS) for p in processors):
         return (
             "SD3 takes lr_kernels.diffusers.install_processors: joint_attention_layers(model) with "

@@ -20,7 +20,7 @@ from .pipelines.schedule import DEFAULT_SWITCH, Blend, blend_weights, step_in_sc
 _OP = "StepBlendGuidance"
 _ABSENT = object()
 _acting_on: WeakKeyDictionary[nn.Module, weakref.ref] = WeakKeyDictionary()
-"""The last guider of each denoiser."""
+"""By denoiser, the guider that prepared it last."""
 
 
 class StepBlendGuidance(ClassifierFreeGuidance):
@@ -89,7 +89,7 @@ class StepBlendGuidance(ClassifierFreeGuidance):
             stop=stop,
             enabled=enabled,
         )
-        # The config is written as JSON.
+        # The config is written as JSON, which has no NumPy numbers.
         number: Any = plain_number(layout_steps)
         layout_steps = layout_steps if number is None else number
         kept = None if callable(layout_blend) else layout_blend
@@ -101,7 +101,7 @@ class StepBlendGuidance(ClassifierFreeGuidance):
         self.vanilla = vanilla
         self._weight = 1.0
         self._layout_inputs: dict[str, Tensor] = {}
-        self._acting = ExitStack()  # what makes the denoiser the vanilla model
+        self._acting = ExitStack()  # the contexts that make the denoiser the vanilla model
 
     def new(self, **kwargs: Any) -> "StepBlendGuidance":
         """A guider of the same configuration and vanilla model, but for `kwargs`; without layout inputs."""
@@ -238,7 +238,7 @@ class StepBlendGuidance(ClassifierFreeGuidance):
 def _calling(denoiser: nn.Module, vanilla: nn.Module) -> Iterator[None]:
     """While it lasts this instance of the denoiser runs the vanilla model."""
     before = vars(denoiser).get("forward", _ABSENT)
-    vars(denoiser)["forward"] = vanilla  # past nn.Module, which would make it a submodule
+    vars(denoiser)["forward"] = vanilla  # not by setattr: nn.Module would make it a submodule
     try:
         yield
     finally:

@@ -1,9 +1,10 @@
 """Methods that share attention between images, each as sources of `multi_source_attention`.
 
 A preset is a function of the queries, keys and values of one attention layer, all rows of the batch together,
-(B, N, H, D) each; it returns the (B, N, H, D) that the layer goes on with. What it reads of other rows it reads in
-place. Tables of rows say which row is whose source: int (B,), -1 for none, made once (`guided_rows`) and kept on the
-query's device; int32 is not copied. A batch that a table or a mask was not made for is a ValueError that names it.
+(B, N, H, D) each; it returns the (B, N, H, D) that the layer goes on with. Keys and values of other rows are read in
+place. A table of rows says which other row each row reads: int (B,), -1 for none. Make it once (`guided_rows`) and keep
+it on the query's device; int32 is not copied. A table or a mask that was made for another batch is a ValueError that
+names it.
 
 To run one for a whole generation as its authors do, see `lr_kernels.diffusers.methods`; with settings of your own, see
 `lr_kernels.diffusers.sharing` (docs/own-method.md).

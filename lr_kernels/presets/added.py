@@ -1,4 +1,4 @@
-"""Methods that add images, or their values, to what a layer reads anyway."""
+"""Methods in which a layer reads images, or their values, besides what it reads anyway."""
 
 from collections.abc import Sequence
 
@@ -47,7 +47,7 @@ def ip_adapter(
 
 
 def _weight(i: int, scale: float | Tensor, mask: Tensor | None, query: Tensor) -> float | Tensor:
-    """Scale times mask, as a weight of `Source`."""
+    """The weight of the image's `Source`: scale times mask."""
     check_strength("ip_adapter", f"scales[{i}]", scale, query, query.shape[1])
     if mask is None:
         return scale
@@ -78,7 +78,7 @@ def dream_matcher(
         blend: float (B, N): foreground times confidence of the match, w.
         backend: of `multi_source_attention`.
 
-    V' is made once, M rows against N x M pairs, so one softmax serves both parts of it.
+    V' is made once before the softmax, which costs M rows against the N x M pairs of a second softmax.
     """
     batch, tokens = value.shape[:2]
     if reference.dim() != 4 or reference.shape[0] not in (1, batch) or reference.shape[2:] != value.shape[2:]:

@@ -10,7 +10,7 @@ from ..source import Source
 from .rows import check_mask, check_rows
 
 OWN, BACKGROUND, FOREGROUND = 1, 2, 4
-"""Group bits: rows that attend to all of themselves, the surroundings, the subject."""
+"""The group bits of rows that attend to all of themselves, of the surroundings and of the subject."""
 
 
 def masactrl(
@@ -192,19 +192,19 @@ def _sides(mask: Tensor) -> Tensor:
 
 
 def _empty(side: Tensor, bit: int) -> Tensor:
-    """The bit for all tokens of a row where the side has none."""
+    """Group bytes that set `bit` for all tokens of a row whose side has no token, and 0 elsewhere."""
     return torch.where(side.any(1, keepdim=True), 0, bit).expand(side.shape)
 
 
 def _evenly(key: Tensor, value: Tensor, rows: Tensor, groups: Tensor | None) -> Source:
-    """All values of a row with equal weights, for queries of these groups."""
+    """A source that gives queries of these groups the mean of all values of a row."""
     # a tensor, since on a GPU a call with numbers is laid out anew every time
     nothing = key.new_zeros((), dtype=torch.float32)
     return Source(key, value, rows, key_groups=groups, logit_scale=nothing)
 
 
 def _evenly_hidden(key: Tensor, value: Tensor, rows: Tensor | None, empty: Tensor) -> Source:
-    """All values of a row with equal weights where its side is `empty`, bool (R or 1, 1)."""
+    """A source that gives the mean of all values of a row where its side is `empty`, bool (R or 1, 1)."""
     shown = empty.expand(empty.shape[0], key.shape[1]).contiguous()
     nothing = key.new_zeros((), dtype=torch.float32)
     return Source(key, value, rows, key_mask=shown, logit_scale=nothing)

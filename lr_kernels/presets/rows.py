@@ -1,4 +1,4 @@
-"""The tables and masks that presets take: how a table is made, and the checks that blame the preset's own argument."""
+"""Tables of rows and masks for presets: how a table is made, and checks whose errors name the preset's own argument."""
 
 import math
 from collections.abc import Sequence
@@ -37,7 +37,8 @@ def guided_rows(rows: Sequence[int], halves: int = 2, device: torch.device | str
 
 
 def check_rows(op: str, name: str, rows: Tensor, query: Tensor) -> None:
-    """One row, or -1, for each row of the batch. On a GPU, looking at the numbers would synchronize."""
+    """Refuse a table that does not name one row, or -1, for each row of the batch. On a GPU the numbers are not looked
+    at, since that would synchronize."""
     batch = query.shape[0]
     if not isinstance(rows, Tensor):
         fail(op, name, "an integer tensor", type(rows).__name__, "see guided_rows", TypeError)
@@ -55,7 +56,7 @@ def check_rows(op: str, name: str, rows: Tensor, query: Tensor) -> None:
 
 
 def check_mask(op: str, name: str, mask: Tensor, rows: int, query: Tensor, *, soft: bool = False) -> None:
-    """bool (rows or 1, N); with `soft` also floating."""
+    """Refuse a mask that is not bool (rows or 1, N); with `soft` it may also be floating."""
     tokens = query.shape[1]
     if not isinstance(mask, Tensor):
         fail(op, name, "a tensor", type(mask).__name__, error=TypeError)
@@ -68,7 +69,7 @@ def check_mask(op: str, name: str, mask: Tensor, rows: int, query: Tensor, *, so
 
 
 def check_strength(op: str, name: str, x: object, query: Tensor, last: int) -> None:
-    """A number, or a tensor (), (B,) or (B, last)."""
+    """Refuse a strength that is neither a number nor a tensor (), (B,) or (B, last)."""
     batch = query.shape[0]
     expected = f"a number, a scalar, ({batch},) or ({batch}, {last})"
     if isinstance(x, Tensor):
@@ -79,7 +80,7 @@ def check_strength(op: str, name: str, x: object, query: Tensor, last: int) -> N
 
 
 def check_halves(op: str, halves: int, batch: int) -> int:
-    """Rows per half of the guidance."""
+    """The rows of each half of the guidance. ValueError if the halves do not divide the batch."""
     check_integer(op, "halves", halves, 1, f"a divisor of the batch's {batch} rows")
     if batch % halves:
         fail(op, "halves", f"a divisor of the batch's {batch} rows", halves, "2 with guidance, 1 without")

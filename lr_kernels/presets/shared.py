@@ -13,7 +13,7 @@ from ..source import Source
 from .rows import check_halves, check_mask, check_rows, check_strength
 
 MAX_OTHERS = 15
-"""Sources beside a row's own."""
+"""The most other images that a row reads: a call has 16 sources, and one is the row itself."""
 
 
 def style_aligned(
@@ -184,7 +184,7 @@ def story_diffusion_plan(
     generator: torch.Generator | None = None,
     device: str | torch.device = "cpu",
 ) -> AttentionPlan:
-    """Draws the tokens of each image that the others read, the same for its row in every half of the guidance.
+    """Draw the tokens of each image that the others read, the same for its row in every half of the guidance.
 
     Args:
         batch: all rows, halves times the images.

@@ -1,4 +1,4 @@
-"""The arguments of `methods`, checked where a `with` block begins, not in the first step that is active."""
+"""Checks of the arguments of `methods`. They run where a `with` block begins, not in the first step that is active."""
 
 import math
 from collections.abc import Collection, Sequence
@@ -13,7 +13,7 @@ from ...runtime.backends import BACKENDS
 from ...runtime.checks import check_choice, check_integer, entries_of, fail, plain_number
 
 MAX_SEED = 2**53
-"""A step's generator is seeded with 1000 times that, plus the step, in 64 bits."""
+"""The largest seed: a step's generator is seeded with 1000 times the seed plus the step, which must fit 64 bits."""
 
 
 def check_backend(op: str, backend: str) -> None:
@@ -34,7 +34,7 @@ def check_seed(op: str, seed: int) -> int:
 
 
 def check_anchors(anchors: Sequence[int], images: int) -> list[int]:
-    """Different images of a half, at least one."""
+    """Refuse a list of images that is empty, names one twice or names one that the half does not have."""
     expected = f"a list of 1 to {MAX_OTHERS} of the images 0 to {images - 1}, each once"
     entries = entries_of(anchors)
     if entries is None or not 1 <= len(entries) <= MAX_OTHERS:
@@ -46,7 +46,7 @@ def check_anchors(anchors: Sequence[int], images: int) -> list[int]:
 
 
 def check_later(op: str, steps: int | Collection[int] | None) -> None:
-    """The first step has no masks yet: they are those of the steps before."""
+    """Refuse the first step for a method whose masks come from the steps before."""
     number = plain_number(steps)
     if number is not None:
         first = number == 0
@@ -57,7 +57,7 @@ def check_later(op: str, steps: int | Collection[int] | None) -> None:
 
 
 def check_list(op: str, name: str, values: Sequence[object], length: int | None = None) -> list[Any]:
-    """One entry per image, as a list."""
+    """The values as a list with one entry per image."""
     sized = isinstance(values, list | tuple) or (isinstance(values, Tensor | np.ndarray) and values.ndim > 0)
     if not sized or (length is not None and len(values) != length):
         expected = "a list" if length is None else f"a list of {length}"
@@ -66,7 +66,8 @@ def check_list(op: str, name: str, values: Sequence[object], length: int | None 
 
 
 def check_strength(op: str, name: str, x: float | Tensor) -> None:
-    """A number, or a tensor without NaN: this looks at its entries once, before the run."""
+    """Refuse a strength that is neither a number nor a tensor without NaN. Its entries are read once, before the
+    run."""
     if isinstance(x, Tensor):
         if bool(x.isnan().any()):
             fail(op, name, "finite numbers", "NaN")
@@ -75,7 +76,7 @@ def check_strength(op: str, name: str, x: float | Tensor) -> None:
 
 
 def as_mask(op: str, name: str, mask: Tensor | np.ndarray) -> Tensor:
-    """bool or floating, (1 or B, height, width)."""
+    """The mask as a tensor, bool or floating, (1 or B, height, width)."""
     found = torch.from_numpy(mask) if isinstance(mask, np.ndarray) and mask.dtype.kind in "bf" else mask
     expected = "bool or float (height, width) or (1 or B, height, width)"
     if not isinstance(found, Tensor) or found.dim() not in (2, 3) or found.numel() == 0:
@@ -86,7 +87,7 @@ def as_mask(op: str, name: str, mask: Tensor | np.ndarray) -> Tensor:
 
 
 def stacked_masks(op: str, masks: Tensor | np.ndarray | Sequence[Tensor], images: int) -> Tensor:
-    """bool (images, height, width), from a tensor, an array or a list of them."""
+    """Masks, given as a tensor, an array or a list of them, as bool (images, height, width)."""
     expected = f"bool ({images}, height, width)"
     found = masks
     if isinstance(masks, Sequence) and not isinstance(masks, str):

@@ -12,7 +12,7 @@ from ...runtime.checks import check_integer, check_number, entries_of, fail
 from ..processors.install import check_not_compiled, pass_inputs
 
 EPS = 1e-6
-"""Lowest variance, as in the community pipeline."""
+"""The lowest variance that is divided by, as in the community pipeline."""
 
 
 @contextmanager
@@ -96,7 +96,8 @@ def reference_adain(
 
 
 def _matched_modules(unet: UNet2DConditionModel, weight: float) -> list[nn.Module]:
-    """The mid block, and in the blocks that take part what ends each of their layers."""
+    """The modules whose outputs are matched: the mid block, and the last module of each layer of the blocks that take
+    part."""
     found = [] if unet.mid_block is None else [unet.mid_block]
     down, up = unet.down_blocks, unet.up_blocks
     blocks = [block for i, block in enumerate(down) if weight >= 2 * (1 - i / len(down))]
@@ -110,8 +111,10 @@ def _matched_modules(unet: UNet2DConditionModel, weight: float) -> list[nn.Modul
 def noised_rows(
     pipe: DiffusionPipeline, latents: Tensor, rows: Sequence[int] | Tensor, generator: torch.Generator | None = None
 ) -> Iterator[None]:
-    """While it lasts, rows of the UNet's batch are given pictures, noised anew to the level of every pass, whatever the
-    pipeline has there: references to read. The pipeline's own results of these rows mean nothing.
+    """While it lasts, some rows of the UNet's batch are pictures, noised anew to the level of every pass.
+
+    They replace what the pipeline has in these rows, so that other rows can read them as references. The pipeline's
+    results for these rows mean nothing.
 
     Args:
         latents: (n, C, h, w), of the pictures, scaled as the UNet's. rows: per row the picture's number, -1: none, for

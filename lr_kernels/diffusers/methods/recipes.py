@@ -1,4 +1,4 @@
-"""The methods of this package, one context manager each: see the package."""
+"""The methods, one context manager each; lr_kernels.diffusers.methods says what they share."""
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -332,7 +332,8 @@ def _encoded(
 
 
 def _generator(seed: int, step: int) -> torch.Generator:
-    """Of one step, whatever was drawn before: a run can be interrupted or repeated."""
+    """A generator for one step. It does not depend on what was drawn before, so a run can be interrupted or
+    repeated."""
     return torch.Generator().manual_seed(1000 * seed + step)
 
 

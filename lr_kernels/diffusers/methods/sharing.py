@@ -1,4 +1,4 @@
-"""Running a method that shares attention inside a stock pipeline: from which step, in which layers."""
+"""sharing: run a method that shares attention inside a stock pipeline, from a given step on and in given layers."""
 
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -132,7 +132,7 @@ def sharing(
 
 
 class Clock:
-    """The number of the step that a pass of a pipeline's UNet belongs to; `first` is one that there must be."""
+    """Says which step a pass of a pipeline's UNet belongs to. The schedule must have the step `first`."""
 
     def __init__(self, pipe: DiffusionPipeline, first: int = 0):
         self._pipe, self._first = pipe, first
@@ -140,7 +140,8 @@ class Clock:
         self._values: list[float] = []
 
     def step(self, timestep: float | Tensor) -> int:
-        """From 0. ValueError for a timestep that the scheduler does not have, and for a schedule that is too short."""
+        """The number of the step, from 0. ValueError for a timestep that the scheduler does not have, and for a
+        schedule that is too short."""
         scheduler = self._pipe.scheduler
         order = getattr(scheduler, "order", 1)
         if scheduler.timesteps is not self._schedule:  # set_timesteps makes a new tensor for every run
@@ -179,7 +180,7 @@ def _first(steps: Collection[int]) -> int:
 
 
 def _layers(unet: nn.Module, kind: str, layers: Layers | None) -> dict[str, Attention]:
-    """Those chosen, by name, in the order of execution."""
+    """The chosen layers by name, in the order of execution."""
     every = attention_layers(unet, kind)
     if layers is None:
         return every

@@ -25,7 +25,8 @@ from .unet import AttentionState, StockAttnProcessor, refuse_mask
 
 STORAGES = ("device", "cpu")
 SAME_LEVEL = 1e-4
-"""How far shares of signal may be apart that are one noise level: schedulers compute them in fp32 by different ways."""
+"""The largest difference between shares of signal that count as one noise level. Schedulers compute these shares in
+fp32 by different formulas."""
 
 
 class BankLayer:
@@ -37,14 +38,15 @@ class BankLayer:
         self.buffer: Tensor | None = None
         """(2, rows, tokens, heads, head_dim): keys, values"""
         self.written: tuple[Tensor, Tensor] | None = None
-        """of the last pass that extracted"""
+        """keys and values of the last pass that extracted"""
 
     def write(self, key: Tensor, value: Tensor) -> None:
         """Hold keys and values (rows, tokens, heads, head_dim) until `keep`."""
         self.written = key, value
 
     def keep(self) -> Tensor:
-        """Copy what was written into the buffer, outside the layer's pass: a compiled one would look at the buffer."""
+        """Copy what was written into the buffer. This happens outside the layer's pass, whose compiled graph would
+        otherwise depend on the buffer."""
         assert self.written is not None
         key, value = self.written
         self.written = None
@@ -64,7 +66,7 @@ class BankLayer:
         return self.buffer[0], self.buffer[1]
 
     def check_fit(self, key: Tensor, rows: bool) -> None:
-        """A bank built for other sizes, precision or device is stale."""
+        """Refuse keys of other sizes, precision or device than those that the bank was built for."""
         assert self.buffer is not None
         first = 0 if rows else 1
         built, got = ((*x.shape[first:], x.dtype, x.device) for x in (self.buffer[0], key))
@@ -73,7 +75,7 @@ class BankLayer:
 
 
 def _number(timestep: float | Tensor) -> float:
-    """A timestep as it is kept: an integer where it is one."""
+    """A timestep as the bank keeps it: an int if it is whole, else a float."""
     value = float(timestep)
     return int(value) if value.is_integer() else value
 
@@ -133,7 +135,7 @@ class KeyValueBank:
     def processors(
         self, layers: Mapping[str, Attention], state: AttentionState | None = None
     ) -> dict[str, "BankAttnProcessor"]:
-        """One for each layer, for `install_processors`; `state` where other processors share it."""
+        """A processor for each layer, for `install_processors`; `state` is passed where other processors share it."""
         return {name: BankAttnProcessor(self, self.layer(name), state) for name in layers}
 
     def layer(self, name: str) -> BankLayer:
@@ -145,22 +147,22 @@ class KeyValueBank:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of storage and buffers."""
+        """The bytes that storage and buffers take."""
         return sum(x.nbytes for x in (*self._stored.values(), *self._buffers().values()))
 
     @property
     def layer_names(self) -> list[str]:
-        """The layers that were extracted."""
+        """The names of the layers that were extracted."""
         return list(self._buffers())
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """Of the keys and values; None while the bank is empty."""
+        """The dtype of the keys and values; None while the bank is empty."""
         return next((x.dtype for x in self._buffers().values()), None)
 
     @property
     def rows_held(self) -> int:
-        """Rows that every layer has; 0 while the bank is empty."""
+        """How many rows every layer has; 0 while the bank is empty."""
         return next((x.shape[1] for x in self._buffers().values()), 0)
 
     def steps_of(self, timesteps: Sequence[float] | Tensor, signals: Sequence[float] | None = None) -> range:
@@ -223,7 +225,8 @@ class KeyValueBank:
             self.mode = before
 
     def _check_step(self, step: int) -> int:
-        """A step of the bank's while none is extracted or read: all share one buffer per layer."""
+        """The step as an int. ValueError if the bank has no such step, or if another step is being extracted or read:
+        all steps share one buffer per layer."""
         last = len(self.timesteps) - 1
         step = check_integer(self._op, "step", step, 0, f"0 to {last}", last)
         if self.mode is not None:
@@ -260,9 +263,9 @@ class ReferenceBank(KeyValueBank):
         self._rows: Tensor | None = None
         self._strength: Tensor | None = None
         self.shows: tuple[int, ...] | None = None
-        """which subject each reference shows, where the pipeline made the bank"""
+        """the subject that each reference shows; None unless the pipeline made the bank"""
         self.words: list[list[str]] | None = None
-        """the words of each subject, likewise"""
+        """the words of each subject; None unless the pipeline made the bank"""
         super().__init__(timesteps, signals=signals, storage=storage, limit=limit)
 
     def reset(self) -> None:
@@ -315,7 +318,7 @@ class ReferenceBank(KeyValueBank):
             yield
 
     def _tables(self) -> Sequence[Tensor | None]:
-        """What each row reads, once for each row of the bank that is read at once."""
+        """Tables of the bank's row that each row reads, one for each of the bank's rows that are read together."""
         return (self.rows,) if self.rows is None or self.rows.dim() == 1 else self.rows.unbind()
 
     def sources(self, layer: BankLayer, key: Tensor) -> tuple[list[Source], AttentionPlan | None]:
@@ -442,7 +445,8 @@ _FIELDS: dict[str, tuple[bool, Callable[[object], bool], str]] = {
     "shows": (True, _list_of(lambda x: type(x) is int and x >= 0), "a list of subjects' numbers"),
     "words": (True, _list_of(_list_of(lambda x: isinstance(x, str))), "a list of each subject's words"),
 }
-"""What a bank's file says beside its tensors, as JSON: whether it may be null or missing, what it has to be."""
+"""The fields of a bank's file beside its tensors, in JSON: whether a field may be null or missing, its check, and what
+it has to be in words."""
 
 
 def _field(path: str | PathLike, about: Mapping[str, str], name: str) -> list | None:

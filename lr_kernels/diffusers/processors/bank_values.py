@@ -1,4 +1,4 @@
-"""What people give a bank: numbers, lists and arrays as the tensors that it reads."""
+"""Values that users give a bank, numbers, lists and arrays, as the tensors that it reads."""
 
 import math
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ MAX_TIMESTEP = 1e6
 
 
 def check_numbers(op: str, name: str, values: Sequence[float] | Tensor, high: float) -> list[float]:
-    """Numbers from 0 to `high`, at least one."""
+    """The values as a list of numbers from 0 to `high`, at least one."""
     entries = entries_of(values)
     if not entries:
         fail(op, name, "a list of numbers, at least one", repr(values))
@@ -32,7 +32,7 @@ def check_file(op: str, path: str | PathLike) -> None:
 
 
 def as_table(op: str, rows: Tensor | Sequence[int], device: torch.device) -> Tensor:
-    """Integers (B,) or (n, B)."""
+    """A table of rows as integers (B,) or (n, B)."""
     expected = "integers (B,) or (n, B), the bank's row that each row reads, -1: none"
     try:
         found = rows if isinstance(rows, Tensor) else torch.as_tensor(rows, device=device)
@@ -44,7 +44,7 @@ def as_table(op: str, rows: Tensor | Sequence[int], device: torch.device) -> Ten
 
 
 def as_bias(op: str, strength: float | Tensor | Sequence[float], device: torch.device) -> Tensor:
-    """Floating (), (B,) or (n, B); infinite ones hide a reference."""
+    """A strength as a floating tensor (), (B,) or (n, B). An entry of -inf hides a reference."""
     expected = "a number, or floating (), (B,) or (n, B)"
     number = None if isinstance(strength, Tensor) else plain_number(strength)
     if number is not None and math.isnan(number):
@@ -60,7 +60,7 @@ def as_bias(op: str, strength: float | Tensor | Sequence[float], device: torch.d
 
 
 def as_foreground(op: str, mask: Tensor | np.ndarray, device: torch.device) -> Tensor:
-    """bool (1 or rows, height, width)."""
+    """A mask as bool (1 or rows, height, width)."""
     expected = "bool (1 or rows, height, width)"
     found = torch.from_numpy(mask).to(device) if isinstance(mask, np.ndarray) and mask.dtype == bool else mask
     if not isinstance(found, Tensor):

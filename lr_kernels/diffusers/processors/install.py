@@ -101,7 +101,8 @@ def select_layers(
 
 
 class Installation:
-    """Processors in place of others: made by `install_processors`, undone by `remove` or the end of a `with` block."""
+    """Processors that stand in for a model's own. `install_processors` makes it; `remove`, or the end of a `with`
+    block, undoes it."""
 
     def __init__(self, layers: Mapping[str, Attention | FluxAttention], processors: Mapping[str, object]):
         self.layers = dict(layers)
@@ -151,7 +152,8 @@ class Installation:
 def check_stock(
     layers: Mapping[str, Attention | FluxAttention], processors: Mapping[str, object] | None = None
 ) -> None:
-    """NotImplementedError for a layer that has a processor of another kind, unless the new one carries that on."""
+    """NotImplementedError for a layer whose processor is not stock, unless the new processor also does what that one
+    did."""
     for name, layer in layers.items():
         if processors is not None and getattr(processors.get(name), "adapter", None) is layer.processor:
             continue
@@ -207,7 +209,7 @@ def pass_inputs(args: tuple, kwargs: dict) -> tuple[Tensor, float | Tensor]:
 
 
 def check_not_compiled(op: str, unet: nn.Module) -> None:
-    """NotImplementedError for a UNet compiled in place: its hooks are compiled away."""
+    """NotImplementedError for a UNet that was compiled in place, since its compiled graph does not call hooks."""
     if getattr(getattr(unet, "_orig_mod", unet), "_compiled_call_impl", None) is not None:
         hint = "use pipe.unet = torch.compile(pipe.unet) or pipe.unet.compile_repeated_blocks()"
         fail(op, "unet", "one that is not compiled in place", "one after unet.compile()", hint, NotImplementedError)

@@ -57,7 +57,7 @@ JointAttention = Callable[[Tokens | None, Tokens], tuple[Tensor | None, Tensor]]
 
 
 def joint_attention(text: Tokens | None, image: Tokens) -> tuple[Tensor | None, Tensor]:
-    """What the models do: all queries attend to the text's and the image's keys."""
+    """The attention of the stock models: all queries attend to the text's and the image's keys."""
     if text is None:
         return None, multi_source_attention(image.query, [Source(image.key, image.value)])
     sources = [Source(text.key, text.value), Source(image.key, image.value)]
@@ -91,7 +91,8 @@ def shared_joint_attention(
 
 
 def _refuse_adapter(processor: str, **arguments: object) -> None:
-    """diffusers hands an IP-Adapter's arguments to processors that name them, and drops them silently otherwise."""
+    """NotImplementedError for an IP-Adapter's arguments. diffusers hands them to processors whose signature names them
+    and silently drops them otherwise, so the processors name them and refuse them here."""
     for name, x in arguments.items():
         if x is not None:
             hint = "unload_ip_adapter(), or make the processor inactive"

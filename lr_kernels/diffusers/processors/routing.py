@@ -24,8 +24,8 @@ KeyValue = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class RetouchBatch:
-    """Rows of one UNet call. Each half of the guidance: `images` targets, `images` contexts (if any, and unless a bank
-    holds them), the references (unless a bank holds them)."""
+    """The rows of one UNet call. Each half of the guidance has `images` targets, `images` contexts (if any, and unless
+    a bank holds them), the references (unless a bank holds them)."""
 
     images: int
     context: bool
@@ -36,16 +36,17 @@ class RetouchBatch:
     context_banked: bool = False
     """the contexts are in a bank: rows (unconditional, conditional) of every image, as stage 1 computes them"""
     first_half: int = 0
-    """the half of the banks that this batch's first one reads: 1 where guidance has ended since they were filled"""
+    """the half of the banks that the first half of this batch reads: 1 if guidance has ended since the banks were
+    filled"""
 
     @property
     def context_rows(self) -> int:
-        """Contexts in each half of the batch."""
+        """How many contexts each half of the batch has."""
         return self.images if self.context and not self.context_banked else 0
 
     @property
     def half(self) -> int:
-        """Rows per half of the guidance."""
+        """How many rows each half of the guidance has."""
         return self.images + self.context_rows + (0 if self.banked else self.references)
 
     @property
@@ -55,7 +56,7 @@ class RetouchBatch:
 
     @property
     def size(self) -> int:
-        """Rows, over all halves."""
+        """How many rows all halves have together."""
         return self.half * self.halves
 
     def targets(self, x: Tensor) -> list[Tensor]:
@@ -103,7 +104,7 @@ class Routing(NamedTuple):
     held: tuple[str, ...]
     """where each source is: "batch" (rows of the layer's own), "contexts" or "references" (rows of these banks)"""
     rows: tuple[Tensor, ...]
-    """of each source"""
+    """the row table of each source"""
     key_groups: tuple[Tensor | None, ...]
     query_groups: Tensor
     plan: AttentionPlan
@@ -249,7 +250,7 @@ def swap(
             start = half * batch.half
             targets, contexts = (slice(start + k * batch.images, start + (k + 1) * batch.images) for k in (0, 1))
             table = torch.full_like(query_groups, 0, dtype=torch.int32)
-            table[targets] = table[contexts] = index.int()  # of the query's row and of the one it reads
+            table[targets] = table[contexts] = index.int()  # for the query's row and for the row that it reads
             rows = torch.full((batch.size,), -1, dtype=torch.int32, device=device)
             rows[targets] = torch.arange(contexts.start, contexts.stop, dtype=torch.int32, device=device)
             halves.append((rows, start + batch.half - batch.references + r, table))

@@ -37,10 +37,10 @@ class OwnProcessor:
     """Base of this package's processors: made without arguments, each is diffusers' own, bit for bit."""
 
     is_stock = False
-    """made so by `make_stock`, for good"""
+    """whether `make_stock` has made this processor a stock one, which is final"""
 
     def make_stock(self) -> None:
-        """Become what the class makes without arguments."""
+        """Become stock for good, as the class is without arguments."""
         vars(self).update(vars(type(self)()))
         self.is_stock = True
 
@@ -113,12 +113,12 @@ class StockAttnProcessor(OwnProcessor):
 
 @dataclass
 class Pass:
-    """What is known of a UNet's pass while `sharing` lasts; one object, shared by its processors."""
+    """The current pass of a UNet while `sharing` lasts; one object, shared by its processors."""
 
     active: bool = True
     """False: the layers are stock"""
     step: int | None = None
-    """from 0; None: nothing asked for it"""
+    """the number of the step, from 0; None: no function asks for it"""
     grids: dict[str, tuple[int, int]] = field(default_factory=dict)
     """(rows, columns) of the tokens of each layer, by name"""
 
@@ -253,18 +253,18 @@ class CustomAttnProcessor(StockAttnProcessor):
         if attention_mask.shape[2] != 1:
             got = tuple(attention_mask.shape)
             fail(type(self).__name__, "attention_mask", "one per key, (B, 1, M)", got, error=NotImplementedError)
-        return attention_mask[:, 0, 0].float()  # equal in all heads
+        return attention_mask[:, 0, 0].float()  # the mask is equal in all heads
 
     def _images(self, query: Tensor, attention_mask: Tensor | None) -> list[KeyValue]:
         return self.images
 
 
 KEYWORDS = ("step", "layer", "grid", "key_bias", "images")
-"""What a function of a `CustomAttnProcessor` may ask for."""
+"""The keywords that a function of a `CustomAttnProcessor` may ask for."""
 
 
 def asked(function: Callable[..., Tensor | None]) -> tuple[str, ...]:
-    """Those of `KEYWORDS` that are a function's keyword-only parameters, or others without a default. (What a partial
+    """The `KEYWORDS` that are a function's keyword-only parameters, or others without a default. (What a partial
     has bound, and a default as in `lambda q, k, v, layer=name: …`, are the function's own.)"""
     bound = function.keywords if isinstance(function, partial) else {}
 
@@ -277,7 +277,7 @@ def asked(function: Callable[..., Tensor | None]) -> tuple[str, ...]:
 
 
 class Buffer(Protocol):
-    """What a bank keeps of one layer."""
+    """The keys and values that a bank keeps of one layer."""
 
     def read(self, key: Tensor) -> KeyValue:
         """Keys and values of this step, for a layer whose own keys are these."""
