@@ -17,7 +17,7 @@ if not interpreted():
     check_cache_folder(Path(knobs.cache.dir))
 
 RECORDED_CALLS = {} if interpreted() else {"multi_source_attention": attention_replay.Call}
-"""By operator, the calls that are launched without being laid out again where they repeat."""
+"""By operator, the class of its recorded calls (see replay.py)."""
 
 _library = torch.library.Library("lr_kernels", "IMPL")
 
@@ -27,7 +27,7 @@ _FILES = {
     "attention_with_token_maps": "token_maps",
     "merge_attention_states": "merge",
 }
-"""Of operators with long names; the others have a file of their name."""
+"""The files of operators with long names. All others have a file of their own name."""
 
 
 def file_of(operator: str) -> ModuleType:

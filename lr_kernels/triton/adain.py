@@ -15,7 +15,7 @@ from .launch import check_grid, on_device, strides
 _TILE = 2048
 """elements of a tile: 16 a thread"""
 _RUNS = 64
-"""at most so many partial statistics are merged"""
+"""the most partial statistics that are merged"""
 
 
 @triton.jit

@@ -52,7 +52,7 @@ def _from_boundary(x: Tensor, start: int) -> Tensor:
 
 Pointers = tuple[Tensor, ...] | None
 Strides = tuple[tuple[int, ...], ...] | None
-"""Encoded, one tuple of S integers per dimension."""
+"""Encoded strides: one tuple of S integers per dimension."""
 
 
 class SourceArguments(NamedTuple):
@@ -72,7 +72,8 @@ class SourceArguments(NamedTuple):
     scale_strides: Strides
     shift_strides: Strides
     bits: tuple[int, int, int, int, int]
-    """Bit s of each: source s has a table of rows, a list of keys, a bias, a scale, a shift."""
+    """Bit sets over the sources, bit s for source s: which have a table of rows, a list of keys, a bias, a scale, a
+    shift."""
 
 
 def source_arguments(tables: AttentionTables) -> SourceArguments:
@@ -98,7 +99,7 @@ class QueryOrder(NamedTuple):
     starts: Tensor | None
     classes: int
     strides: tuple[int, int]
-    """Of the batch row, in order and in starts."""
+    """The strides of the batch row in `order` and in `starts`."""
 
 
 def query_order(tables: AttentionTables) -> QueryOrder:

@@ -1,4 +1,4 @@
-"""What the two kernels of the backward pass of attention do on the way."""
+"""The steps that the two backward kernels of attention share."""
 
 import math
 
@@ -22,7 +22,7 @@ from .sources import (
 )
 
 COARSE = tl.constexpr(8192 / math.log(2))
-"""Beyond it lse is its maximum alone, and the log of the sum is lost beside it."""
+"""Beyond this an lse is its maximum alone: in fp32 the log of the sum is lost beside it."""
 
 
 @triton.jit

@@ -53,7 +53,7 @@ class Call:
         return self.result
 
     def allocate(self, query: Tensor) -> None:
-        """Memory for the results."""
+        """Allocate the results."""
         self.out = torch.empty_like(query, memory_format=torch.contiguous_format)
         self.pointers.append(self.out.data_ptr())
         if self.return_lse:
@@ -62,5 +62,5 @@ class Call:
 
     @property
     def result(self) -> Tensor | tuple[Tensor, Tensor]:
-        """out, or (out, lse)."""
+        """The results: out, or (out, lse)."""
         return self.out if self.lse is None else (self.out, self.lse)

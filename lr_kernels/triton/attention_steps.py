@@ -1,4 +1,4 @@
-"""What the kernel of the forward pass of attention does on the way: the walk over all sources, and its steps.
+"""The steps of attention's forward kernel: the walk over all sources, and what it does for a tile of keys.
 
 A walk in log2 units is fast and right for logits below 2^28. Where it meets larger ones, or its sums leave fp32, it
 says so, and a second walk holds the logits in units of 256 log2, in which no sum of finite biases leaves fp32.

@@ -1,8 +1,8 @@
 """Triton's cache of compiled kernels: a folder of one's own, entries that are whole, one compilation of each kernel.
 
 Triton itself writes every file of an entry under another name and renames it, and takes no lock: a process that is
-killed leaves an entry without its list of files, which the next one compiles again. What it does not do is done here;
-docs/triton-cache.md says what was tried.
+killed leaves an entry without its list of files, which the next one compiles again. This file adds what Triton does
+not do; docs/triton-cache.md says what was tried.
 """
 
 import os
@@ -69,7 +69,7 @@ def compile_once(kernel: JITFunction) -> None:
 
 
 def _whole(compile: Callable[..., CompiledKernel], load: bool, *args: object, **keywords: object) -> CompiledKernel:
-    """What `compile` finds in the cache or makes, compiled again where the cache's is damaged."""
+    """The kernel that `compile` finds in the cache or makes. A damaged entry of the cache is compiled again."""
     try:
         return _loaded(compile(*args, **keywords), load)
     except (ValueError, TypeError, KeyError, StopIteration, OSError) as error:  # of reading an entry, not of compiling
@@ -85,7 +85,8 @@ def _whole(compile: Callable[..., CompiledKernel], load: bool, *args: object, **
 
 
 def _loaded(compiled: CompiledKernel, load: bool) -> CompiledKernel:
-    """Load it where it will be launched, before any other thread can find it in Triton's table."""
+    """Load a kernel onto the device where it will be launched, before any other thread can find it in Triton's
+    table."""
     if load:
         _check_elf(compiled.kernel)
         compiled.run  # noqa: B018  (the property loads)

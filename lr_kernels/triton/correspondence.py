@@ -18,7 +18,7 @@ from .launch import INTERPRETED, check_grid, dot_precision, on_device, strides
 
 _INF = tl.constexpr(float("inf"))
 _PROGRAMS = 264
-"""wanted of a launch: 2 for each of the 132 SMs of an H100"""
+"""the programs that a launch should have: 2 for each of the 132 SMs of an H100"""
 
 
 @triton.jit(do_not_specialize=["T", "C", "blocks", "x_b", "x_n"])
@@ -97,7 +97,7 @@ def correspondence_best_kernel(
 
 @triton.jit
 def _merged(top, index, at, step, splits, ok, BLOCK: tl.constexpr):
-    """Best of all splits; of equal ones the first, which has the lower indices."""
+    """The best of all splits; of equal ones the first, which has the lower index."""
     best = tl.full([BLOCK], -_INF, tl.float32)
     which = tl.zeros([BLOCK], tl.int32)
     for split in range(splits):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..runtime.calls import Call
 from ..runtime.schemas import MAX_PARTS
+from .attention_arguments import by_dimension
 from .launch import check_grid, on_device, strides
 
 _INF = tl.constexpr(float("inf"))
@@ -77,15 +78,18 @@ def launch_arguments(outs: list[Tensor], lses: list[Tensor], out: Tensor, lse: T
     B, N, H, D = out.shape
     columns = max(16, triton.next_power_of_2(D))
     block = max(1, (2048 if len(outs) <= 4 else 512) // columns)  # 16 parts of 2048 elements spill
-    arguments = (tuple(outs), tuple(lses), out, lse, B * N * H, N, H, _times_16(outs), _times_16(lses))
+    arguments = (
+        tuple(outs),
+        tuple(lses),
+        out,
+        lse,
+        B * N * H,
+        N,
+        H,
+        *(by_dimension([strides(x, 0, 1, 2) for x in parts]) for parts in (outs, lses)),
+    )
     constants = {"K": len(outs), "D": D, "BLOCK": block, "COLUMNS": columns, "num_warps": 4, "enable_fp_fusion": True}
     return arguments, constants, triton.cdiv(B * N * H, block)
-
-
-def _times_16(parts: list[Tensor]) -> tuple[tuple[int, ...], ...]:
-    """(b, n, h) strides of every part, times 16: elements of a tuple that all look alike are compiled once (see
-    `attention._encode`)."""
-    return tuple(tuple(16 * x for x in dim) for dim in zip(*(strides(part, 0, 1, 2) for part in parts)))
 
 
 def examples(arch: int) -> list[tuple]:

@@ -16,7 +16,7 @@ from triton.runtime import driver
 from .launch import on_device
 
 RECORDED_CALLS = 1024
-"""Beyond so many, all are forgotten."""
+"""When there are this many recorded calls, all are forgotten."""
 
 
 class Launch(NamedTuple):
@@ -29,7 +29,7 @@ class Launch(NamedTuple):
     single: tuple[tuple[int, int], ...]
     """(place of a pointer among the arguments, place of its tensor in the call)"""
     several: tuple[tuple[int, tuple[int, ...]], ...]
-    """The same for tuples of pointers."""
+    """(place of a tuple of pointers among the arguments, places of its tensors in the call)"""
 
     def run(self, pointers: Sequence[int], device: torch.device) -> None:
         """Launch with the tensors of another call of the same signature, on the current stream."""

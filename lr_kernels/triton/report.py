@@ -23,9 +23,10 @@ from ..runtime.schemas import SCHEMAS, AttentionTables
 from . import attention, attention_backward, file_of
 
 ARCHITECTURES = (80, 90, 100)
-"""One per family of tiles, with every kernel."""
+"""The architectures for which every kernel is compiled: one per family of tiles."""
 RELATED = (86, 120)
-"""They take the tiles of sm_80: attention alone is compiled. sm_89 gets the same code as sm_86."""
+"""Architectures that take the tiles of sm_80; attention alone is compiled for them. sm_89 gets the same code as
+sm_86."""
 HEAD_DIMS = (40, 64, 80, 128, 160)
 PROCESSES = 2
 

@@ -1,4 +1,4 @@
-"""What the kernels of attention, forward and backward, know of sources, lists of keys and classes of queries."""
+"""Device code that attention's forward and backward kernels share: sources, lists of keys, classes of queries."""
 
 import triton
 import triton.language as tl

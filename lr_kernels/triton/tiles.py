@@ -53,7 +53,7 @@ class Tiles(NamedTuple):
 _Table = TypeVar("_Table", bound=tuple)
 
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
-"""Bytes a program can have, per architecture."""
+"""Shared memory in bytes that a program can have, by architecture."""
 
 INTERPRETER = 0
 
@@ -149,7 +149,7 @@ _FLOAT32_BACKWARD = (  # on sm_90 the query kernel has 4 spills at D 64, the sou
 
 
 FORCED: dict[str, Tile] = {}
-"""By kind, or backward kernel, the tile that every call takes instead of the table's: for the tuner."""
+"""Tiles, by kind or backward kernel, that every call takes instead of the table's. Only the tuner sets them."""
 
 
 def backward_tile(arch: int, head_dim: int, dtype: torch.dtype, kernel: str) -> Tile:

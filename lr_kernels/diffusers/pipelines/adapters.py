@@ -1,4 +1,4 @@
-"""LoRA adapters as the personalization: the vanilla model is the same one with them off."""
+"""LoRA adapters as the personalization: the vanilla model is the personalized one with its adapters off."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,7 +10,8 @@ from torch import nn
 from ...runtime.checks import fail
 
 _busy: set[int] = set()
-"""Layers whose adapters a call has switched off: another thread would take that for their usual state."""
+"""The layers whose adapters a running call has switched off. Another call on them is refused, since it would take that
+for their usual state."""
 
 
 def active_adapters(models: Sequence[nn.Module]) -> set[str]:
@@ -62,7 +63,7 @@ def _check_free(op: str, layers: Sequence[nn.Module]) -> None:
 
 
 def _layers(models: Sequence[nn.Module]) -> list[Any]:
-    """peft's layers with adapters."""
+    """All layers of peft in the models."""
     if not is_peft_available():
         return []
     from peft.tuners.tuners_utils import BaseTunerLayer

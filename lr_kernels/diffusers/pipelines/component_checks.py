@@ -1,4 +1,4 @@
-"""Whether the components of a pipeline belong together, before a call computes anything."""
+"""Checks that the components of a pipeline belong together, before a call computes anything."""
 
 import inspect
 from collections.abc import Iterator
@@ -19,12 +19,12 @@ _CLIP = (CLIPTextModel, CLIPTextModelWithProjection)
 
 
 def plain(module: Any) -> Any:
-    """Without the wrapper of torch.compile."""
+    """The module without the wrapper of torch.compile."""
     return getattr(module, "_orig_mod", module)
 
 
 def check_models(pipe: PersonalizedPipeline) -> None:
-    """What holds for every call.
+    """Check what every call needs.
 
     Raises:
         ValueError: a component that is missing or does not fit the others, named with the remedy. NotImplementedError:
@@ -41,7 +41,8 @@ def check_models(pipe: PersonalizedPipeline) -> None:
 
 
 def check_vae(pipe: PersonalizedPipeline) -> None:
-    """What holds for a call that decodes or encodes: an autoencoder that is called as the stock pipelines call it."""
+    """Check what a call needs that decodes or encodes: an autoencoder that can be called as the stock pipelines call
+    it."""
     vae = pipe.vae
     if vae is None:
         fail(OP, "vae", "an autoencoder", None, "pass one, or output_type='latent' where no image is encoded")
@@ -59,7 +60,7 @@ def check_vae(pipe: PersonalizedPipeline) -> None:
 
 
 def check_controlnet(pipe: PersonalizedPipeline) -> None:
-    """What holds for a call with a control_image: the ControlNet adds to the features of both UNets."""
+    """Check what a call with a control_image needs: a ControlNet whose residuals fit the features of both UNets."""
     if not isinstance(plain(pipe.controlnet), ControlNetModel):
         got = type(pipe.controlnet).__name__
         fail(OP, "controlnet", "a ControlNetModel", got, error=NotImplementedError)
@@ -76,7 +77,7 @@ def check_controlnet(pipe: PersonalizedPipeline) -> None:
 
 
 def _hashable(x: object) -> object:
-    """A setting as it is compared: of a loaded config it is a list where a new one has a tuple."""
+    """A setting in a form that can be compared: loaded configs have lists where new ones have tuples."""
     return tuple(x) if isinstance(x, list) else x
 
 
@@ -113,7 +114,7 @@ def _check_unet(pipe: PersonalizedPipeline, name: str, unet: UNet2DConditionMode
 
 
 def _check_pair(pipe: PersonalizedPipeline) -> None:
-    """That the personalized UNet can go on where the vanilla one stops."""
+    """Refuse a personalized UNet that cannot go on where the vanilla one stops."""
     vanilla, personal = pipe.unet, pipe.personalized_unet
     for key in ("in_channels", "time_cond_proj_dim"):
         expected, got = getattr(vanilla.config, key), getattr(personal.config, key)
@@ -127,14 +128,15 @@ def _check_pair(pipe: PersonalizedPipeline) -> None:
 
 
 def _block_kinds(unet: UNet2DConditionModel) -> Iterator[str]:
-    """The classes of its transformer blocks, which patches replace."""
+    """The classes of a UNet's transformer blocks. Patches such as ToMe replace them."""
     lists = (module for name, module in unet.named_modules() if name.endswith(".transformer_blocks"))
     kinds = {type(plain(block)) for blocks in lists for block in blocks}
     return (f"{kind.__module__}.{kind.__qualname__}" for kind in kinds)
 
 
 def _check_dtypes(pipe: PersonalizedPipeline, unets: dict[str, nn.Module]) -> None:
-    """One precision for all models that pass tensors on, except under autocast, which brings them to one."""
+    """Refuse models of several precisions that pass tensors on to each other. Autocast brings them to one, so it may
+    have them."""
     if torch.is_autocast_enabled(pipe._execution_device.type):
         return
     readers = [*pipe.readers(personal=False), *pipe.readers(personal=True)]

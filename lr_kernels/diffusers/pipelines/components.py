@@ -51,13 +51,13 @@ class PersonalizedPipeline(Switches):
     stage: str | None = None
     """what a call is doing, "layout", "retouch" or "references"; for callbacks"""
     stock_module: ClassVar[str]
-    """of the stock pipeline, whose warnings these are"""
+    """module of the stock pipeline; its warnings are given under that name"""
     pools: ClassVar[bool] = False
     """whether prompts have pooled embeddings"""
     addition_embed_types: ClassVar[tuple[str | None, ...]]
-    """of the UNets"""
+    """the `addition_embed_type`s that the UNets may have"""
     other_class: ClassVar[str]
-    """the remedy where the UNet is not of these"""
+    """what to use for a UNet of another type, for the error"""
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "PersonalizedPipeline":
@@ -91,14 +91,14 @@ class PersonalizedPipeline(Switches):
             kwargs["dtype"] = next(iter(dtypes.values()), None)
         return super().from_pipe(pipeline, **kwargs)
 
-    # To be said by each kind of pipeline
+    # What each kind of pipeline defines
 
     def readers(self, personal: bool) -> list[TextReader]:
         """The text encoders of the vanilla or the personalized model, each with its tokenizer."""
         raise NotImplementedError
 
     def embed(self, texts: Sequence[str], *, personal: bool, clip_skip: int | None = None) -> Embeds:
-        """What a model's text encoders make of texts."""
+        """The embeddings of texts by a model's text encoders."""
         raise NotImplementedError
 
     def zeroes(self, negatives: Sequence[str | None]) -> bool:
@@ -108,22 +108,22 @@ class PersonalizedPipeline(Switches):
     def condition(
         self, embeds: Embeds, size: tuple[int, int], stock: StockArguments, *, negative: bool = False
     ) -> Condition:
-        """What a UNet is told of prompts, and beside them, for latents of a size (h, w)."""
+        """The condition that a UNet gets for prompts, for latents of a size (h, w)."""
         return Condition(embeds.tokens, {}, self._guidance_embedding(embeds.tokens), self.adapter_scale)
 
     def vae_precision(self) -> AbstractContextManager:
-        """In which the VAE runs."""
+        """A context manager in which the VAE has the precision that it needs."""
         return nullcontext()
 
     def vae_keywords(self, generator: Generator) -> dict:
-        """What decoding is told beside latents."""
+        """The keywords that the VAE's `decode` gets beside the latents."""
         return {}
 
     def finish(self, pixels: Tensor, output_type: str) -> tuple[Images, list[bool] | None]:
         """Decoded pixels (n, 3, H, W) in [-1, 1] -> images, and what a safety checker found."""
         return self.image_processor.postprocess(pixels, output_type=output_type), None
 
-    # Shared
+    # What all kinds share
 
     def set_personalized_adapters(self, names: str | list[str] | None) -> None:
         """Which adapters of `unet` only the personalized model has; None: all."""
@@ -139,24 +139,24 @@ class PersonalizedPipeline(Switches):
 
     @property
     def personal_name(self) -> str:
-        """Of that UNet among the components."""
+        """The name of `personal_unet` among the components."""
         return "unet" if self.personalized_unet is None else "personalized_unet"
 
     @property
     def prompt_dtype(self) -> torch.dtype:
-        """Of embeddings and latents: that of the text encoders, as in the stock pipelines."""
+        """The dtype of embeddings and latents: that of the text encoders, as in the stock pipelines."""
         encoder = self.readers(personal=False)[-1].encoder
         return self.unet.dtype if encoder is None else encoder.dtype
 
     @property
     def attention_dtype(self) -> torch.dtype:
-        """Of the keys and values in the personalized UNet."""
+        """The dtype of keys and values in the personalized UNet."""
         device = self._execution_device.type
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.personal_unet.dtype
 
     @property
     def text_length(self) -> int | None:
-        """Tokens of a prompt that is text; None: there is no tokenizer."""
+        """How many tokens a prompt has that is given as text; None without a tokenizer."""
         return getattr(self.readers(personal=True)[0].tokenizer, "model_max_length", None)
 
     @property
@@ -170,11 +170,12 @@ class PersonalizedPipeline(Switches):
         return context_width(unet), name
 
     def guides(self, scale: float) -> bool:
-        """Whether there are unconditional predictions at a guidance scale: not where the UNet is told the scale."""
+        """Whether a guidance scale needs unconditional predictions. A UNet that is told the scale needs none."""
         return scale > 1 and self.unet.config.time_cond_proj_dim is None
 
     def _guidance_embedding(self, like: Tensor) -> Tensor | None:
-        """The guidance scale as UNets are told it that have learned to follow it (arXiv 2310.04378), a row for each."""
+        """The embedding of the guidance scale, one row per prompt, for UNets that have learned to follow it (arXiv
+        2310.04378); None for others."""
         width = self.unet.config.time_cond_proj_dim
         if width is None:
             return None
@@ -182,7 +183,7 @@ class PersonalizedPipeline(Switches):
         return self.get_guidance_scale_embedding(scales, embedding_dim=width).to(like)
 
     def embed_negatives(self, texts: Sequence[str | None], prompts: Embeds, *, personal: bool) -> Embeds:
-        """Negative prompts, None for no text, beside prompts."""
+        """The embeddings of negative prompts, None for no text, that go with the prompts'."""
         if not self.zeroes(texts):
             return self.embed([text or "" for text in texts], personal=personal)
 
@@ -193,7 +194,7 @@ class PersonalizedPipeline(Switches):
 
     @contextmanager
     def in_stage(self, stage: str, guidance_scale: float) -> Iterator[None]:
-        """While it lasts the pipeline says, also by the attributes of the stock pipelines, what it is doing."""
+        """While it lasts, `stage` and the attributes of the stock pipelines say what the pipeline is doing."""
         before, self.stage, self._guidance_scale = self.stage, stage, guidance_scale
         try:
             yield
@@ -274,7 +275,7 @@ class PersonalizedPipeline(Switches):
         return (level**0.5 * latents + (1 - level) ** 0.5 * noise).to(latents.dtype), t
 
     def begin(self, settings: Settings, stock: StockArguments) -> Solver:
-        """Set the scheduler's timesteps and what the stock pipelines say of a call."""
+        """Set the scheduler's timesteps, and the attributes by which the stock pipelines describe a call."""
         self._interrupt = False
         self._guidance_scale, self._guidance_rescale = settings.guidance_scale, stock.guidance_rescale
         self._clip_skip, self._cross_attention_kwargs = stock.clip_skip, stock.cross_attention_kwargs
@@ -333,7 +334,7 @@ class PersonalizedPipeline(Switches):
     def initial_latents(
         self, count: int, size: tuple[int, int], dtype: torch.dtype, generator: Generator, latents: Tensor | None
     ) -> Tensor:
-        """Given or random noise (count, C, *size)."""
+        """The initial noise (count, C, *size): given, or random."""
         channels = self.unet.config.in_channels
         if latents is not None:
             shape = (count, channels, *size)
@@ -346,7 +347,8 @@ class PersonalizedPipeline(Switches):
     def control(
         self, image: Image | list[Image] | None, scale: float, count: int, size: tuple[int, int], dtype: torch.dtype
     ) -> Control | None:
-        """What the ControlNet follows: one image for all, or one for each of `count`."""
+        """The ControlNet with the images that it follows: one for all, or one for each of `count`; None without an
+        image."""
         if image is None:
             return None
         if self.controlnet is None:

@@ -1,4 +1,4 @@
-"""What a UNet is told beside latents and timestep, for some rows of a batch; and a ControlNet's part of it."""
+"""The inputs of a UNet beside latents and timestep, for some rows of a batch, and what a ControlNet adds."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 class Condition(NamedTuple):
-    """Conditions of B rows."""
+    """What a UNet is told about B rows beside latents and timestep."""
 
     embeds: Tensor
-    """(B, L, C), of the prompts"""
+    """(B, L, C), the embeddings of the prompts"""
     added: dict[str, Tensor]
     """further ones by their names in `added_cond_kwargs`, (B, ...) each: SDXL's text_embeds and time_ids"""
     guidance: Tensor | None = None
@@ -22,11 +22,11 @@ class Condition(NamedTuple):
     """strength of the model's adapters; None: as they are set"""
 
     def rows(self, rows: slice | Tensor) -> "Condition":
-        """Those of some of the rows."""
+        """The condition of some of the rows."""
         return self._map(lambda x: x[rows])
 
     def replaced(self, rows: Tensor, other: "Condition") -> "Condition":
-        """With the rows of another one at these places."""
+        """This condition with the rows of another one at these places."""
         return self._map(lambda x, y: x.index_copy(0, rows, y.to(x)), other)
 
     def _map(self, change: Callable[..., Tensor], *others: "Condition") -> "Condition":
@@ -39,7 +39,7 @@ class Condition(NamedTuple):
 
     @staticmethod
     def join(parts: Sequence["Condition"]) -> "Condition":
-        """The rows of all parts."""
+        """One condition with the rows of all parts."""
         first, *others = parts
         return first._map(lambda *xs: torch.cat(xs), *others)
 
@@ -58,7 +58,7 @@ class Control:
     scale: float = 1.0
 
     def residuals(self, latents: Tensor, t: Tensor, condition: Condition) -> Residuals:
-        """For latents (k·n, C, h, w), k repetitions of the n images."""
+        """The residuals for latents (k·n, C, h, w), k repetitions of the n images."""
         down, mid = self.controlnet(
             latents,
             t,

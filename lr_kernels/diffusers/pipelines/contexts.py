@@ -28,7 +28,7 @@ class Contexts:
     latents: Tensor
     """(n, C, h, w), clean"""
     noise: Tensor
-    """(n, C, h, w), of deviation 1: what they started from"""
+    """(n, C, h, w), of deviation 1: the noise that they started from"""
     trajectory: list[Tensor] | None = None
     """their latents before every step, and the clean ones"""
     maps: Tensor | None = None
@@ -38,9 +38,9 @@ class Contexts:
     bank_start: int = 0
     """the step of the schedule that is the bank's first"""
     walk: tuple | None = None
-    """of the solver that made the trajectory, see `Solver.walk`"""
+    """the walk of the solver that made the trajectory, see `Solver.walk`"""
     words: list[list[str]] | None = None
-    """of each subject, whose maps these are"""
+    """the words of each subject in `maps`"""
 
 
 class ContextRecorder:
@@ -120,7 +120,7 @@ class ContextRecorder:
             self._state.capturing = False
 
     def contexts(self, latents: Tensor, noise: Tensor) -> Contexts:
-        """After the last step."""
+        """The contexts, after the last step."""
         maps = torch.stack(self._found).mean(0) if self._found else None
         return Contexts(latents, noise, [*self.trajectory, latents], maps, self.bank, self.share.start)
 

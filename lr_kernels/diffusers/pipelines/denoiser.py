@@ -88,7 +88,7 @@ class RetouchDenoiser:
         alone = RetouchBatch(batch.images, context=False, guided=batch.guided, references=0)
         self._batches = {True: (batch, condition), False: (alone, of_targets)}  # by whether it shares
         self._routed: Tensor | None = None
-        """the mask that `_state.routings` were built for"""
+        """the mask for which `_state.routings` were built"""
 
     @property
     def told(self) -> Condition:

@@ -24,7 +24,7 @@ class GuidedStepper:
 
     @property
     def scale(self) -> float:
-        """Of the conditional predictions; 1: there are no others."""
+        """The guidance scale of this step; 1 where there are no unconditional predictions."""
         return self._pipe.guidance_scale if self._pipe.do_classifier_free_guidance else 1
 
     def step(self, i: int, latents: Tensor, models: Sequence[Sequence[Tensor]], **keywords: Tensor | None) -> Tensor:

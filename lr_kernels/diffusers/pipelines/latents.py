@@ -1,4 +1,4 @@
-"""What an autoencoder makes, as latents that a UNet reads."""
+"""Between what an autoencoder makes and the latents that a UNet reads."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ def upcast(vae: ModelMixin) -> Iterator[None]:
 
 
 def latent_statistics(vae: ModelMixin, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
-    """Mean of what the VAE makes, and what it is multiplied by: (made - mean) * scale are latents."""
+    """(mean, scale) of a VAE: latents are (encoded - mean) * scale."""
     config = vae.config
     mean, deviation = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
     if mean is None or deviation is None:

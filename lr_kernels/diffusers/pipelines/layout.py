@@ -85,7 +85,7 @@ class LayoutStage(PersonalizedPipeline):
 
 
 def lay_out(pipe: PersonalizedPipeline, request: Request) -> LayoutRetouchOutput:
-    """Run the stage."""
+    """Run the layout stage."""
     costs = Costs(pipe._execution_device)
     with pipe.in_stage("layout", request.settings.guidance_scale):
         with costs.of("layout"):
@@ -150,7 +150,7 @@ def _denoised(pipe: PersonalizedPipeline, request: Request, costs: Costs) -> tup
 
 
 def _condition(pipe: PersonalizedPipeline, request: Request, *, personal: bool) -> Condition:
-    """Of the prompts as one of the models reads them, with guidance the negative ones before them."""
+    """The condition of the prompts as one of the models reads them, with guidance the negative prompts before them."""
     guided = pipe.do_classifier_free_guidance
     negatives, prompts = request.prompts.embedded(pipe, personal=personal, guided=guided)
     condition = pipe.condition(prompts, request.size, request.stock)
@@ -168,7 +168,7 @@ def _as_many(condition: Condition, rows: int) -> Condition:
 
 
 def _recorder(pipe: PersonalizedPipeline, request: Request, rows: int) -> ContextRecorder | None:
-    """Of a layout stage whose images the retouch stage will read."""
+    """The recorder of a layout stage whose images the retouch stage will read; None for others."""
     if request.tokens is None:
         return None
     settings = request.settings

@@ -1,4 +1,4 @@
-"""What the pipeline and its stages return, and what they cost."""
+"""The output of the pipeline and of its stages, and the counting of what they cost."""
 
 import time
 from collections.abc import Iterator
@@ -36,11 +36,11 @@ class LayoutRetouchOutput(BaseOutput):
     masks: Tensor | None = None
     """bool (n, h, w): the targets' foreground in the last step, in latent pixels"""
     subject_masks: Tensor | None = None
-    """bool (subjects, n, h, w): that of each subject"""
+    """bool (subjects, n, h, w): the targets' foreground of each subject"""
     context_masks: Tensor | None = None
     """bool (subjects, n, h, w): the layouts' foreground"""
     reference_mask: Tensor | None = None
-    """bool (references, h, w): their foreground"""
+    """bool (references, h, w): the references' foreground"""
     reference_subjects: tuple[int, ...] | None = None
     """the subject that each reference shows"""
     maps: Tensor | None = None
@@ -48,7 +48,7 @@ class LayoutRetouchOutput(BaseOutput):
     matches: list[Match] | None = None
     """per reference, with return_maps: its token that looks most like each token of the layouts"""
     contexts: Contexts | None = None
-    """of a layout stage that knew the subjects: what the retouch stage reads"""
+    """what the retouch stage reads of the layouts; None where the layout stage did not know the subjects"""
     nsfw_content_detected: list[bool] | None = None
     layout_nsfw_content_detected: list[bool] | None = None
     seconds: dict[str, float] = field(default_factory=dict)

@@ -25,14 +25,16 @@ colours are repeated around it, or it is squeezed."""
 WHITES = (1, 255, 65535)
 """Numbers that are white in pictures whose dtype does not say it: the smallest of these that no pixel exceeds."""
 OVERSHOOT = 0.5
-"""How far numbers may be outside [0, 1], as they are after sharp filters, before they are taken for another range."""
+"""How far numbers may be outside [0, 1] before they are taken for another range. Sharp filters overshoot by as much."""
 LUMINANCE = (0.299, 0.587, 0.114)
 UNDERSHOOT = 0.1
-"""How far below 0 they may be before they are taken to be in [-1, 1]."""
+"""How far below 0 floating numbers may be before they are taken to be in [-1, 1]."""
 NEARLY_BLACK = 16
-"""Numbers of which white is more than so many times the largest are of another range than their dtype says."""
+"""If the white of the dtype is more than this many times the largest number, the numbers are taken to have another
+range."""
 PROPORTIONS = 0.1
-"""How far the logarithms of two aspect ratios may be apart that are of one picture: masks are made at other sizes."""
+"""How far the logarithms of the aspect ratios of a picture and of its mask may be apart. Masks are made at other sizes,
+so the ratios are not quite equal."""
 
 Image = PIL.Image.Image | np.ndarray | Tensor
 Images = list[PIL.Image.Image] | np.ndarray | Tensor
@@ -135,7 +137,9 @@ def as_mask(
         _check_proportions(given, _sides(picture), size, name)
     rows, columns = _shown(given, size, fit)
     down, across = _overlaps(rows, subject.shape[0], size[0]), _overlaps(columns, subject.shape[1], size[1])
-    covered = (down @ subject.double() @ across.T).round(decimals=9)  # half a token is a half, nothing is nothing
+    covered = (down @ subject.double() @ across.T).round(
+        decimals=9
+    )  # so that half a token is exactly a half, and nothing exactly 0
     return token_mask(covered[None], size).unflatten(1, size).to(device)
 
 
@@ -164,10 +168,10 @@ def _read(image: Image, opaque: bool, name: str) -> PIL.Image.Image | Tensor:
 
 
 def _upright(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
-    """As its EXIF orientation turns it, in a mode that PIL converts."""
+    """The image turned as its EXIF orientation says, in a mode that PIL converts."""
     try:
         image.load()
-    except (OSError, ValueError, SyntaxError) as error:  # cut short, closed, damaged
+    except (OSError, ValueError, SyntaxError) as error:  # a file that is cut short, closed or damaged
         fail(OP, name, "an image that PIL can read", str(error))
     image = ImageOps.exif_transpose(image)
     return image.convert("LA") if image.mode == "La" else image
@@ -186,7 +190,7 @@ def _read_pil(image: PIL.Image.Image, opaque: bool, name: str) -> PIL.Image.Imag
 
 
 def _mask_planes(mask: Image, name: str) -> Tensor:
-    """What carries a mask, (C, h, w) in [0, 1]: 1 plane of brightness, 3 of colours, or 4 with opacity."""
+    """The planes of a mask, (C, h, w) in [0, 1]: 1 of brightness, 3 of colours, or 4 with opacity."""
     if isinstance(mask, PIL.Image.Image):
         mask = _mask_array(mask, name)
     else:
@@ -203,7 +207,7 @@ def _is_cutout(x: Tensor) -> bool:
 
 
 def _subject(x: Tensor) -> Tensor:
-    """bool (h, w), of `_mask_planes`."""
+    """Where the planes of a mask say the subject is, bool (h, w)."""
     if len(x) == 4:
         x = x[3:] if _is_cutout(x) else x[:3]
     if len(x) == 3:
@@ -212,7 +216,7 @@ def _subject(x: Tensor) -> Tensor:
 
 
 def _mask_array(mask: PIL.Image.Image, name: str) -> np.ndarray:
-    """What carries a PIL image's mask: (h, w), (h, w, 3), or (h, w, 4) with opacity."""
+    """The planes of a PIL image's mask as an array: (h, w), (h, w, 3), or (h, w, 4) with opacity."""
     mask = _upright(mask, name)
     if _is_number_mode(mask):
         return np.asarray(mask)
@@ -232,7 +236,9 @@ def _planes(
         if image.dtype.kind not in "buif":
             fail(OP, name, "numbers or booleans", f"an array of {image.dtype}", error=TypeError)
         double = image.dtype.kind == "f" and image.dtype.itemsize >= 8
-        x = torch.from_numpy(np.array(image, np.float64 if double else np.float32))  # no view: any strides, byte order
+        x = torch.from_numpy(
+            np.array(image, np.float64 if double else np.float32)
+        )  # a copy, since the array may have any strides and byte order
         x = x if x.dim() < 3 else x.movedim(-1, -3)
         hint = "an array has its channels last"
     elif isinstance(image, Tensor):
@@ -340,7 +346,7 @@ def _middle(span: float, length: int, wanted: int) -> Span:
 
 
 def _fitted(x: PIL.Image.Image | Tensor, size: Size, fit: str) -> Tensor:
-    """What `_read` gives -> (n, 3, *size)."""
+    """A picture as `_read` gives it -> (n, 3, *size)."""
     given = (x.height, x.width) if isinstance(x, PIL.Image.Image) else (x.shape[2], x.shape[3])
     rows, columns = _shown(given, size, fit)
     (top, height, below), (left, width, right) = (

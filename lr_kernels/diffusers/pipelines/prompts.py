@@ -1,4 +1,4 @@
-"""What the models are told by prompts: texts through the text encoders, or embeddings that are given."""
+"""The prompts of a call: texts that the text encoders embed, or embeddings that are given."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -162,7 +162,7 @@ def as_list(
 def _given_embeds(
     pipe: PersonalizedPipeline, stock: StockArguments, kind: str, prompts: int, copies: int
 ) -> Embeds | None:
-    """Those of the arguments of a kind, "", "layout_" or "negative_"; ValueError where they do not fit."""
+    """The given embeddings of a kind, "", "layout_" or "negative_", or None; ValueError where they do not fit."""
     name, pooled_name = f"{kind}prompt_embeds", f"{kind}pooled_prompt_embeds"
     tokens, pooled = getattr(stock, name), getattr(stock, pooled_name)
     if tokens is None:

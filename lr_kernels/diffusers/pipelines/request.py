@@ -1,4 +1,4 @@
-"""What a call is asked for: its arguments, checked before anything is computed, as the stages use them."""
+"""Request: the arguments of a call as the stages use them, checked before anything is computed."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ class References:
     shows: tuple[int, ...]
     """the subject of each reference, also of a bank's"""
     tokens: SubjectTokens
-    """of the prompts"""
+    """the subjects' tokens in the prompts"""
     bank: ReferenceBank | None = None
     bank_steps: Mapping[int, int] | None = None
     """the bank's step of each step that shares"""
@@ -73,15 +73,15 @@ class Request:
     share: range
     """the steps that share attention"""
     layers: dict[str, Attention]
-    """the self-attention layers that do"""
+    """the self-attention layers that share attention"""
     subjects: list[list[str]]
-    """the words of each; none in a layout stage by itself"""
+    """the words of each subject; empty in a layout stage by itself"""
     tokens: SubjectTokens | None
-    """of the prompts"""
+    """the subjects' tokens in the prompts"""
     layout_masks: Tensor | None
-    """bool (S, n, *size), given"""
+    """bool (S, n, *size); None: not given"""
     references: References
-    """none in a layout stage by itself"""
+    """empty in a layout stage by itself"""
 
 
 def build_request(
@@ -185,7 +185,7 @@ def given_contexts(
     noise: Tensor | None,
     generator: Generator,
 ) -> Contexts | None:
-    """From one of the two arguments that bring contexts."""
+    """The contexts from one of the two arguments that bring them, or None."""
     if layout is not None and not isinstance(layout, LayoutRetouchOutput):
         fail(OP, "layout", "what layout() has returned", type(layout).__name__, error=TypeError)
     if layout is not None:
@@ -212,7 +212,7 @@ def given_contexts(
 
 
 def check_contexts(request: Request, contexts: Contexts | None) -> None:
-    """What the settings ask of the contexts."""
+    """Refuse contexts that lack what the settings ask for."""
     settings = request.settings
     if contexts is None:
         if settings.reading == "swap":
@@ -281,7 +281,7 @@ def _banked_references(
     bank: ReferenceBank | None,
     shows: Sequence[int] | None,
 ) -> References:
-    """ValueError where the bank was built for something else."""
+    """The references that a bank holds. ValueError where the bank was built for something else."""
     if settings.reading == "swap":
         expected = "'routing' with a reference_bank, which has no features to match"
         fail(OP, "reading", expected, "'swap'", error=NotImplementedError)
@@ -315,7 +315,7 @@ def _banked_references(
 
 
 def _no_tokens(subjects: int) -> SubjectTokens:
-    """Of no prompt."""
+    """Tokens of no prompt."""
     return SubjectTokens(torch.empty(0, 0, dtype=torch.int32), torch.empty(subjects, 0, 0))
 
 
@@ -352,7 +352,7 @@ def _masks_of_images(masks: Any) -> list[Image]:
 
 
 def _masks(masks: Image | list[Image | None] | None, references: int) -> list[Image | None]:
-    """One entry per reference."""
+    """The masks as a list with one entry per reference."""
     found: list[Any] = [None] * references if masks is None else one_by_one(masks)
     if len(found) != references:
         fail(OP, "reference_mask", f"{references} masks, one per reference", len(found), "several are a list")

@@ -30,7 +30,7 @@ from .stock import StockArguments
 from .text import Embeds
 
 REFERENCE_SEED = 0
-"""References are noised by a seed of its own, so that their masks and latents are the same for every image."""
+"""The seed of the references' noise. It is fixed, so that their masks and latents are the same for every image."""
 
 
 class RetouchStage(PersonalizedPipeline):
@@ -166,24 +166,24 @@ class Rows:
     """What the stage knows of every row of its batch before the first step."""
 
     batch: RetouchBatch
-    """while attention is shared"""
+    """the rows of the batch while attention is shared"""
     condition: Condition
-    """of the batch"""
+    """the condition of these rows"""
     noise: Tensor | None
-    """(n, C, h, w) of the contexts"""
+    """(n, C, h, w), the noise of the contexts"""
     references: Tensor
-    """(R, C, h, w), clean; none with a bank"""
+    """(R, C, h, w), clean latents; empty with a bank"""
     reference_noise: Tensor
 
     @property
     def prompt_condition(self) -> Condition:
-        """Of the images' prompts, which contexts share with targets."""
+        """The condition of the images' prompts, which contexts share with targets."""
         first = self.batch.size - self.batch.half
         return self.condition.rows(slice(first, first + self.batch.images))
 
     @property
     def reference_condition(self) -> Condition:
-        """Of the references' prompts."""
+        """The condition of the references' prompts."""
         return self.condition.rows(slice(self.batch.size - len(self.references), None))
 
 
@@ -192,15 +192,15 @@ class Masks:
     """The foregrounds, bool (…, h, w) in latent pixels."""
 
     contexts: Tensor | None
-    """(S, n, h, w)"""
+    """(S, n, h, w), the foreground of each subject in the contexts"""
     maps: Tensor | None
     """fp32 (S, n, rows, columns) in [0, 1]: what they were made from"""
     references: Tensor
-    """(R, h, w)"""
+    """(R, h, w), the foreground of each reference"""
 
 
 def retouch(pipe: PersonalizedPipeline, request: Request, contexts: Contexts | None) -> LayoutRetouchOutput:
-    """Run the stage."""
+    """Run the retouch stage."""
     check_contexts(request, contexts)
     with pipe.in_stage("retouch", request.settings.retouch_guidance):
         return _retouched(pipe, request, contexts)
@@ -397,7 +397,7 @@ def _masks(pipe: PersonalizedPipeline, request: Request, contexts: Contexts | No
 
 
 def _foreground_of_references(request: Request, maps: Tensor | None, to_mask: Callable[[Tensor], Tensor]) -> Tensor:
-    """bool (R, *size): the masks given, else those of the maps (S, R, h, w), or a bank's."""
+    """The references' foreground, bool (R, *size): a bank's, the given masks, or masks made from maps (S, R, h, w)."""
     references = request.references
     if references.bank is not None:
         assert references.bank.foreground is not None
@@ -419,7 +419,7 @@ def _foreground_of_references(request: Request, maps: Tensor | None, to_mask: Ca
 
 
 def _to_mask(request: Request, warm: float | None = None) -> Callable[[Tensor], Tensor]:
-    """Maps (S, n, h, w) -> bool (S, n, *size), see `foreground`."""
+    """A function that makes masks, bool (S, n, *size), of maps (S, n, h, w); see `foreground`."""
     settings = request.settings
     return partial(
         foreground, size=request.size, threshold=settings.mask_threshold, warm=warm, backend=settings.backend
@@ -427,7 +427,8 @@ def _to_mask(request: Request, warm: float | None = None) -> Callable[[Tensor], 
 
 
 def _matches(pipe: PersonalizedPipeline, request: Request, contexts: Contexts | None, rows: Rows) -> Callable | None:
-    """Where the tokens of the contexts are in the references, for "swap" and on request."""
+    """A function of a grid that matches the contexts' tokens with the references', for "swap" and on request; else
+    None."""
     settings, references = request.settings, rows.references
     wanted = settings.reading == "swap" or (settings.return_maps and len(references))
     if contexts is None or not wanted:
@@ -464,7 +465,7 @@ def _trajectory_of_contexts(
 def _targets(
     pipe: PersonalizedPipeline, request: Request, contexts: Contexts | None, rows: Rows, of_contexts: list[Tensor]
 ) -> Tensor:
-    """Where the targets start."""
+    """The latents with which the targets start."""
     settings, dtype = request.settings, rows.condition.embeds.dtype
     if contexts is None:
         count = request.prompts.images

@@ -24,7 +24,8 @@ from ...runtime.schemas import COLUMNS
 
 _OP = "LayoutRetouch"
 DEFAULT_SWITCH = 0.3
-"""Share of the steps for layout_steps and retouch_start: with 6 of 20, layouts stay and identity comes back."""
+"""The default of layout_steps and retouch_start as a share of the steps. With 6 of 20, layouts stay and identity comes
+back."""
 
 Blend = str | Callable[[int], float] | Sequence[float] | Tensor
 
@@ -48,12 +49,12 @@ class Solver:
     """How a diffusers scheduler walks from noise to an image, as tables of step_blend: of `solver` or `solver_of`."""
 
     timesteps: Tensor
-    """(steps,) as the UNet is told them; floating numbers for Euler"""
+    """(steps,) the timesteps that the UNet gets; floating numbers for Euler"""
     alphas: Tensor
     """float64 (steps + 1,) on the CPU: latents before step i are alphas[i]·x0 + sigmas[i]·noise; the last is the level
     of the result"""
     sigmas: Tensor
-    """float64 (steps + 1,) on the CPU"""
+    """float64 (steps + 1,) on the CPU, see `alphas`"""
     input_scales: tuple[float, ...]
     """(steps,): the UNet's input before step i is input_scales[i]·latents"""
     multistep: bool
@@ -77,7 +78,7 @@ class Solver:
 
     @property
     def walk(self) -> tuple:
-        """What two runs have in common where the latents of one are of use to the other."""
+        """What must be equal in two runs for one to use the latents of the other."""
         levels = (tuple(x.tolist()) for x in (self.timesteps, self.alphas, self.sigmas))
         return (self.prediction_type, *levels)
 
@@ -107,8 +108,8 @@ class Stepper:
 
     def __init__(self, solver: Solver, table: Tensor, *, backend: str = "auto"):
         self.table, self._multistep, self._backend = table, solver.multistep, backend
-        self._history: Tensor | None = None  # clean latents by the step before
-        self._spare: Tensor | None = None  # the memory for those of the next step
+        self._history: Tensor | None = None  # the clean latents that the step before predicted
+        self._spare: Tensor | None = None  # memory for the clean latents that this step predicts
 
     def step(
         self,
@@ -200,7 +201,7 @@ def solver_of(scheduler: Solver | SchedulerMixin) -> Solver:
 
 
 def _by_timesteps(scheduler: DDIMScheduler) -> Solver:
-    """DDIM. A step goes to t - T // steps, which is the next timestep only where the spacing is even."""
+    """The solver of DDIM. A step goes to t - T // steps, which is the next timestep only where the spacing is even."""
     config, times = scheduler.config, scheduler.timesteps.cpu()
     following = times - config.num_train_timesteps // scheduler.num_inference_steps
     levels = scheduler.alphas_cumprod.cpu().double()
@@ -229,7 +230,7 @@ def _by_timesteps(scheduler: DDIMScheduler) -> Solver:
 
 
 def _by_sigmas(scheduler: EulerDiscreteScheduler | DPMSolverMultistepScheduler) -> Solver:
-    """Euler and DPM-Solver++ 2M, on whatever list of σ the scheduler has made."""
+    """The solver of Euler and DPM-Solver++ 2M, on whatever list of σ the scheduler has made."""
     config, steps = scheduler.config, len(scheduler.timesteps)
     sigmas = scheduler.sigmas[: steps + 1].cpu().double()  # Euler's log_linear interpolation makes one too many
     keywords = {"solver": "euler", "prediction_type": config.prediction_type}

@@ -97,7 +97,7 @@ class Settings:
         return self.guidance_scale if self.retouch_guidance_scale is None else self.retouch_guidance_scale
 
     def check_generators(self, images: int) -> None:
-        """One generator, or a list of one per image."""
+        """Refuse generators that are neither one nor a list of one per image."""
         several = self.generator if isinstance(self.generator, list) else [self.generator]
         for generator in several:
             if not isinstance(generator, torch.Generator) and self.generator is not None:
@@ -114,7 +114,7 @@ def refuse(reason: str, **arguments: object) -> None:
 
 
 def one_or(count: int) -> str:
-    """How many there may be where one serves all."""
+    """How many there may be where one serves all, in words: 1, or 1 or `count`."""
     return "1" if count == 1 else f"1 or {count}"
 
 

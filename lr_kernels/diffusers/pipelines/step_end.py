@@ -1,4 +1,4 @@
-"""What happens between two steps of a stage: the callback of the call, as the stock pipelines call it."""
+"""The callback between two steps of a stage, called as the stock pipelines call it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,16 +13,16 @@ from .condition import Condition, Control
 from .settings import OP, Callback
 
 _CONDITIONS = {"add_text_embeds": "text_embeds", "add_time_ids": "time_ids"}
-"""Names of the stock pipelines' variables, and of the conditions that they are."""
+"""By name of the stock pipelines' variable, the name of the condition that it is."""
 
 
 class Told(NamedTuple):
     """What the models are told from one step to the next; a callback may change it."""
 
     latents: Tensor
-    """(n, C, h, w)"""
+    """the latents, (n, C, h, w)"""
     condition: Condition
-    """of the n images, with guidance the unconditional rows before them"""
+    """the condition of the n images, with guidance the unconditional rows before them"""
     control: Control | None
 
 
@@ -96,7 +96,7 @@ def after_step(
 
 
 def _tensors(told: Told, images: int) -> dict[str, Tensor | None]:
-    """By the names of the stock pipelines' variables."""
+    """The tensors by the names of the stock pipelines' variables."""
     condition = told.condition
     halves = len(condition.embeds) // images
     tensors = {

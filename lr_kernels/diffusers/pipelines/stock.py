@@ -37,7 +37,7 @@ _REFUSED = {
     "num_images_per_prompt": "a stage takes one prompt per image: repeat the prompts",
     "return_dict": "a stage returns its output: take .images",
 }
-"""What the stock pipelines also take, and what serves here."""
+"""Arguments of the stock pipelines that are refused, with what to use instead."""
 _AS_IF_LEFT_OUT = {
     "control_guidance_start": 0,
     "control_guidance_end": 1,
@@ -45,7 +45,7 @@ _AS_IF_LEFT_OUT = {
     "num_images_per_prompt": 1,
     "return_dict": True,
 }
-"""The values of those that change nothing."""
+"""Values of refused arguments that change nothing, and so are let through."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What the stock pipelines switch on and off in `unet` and `text_encoder`, for both models."""
+"""The switches that the stock pipelines have for `unet` and `text_encoder`, applied to both models."""
 
 from collections.abc import Iterable
 

@@ -1,4 +1,4 @@
-"""Texts through the text encoders of one of the models."""
+"""Embedding texts with the text encoders of one of the models."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ class TextReader(NamedTuple):
     """A text encoder of one of the models, and the tokenizer that it shares with the other model's."""
 
     name: str
-    """of the encoder among the components"""
+    """the name of the encoder among the components"""
     tokenizer: PreTrainedTokenizerBase
     encoder: PreTrainedModel
 
@@ -25,13 +25,13 @@ class Embeds(NamedTuple):
     """Embeddings of B prompts."""
 
     tokens: Tensor
-    """(B, L, C)"""
+    """(B, L, C), hidden states of the tokens"""
     pooled: Tensor | None = None
-    """(B, P), of SDXL"""
+    """(B, P), pooled embeddings, which SDXL has"""
 
     @staticmethod
     def join(parts: Sequence["Embeds"]) -> "Embeds":
-        """The rows of all parts."""
+        """One `Embeds` with the rows of all parts."""
         pooled = [part.pooled for part in parts if part.pooled is not None]
         return Embeds(torch.cat([part.tokens for part in parts]), torch.cat(pooled) if pooled else None)
 

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 from ...features.subject_mask import subject_mask
 
 SPECK = 0.5
-"""Regions smaller than this share of the largest are no part of the subject."""
+"""Regions smaller than this share of the largest one are left out of a foreground."""
 FILLED_HOLE = 0.1
-"""Holes smaller than this share of the subject are filled; a ring keeps its own."""
+"""Holes smaller than this share of the subject are filled. The hole of a ring is larger and stays."""
 MARGIN, WARM = 0.6, 0.2
 """A foreground grows by MARGIN cells of the maps, that of an image to be made only into what is above WARM on the
 stretched maps: a mask that cuts the subject does more harm than one that lets some background in."""

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from ...features.correspondence import correspondence
 
 RADIUS = 1.5
-"""In cells of a layer's grid: how far the way there and back may end from its start."""
+"""How far, in cells of a layer's grid, the way there and back may end from its start."""
 
 Match = tuple[Tensor, Tensor]
-"""index and consistent, (images, tokens) each: see `correspondence`"""
+"""(index, consistent), (images, tokens) each, as `correspondence` returns them"""
 
 _lock = threading.Lock()
 _stance = ExitStack()
@@ -36,13 +36,13 @@ def _record_eagerly(change: int) -> None:
 
 
 class FeatureRecorder:
-    """Keeps what the middle up block of a UNet makes; a context manager around a forward pass."""
+    """Keeps the features that the middle up block of a UNet makes; a context manager around a forward pass."""
 
     def __init__(self, unet: UNet2DConditionModel):
         blocks = getattr(unet, "_orig_mod", unet).up_blocks
         self.block = blocks[max(len(blocks) // 2 - 1, 0)]
         self.features: Tensor | None = None
-        """(B, C, h, w)"""
+        """the features, (B, C, h, w)"""
 
     def __enter__(self) -> "FeatureRecorder":
         def keep(module: object, inputs: object, output: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Seeing why: a labelled sheet of what the pipelines read and made, with masks, heat maps and matches drawn over it."""
+"""A labelled sheet of what the pipelines read and made, with masks, heat maps and matches drawn over it."""
 
 import math
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from ...runtime.checks import fail
 from ..processors.routing import token_mask
 
 SUBJECT_COLOURS = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233))
-"""One for each subject, told apart with any colour vision (after Okabe and Ito); none is lost on white."""
+"""The colour of each subject. They can be told apart with any colour vision (after Okabe and Ito), also on white."""
 HEAT = ((0.0, (24, 16, 70)), (0.4, (150, 30, 110)), (0.75, (245, 120, 40)), (1.0, (255, 240, 150)))
 """From cold to hot: where in [0, 1], and the colour; ever lighter, so that it also reads without colours."""
 TINT = 0.2
@@ -171,7 +171,7 @@ def _shown(reference_subjects: Sequence[int] | None, references: int, subjects: 
 
 
 def _of_subject(mask: Tensor, subject: int, subjects: int) -> Tensor:
-    """bool (...) -> (subjects, ...), empty but for that subject."""
+    """A mask, bool (...), as the mask of one of several subjects, (subjects, ...); those of the others are empty."""
     masks = mask.new_zeros(subjects, *mask.shape)
     masks[subject] = mask
     return masks
@@ -240,7 +240,7 @@ def _cells(row: Row, side: int) -> list[PIL.Image.Image]:
     if row.colours is not None:
         cells = [overlay_colours(cell, colours) for cell, colours in zip(cells, row.colours)]
     if masks is not None:
-        tint = TINT if row.heat is None and row.colours is None else 0  # their colours say something
+        tint = TINT if row.heat is None and row.colours is None else 0  # the colours of their places mean something
         cells = [overlay_mask(cell, masks[:, i], tint=tint) for i, cell in enumerate(cells)]
     return cells
 
@@ -322,5 +322,5 @@ def _enlarged(x: Tensor, image: PIL.Image.Image, mode: str) -> Tensor:
 
 
 def _grown(mask: Tensor, pixels: int) -> Tensor:
-    """bool (h, w): what is at most so many pixels from the mask, along each side."""
+    """The mask and all pixels at most so many pixels from it along each side, bool (h, w)."""
     return F.max_pool2d(mask[None].float(), 2 * pixels + 1, stride=1, padding=pixels)[0] > 0

@@ -1,4 +1,4 @@
-"""Where the subject is: its tokens in prompts, and its maps in a UNet."""
+"""Where a subject is: its tokens in prompts, and its attention maps in a UNet."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,7 +19,7 @@ from ..processors.unet import AttentionState, StockAttnProcessor, TokenMapAttnPr
 MAP_TOKENS = 256
 """Maps have the grid of the layers nearest to this many tokens: 16 x 16."""
 FINEST_MAP = 1024
-"""Tokens of the finest cross-attention layers that add to the maps; finer ones are noisy."""
+"""The most tokens of a cross-attention layer that adds to the maps. Finer layers are noisy."""
 PROPAGATIONS = 2
 """How often the maps go through self-attention."""
 PROPAGATING_LAYERS = 6
@@ -37,7 +37,7 @@ class SubjectTokens(NamedTuple):
     """fp32 (S, B, T), of sum 1 where a prompt has the subject, else 0"""
 
     def joined(self, *others: "SubjectTokens") -> "SubjectTokens":
-        """The prompts of several, in their order."""
+        """The tokens of several lists of prompts, one after the other."""
         parts = [self, *others]
         longest = max(part.indices.shape[1] for part in parts)
         indices = [F.pad(part.indices, (0, longest - part.indices.shape[1])) for part in parts]
@@ -63,7 +63,7 @@ def _are_words(x: object) -> bool:
 
 
 def as_numbers(shows: Sequence[int]) -> tuple[Any, ...]:
-    """The subjects' numbers as given. ValueError where there is one without a list."""
+    """The given numbers of subjects as a tuple. ValueError for a number that is not in a list."""
     if not isinstance(shows, Iterable) or getattr(shows, "ndim", 1) == 0:
         fail("LayoutRetouch", "reference_subjects", "a list of numbers", repr(shows))
     return tuple(x if plain_number(x) is None else plain_number(x) for x in shows)

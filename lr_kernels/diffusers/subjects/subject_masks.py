@@ -25,7 +25,7 @@ from .subject import as_subjects, find_subjects
 MAP_SCALE = 4
 """Maps of layers at this scale: 16 x 16 tokens in Stable Diffusion 1 and 2, 32 x 32 in SDXL."""
 STEPS_KEPT = 20
-"""The maps of so many last passes are averaged, as ConsiStory does."""
+"""The maps of this many last passes are averaged, as ConsiStory does."""
 
 
 class SubjectMasks:
