@@ -78,16 +78,8 @@ def launch_arguments(outs: list[Tensor], lses: list[Tensor], out: Tensor, lse: T
     B, N, H, D = out.shape
     columns = max(16, triton.next_power_of_2(D))
     block = max(1, (2048 if len(outs) <= 4 else 512) // columns)  # 16 parts of 2048 elements spill
-    arguments = (
-        tuple(outs),
-        tuple(lses),
-        out,
-        lse,
-        B * N * H,
-        N,
-        H,
-        *(by_dimension([strides(x, 0, 1, 2) for x in parts]) for parts in (outs, lses)),
-    )
+    steps = [by_dimension([strides(x, 0, 1, 2) for x in parts]) for parts in (outs, lses)]
+    arguments = (tuple(outs), tuple(lses), out, lse, B * N * H, N, H, *steps)
     constants = {"K": len(outs), "D": D, "BLOCK": block, "COLUMNS": columns, "num_warps": 4, "enable_fp_fusion": True}
     return arguments, constants, triton.cdiv(B * N * H, block)
 
