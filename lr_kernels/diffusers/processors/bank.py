@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 
@@ -16,9 +16,9 @@ from torch import Tensor
 from ...attention.api import multi_source_attention
 from ...attention.plan import AttentionPlan, plan_attention
 from ...runtime.checks import check_choice, check_integer, fail
-from ...runtime.platform import KERNEL_DTYPES
 from ...source import Source
-from .bank_values import MAX_TIMESTEP, as_bias, as_foreground, as_table, check_file, check_numbers
+from .bank_files import FIELDS, check_stored, read_field
+from .bank_values import as_bias, as_foreground, as_table, check_file, check_numbers
 from .install import layer_grid
 from .routing import token_mask
 from .unet import AttentionState, StockAttnProcessor, refuse_mask
@@ -367,7 +367,7 @@ class ReferenceBank(KeyValueBank):
         tensors = {name: x.cpu().contiguous() for name, x in self._stored.items()}
         if self._foreground is not None:
             tensors["foreground"] = self._foreground.cpu().contiguous()
-        about = {name: json.dumps(getattr(self, name)) for name in _FIELDS} | {"model": model}
+        about = {name: json.dumps(getattr(self, name)) for name in FIELDS} | {"model": model}
         save_file(tensors, path, about)
 
     @classmethod
@@ -399,8 +399,8 @@ class ReferenceBank(KeyValueBank):
             fail("ReferenceBank", "path", "a safetensors file", f"{path}: {error}")
         if not about:
             fail("ReferenceBank", "path", "a file that save() wrote", f"{path}: one without metadata")
-        timesteps, signals, shows, words = (_field(path, about, name) for name in _FIELDS)
-        assert timesteps is not None  # _FIELDS
+        timesteps, signals, shows, words = (read_field(path, about, name) for name in FIELDS)
+        assert timesteps is not None  # FIELDS
         if signals is not None and len(signals) != len(timesteps):
             fail("ReferenceBank", "signals", f"{len(timesteps)} in {path}, one per timestep", len(signals))
         found = about.get("model", "")
@@ -411,7 +411,7 @@ class ReferenceBank(KeyValueBank):
         if timesteps != sorted(timesteps, reverse=True):
             fail("ReferenceBank", "timesteps", f"falling ones in {path}", timesteps)
         foreground = tensors.pop("foreground", None)
-        _check_stored(path, tensors, len(timesteps))
+        check_stored(path, tensors, len(timesteps))
         for name, x in tensors.items():
             bank._stored[name] = x.to(device) if storage == "device" else x
             bank.layer(name).buffer = torch.empty(x.shape[1:], dtype=x.dtype, device=device)
@@ -429,54 +429,6 @@ class ReferenceBank(KeyValueBank):
             fail("ReferenceBank", "shows", f"subjects 0 to {len(words) - 1} in {path}", max(shows))
         bank._filled = set(range(len(bank.timesteps)))
         return bank
-
-
-def _list_of(valid: Callable[[object], bool]) -> Callable[[object], bool]:
-    return lambda value: isinstance(value, list) and len(value) > 0 and all(valid(x) for x in value)
-
-
-def _between(low: float, high: float) -> Callable[[object], bool]:
-    return lambda x: isinstance(x, int | float) and not isinstance(x, bool) and low <= x <= high
-
-
-_FIELDS: dict[str, tuple[bool, Callable[[object], bool], str]] = {
-    "timesteps": (False, _list_of(_between(0, MAX_TIMESTEP)), "a list of timesteps"),
-    "signals": (True, _list_of(_between(0, 1)), "a list of numbers from 0 to 1"),
-    "shows": (True, _list_of(lambda x: type(x) is int and x >= 0), "a list of subjects' numbers"),
-    "words": (True, _list_of(_list_of(lambda x: isinstance(x, str))), "a list of each subject's words"),
-}
-"""The fields of a bank's file beside its tensors, in JSON: whether a field may be null or missing, its check, and what
-it has to be in words."""
-
-
-def _field(path: str | PathLike, about: Mapping[str, str], name: str) -> list | None:
-    optional, valid, expected = _FIELDS[name]
-    text = about.get(name, "null")
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        value = text
-    if not (valid(value) or (optional and value is None)):
-        got = "nothing" if name not in about else text if len(text) < 80 else text[:80] + "…"
-        fail("ReferenceBank", name, f"{expected} in {path}", got, "load a file that save() wrote")
-    return value
-
-
-def _check_stored(path: str | PathLike, tensors: Mapping[str, Tensor], steps: int) -> None:
-    """ValueError unless these are the keys and values of every step, of the same rows and dtype in all layers."""
-    if not tensors:
-        fail("ReferenceBank", "layers", f"keys and values of at least one layer in {path}", "none")
-    first = next(iter(tensors.values()))
-    rows = first.shape[2] if first.dim() == 6 else 1
-    for name, x in tensors.items():
-        if x.dim() != 6 or tuple(x.shape[:3]) != (steps, 2, rows) or x.numel() == 0:
-            expected = f"({steps} steps, 2, {rows} rows, tokens, heads, head_dim) in {path}"
-            fail("ReferenceBank", name, expected, tuple(x.shape))
-        if x.dtype not in (*KERNEL_DTYPES, torch.float64) or x.dtype != first.dtype:
-            expected = f"{first.dtype} as the other layers" if x.dtype != first.dtype else "a floating dtype"
-            fail("ReferenceBank", name, f"{expected} in {path}", x.dtype)
-        if not bool(x.isfinite().all()):
-            fail("ReferenceBank", name, f"finite keys and values in {path}", "NaN or infinity")
 
 
 class BankAttnProcessor(StockAttnProcessor):
