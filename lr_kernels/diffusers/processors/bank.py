@@ -18,7 +18,7 @@ from ...attention.plan import AttentionPlan, plan_attention
 from ...runtime.checks import check_choice, check_integer, fail
 from ...source import Source
 from .bank_files import FIELDS, check_stored, read_field
-from .bank_values import as_bias, as_foreground, as_table, check_file, check_numbers
+from .bank_values import MAX_TIMESTEP, as_bias, as_foreground, as_table, check_file, check_numbers
 from .install import layer_grid
 from .routing import token_mask
 from .unet import AttentionState, StockAttnProcessor, refuse_mask
