@@ -4,11 +4,12 @@
 TRITON_INTERPRET must not be set.
 """
 
+import argparse
 import json
 import re
 import subprocess
-import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -57,19 +58,19 @@ class Row(NamedTuple):
     instructions: int
 
 
-def rows() -> list[Row]:
-    """Every kernel on every architecture, compiled by PROCESSES processes."""
+def rows(head_dims: Sequence[int] = HEAD_DIMS) -> list[Row]:
+    """Every kernel on every architecture, compiled by PROCESSES processes; the attention kernels at these head dims."""
     bf16 = torch.bfloat16
     jobs: list[tuple] = []
     for arch in ARCHITECTURES:
-        jobs += [(attention_row, arch, D, bf16, kind) for D in HEAD_DIMS for kind in ("dense", "gathered", "grouped")]
+        jobs += [(attention_row, arch, D, bf16, kind) for D in head_dims for kind in ("dense", "gathered", "grouped")]
         jobs += [(attention_row, arch, 64, dtype, "gathered") for dtype in (torch.float16, torch.float32)]
         jobs += [(attention_row, arch, D, bf16, "gathered biased") for D in (40, 64)]
         jobs += [(attention_row, arch, 64, bf16, "gathered warped")]
-        jobs += [(backward_rows, arch, D, bf16) for D in HEAD_DIMS]
+        jobs += [(backward_rows, arch, D, bf16) for D in head_dims]
         jobs += [(example_rows, arch)]
     jobs += [
-        (attention_row, arch, D, bf16, kind) for arch in RELATED for D in HEAD_DIMS for kind in ("dense", "gathered")
+        (attention_row, arch, D, bf16, kind) for arch in RELATED for D in head_dims for kind in ("dense", "gathered")
     ]
     jobs += [(attention_row, 90, D, bf16, "few") for D in (64, 80)]
     with ProcessPoolExecutor(PROCESSES) as pool:
@@ -229,5 +230,9 @@ def markdown(table: list[Row]) -> str:
 
 
 if __name__ == "__main__":
-    measured = rows()
-    print(json.dumps([row._asdict() for row in measured]) if "--json" in sys.argv else HEAD + "\n" + markdown(measured))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON and not as a table")
+    parser.add_argument("--head-dims", type=int, nargs="+", default=HEAD_DIMS, help="of the attention kernels")
+    options = parser.parse_args()
+    measured = rows(options.head_dims)
+    print(json.dumps([row._asdict() for row in measured]) if options.json else HEAD + "\n" + markdown(measured))
