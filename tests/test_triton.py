@@ -34,6 +34,8 @@ def check(case: AttentionCase, dtype: torch.dtype, device: str) -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
 @pytest.mark.fault(number=1)
 def test_matches_the_reference(case, dtype, device):
+    if device == "cpu" and dtype != torch.float32:
+        case = replace(case, heads=1)  # half the interpreter's time; heads differ in addresses alone, as in fp32
     check(case, dtype, device)
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -29,6 +30,8 @@ def by_triton(*args, **kwargs):
 @pytest.mark.parametrize("case", [c for c in CASES if not c.value_index], ids=lambda c: c.id)
 @pytest.mark.fault(number=28)
 def test_gradients_match_the_formula(case, dtype, device):
+    if device == "cpu" and dtype != torch.float32:
+        case = replace(case, heads=1)  # half the interpreter's time; heads differ in addresses alone, as in fp32
     check_attention_backward(by_triton, *(attention_inputs(case, dtype, i, device) for i in range(SEEDS[dtype])))
 
 
