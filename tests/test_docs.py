@@ -40,3 +40,15 @@ def test_links_between_the_documents_lead_somewhere():
     for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("hf_kernel/*.md")]:
         for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
             assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_files_that_contributing_names_exist():
+    text = page_text("CONTRIBUTING.md")
+    named = [x for x in re.findall(r"`([\w./{},-]+\.(?:py|md|h|cpp|cu|sh|txt))`", text) if "<" not in x]
+    assert len(named) > 40
+    for name in named:
+        start, options, end = re.fullmatch(r"([^{]*)(?:\{(.*)\})?(.*)", name).groups()
+        for option in (options or "").split(","):
+            path = f"{start}{option}{end}"
+            places = [ROOT, *(ROOT / "lr_kernels").rglob("*/"), ROOT / "tests", ROOT / "benchmarks", ROOT / "csrc/cpu"]
+            assert any((place / path).is_file() for place in places), path
