@@ -1,9 +1,8 @@
 """Attention under the signatures that other libraries call: PyTorch's, xformers', transformers' and diffusers'.
 
-They compute attention over one source of keys, with masks that hide keys from all queries alike (padding). What the
-operator cannot express is refused by name and never dropped: causal and per-pair masks, dropout, and every argument
-that is not known here.
-"""
+These functions compute attention over one source of keys, with masks that hide keys from all queries alike (padding).
+What the operator cannot express is refused by name and never dropped: causal and per-pair masks, dropout, and every
+argument that is not known here."""
 
 from numbers import Real
 from typing import NoReturn
@@ -30,14 +29,15 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """`torch.nn.functional.scaled_dot_product_attention`, of 2 to 4 dimensions.
+    """`torch.nn.functional.scaled_dot_product_attention` for tensors of 2 to 4 dimensions.
 
     Args:
-        query: (B, H, N, D), (B, N, D) or (N, D). key: (B, H, M, D), (B, M, D) or (M, D). value: like key, of a head_dim
-            of its own.
+        query: (B, H, N, D), (B, N, D) or (N, D). key: (B, H, M, D), (B, M, D) or (M, D). value: like key; its head_dim
+            may differ.
         attn_mask: bool (True: takes part) or float (added), broadcastable to (B, H, N, M), the same for all heads and
-            queries: of size 1 or expanded in these dimensions. Copies are compared, which synchronizes with a GPU;
-            under torch.compile and while a CUDA graph is captured the device compares them, and stops at a difference.
+            queries: of size 1 or expanded in these dimensions. A mask that holds numbers of its own for each head or
+            query is compared with its first ones, which synchronizes with a GPU; under torch.compile and while a CUDA
+            graph is captured the device compares them, and a difference fails an assertion there.
         enable_gqa: key and value have fewer heads, each for several of the query's: they are repeated, which copies.
 
     Returns:
@@ -45,8 +45,9 @@ def scaled_dot_product_attention(
 
     Raises:
         ValueError: other numbers of dimensions, shapes that do not fit.
-        NotImplementedError: is_causal, dropout_p, a mask that differs between heads or queries, copies that require
-            gradients.
+        TypeError: a mask that is neither bool nor floating.
+        NotImplementedError: is_causal with more than one query or key, dropout_p, a mask that differs between heads or
+            queries, or that holds numbers for each of them and requires a gradient.
     """
     op = "scaled_dot_product_attention"
     _check_mask_type(op, "attn_mask", attn_mask)
@@ -93,14 +94,15 @@ def memory_efficient_attention(
     op: object = None,
     output_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`xformers.ops.memory_efficient_attention`, of 3 to 5 dimensions.
+    """`xformers.ops.memory_efficient_attention` for tensors of 3 to 5 dimensions.
 
     Args:
         query: (B, N, H, D), (B, N, D), or (B, N, G, H, D) in groups of heads. key: (B, M, H, D), (B, M, D) or
             (B, M, G, H, D), which is copied where it is expanded over the heads. value: like key, of a head_dim of its
             own.
-        attn_bias: float, added, the same for all heads and queries: broadcastable to (B, H, N, M), of 5 dimensions to
-            (B, G, H, N, M); of 3 dimensions (B or 1, N, M) or (B * H, N, M), where N may be 1.
+        attn_bias: float (added) or bool (True: takes part), the same for all heads and queries. It broadcasts to
+            (B, H, N, M) or, with 5 dimensions, to (B, G, H, N, M). With 3 dimensions it is (B or 1, N, M) or
+            (B * H, N, M), where N may be 1.
 
     Returns:
         like query, of value's head_dim.
@@ -149,7 +151,8 @@ def transformers_attention(
     """An attention function for `transformers.AttentionInterface`; `register_with_transformers` installs it.
 
     query (B, H, N, D), key and value (B, H or fewer, M, D) -> ((B, N, H, D), None: no weights). One query may see all
-    keys whatever is_causal says, as in decoding. Of what else models pass, `_CHANGE_NOTHING` is let through.
+    keys whatever is_causal says, as in decoding. Arguments that concern other parts of the model (position_ids,
+    use_cache and the like) are ignored.
 
     Raises:
         NotImplementedError: a causal module without a mask, dropout, a mask that differs between heads or queries, and
@@ -197,7 +200,7 @@ def attend(
 ) -> Tensor:
     """`multi_source_attention` of one source: (B, N, H, D), (B, M, H, D) x 2 and a mask as in
     `scaled_dot_product_attention`; `op` and `mask_name` are the names in errors. Where value has another head_dim than
-    key, zeros fill the smaller one up, which copies it."""
+    key, zeros fill the smaller one up, which copies it, and with key also query."""
     return _of_one_source(op, query, key, value, mask, scale, gqa, mask_name, return_lse=False)[0]
 
 
@@ -302,7 +305,7 @@ def _check_dimensions(op: str, query: Tensor, key: Tensor, value: Tensor, expect
 
 
 def refuse_unless_off(op: str, /, **arguments: object) -> None:
-    """Refuse every argument that is not off: None, False or 0."""
+    """Refuse every argument except None, False and 0, which mean off."""
     for name, x in arguments.items():
         if x is not None and x is not False and not (isinstance(x, Real) and x == 0):
             _not_implemented(op, name, "none", f"a tensor {tuple(x.shape)}" if isinstance(x, Tensor) else x)

@@ -214,7 +214,7 @@ LR_INLINE void tile_logits(const Block<C>& block, int tile, const typename C::Un
 }
 
 // Softmax weights of one block into p, and their products with the values into the slice. The running maximum is lazy:
-// it is taken from the first tile that the slice sees, and the block is redone only where a logit exceeds it by 2^60.
+// it is taken from the first keys that the slice sees, and the block is redone only where a weight would reach 2^60.
 // Unbiased logits keep their factor out of the scores until the exponent: 2^(scale·s + shift - max) is one fma.
 template <class C, bool kBiased>
 void attend_block(const Slice<C>& s, const Block<C>& block, int units, int d, typename C::Unit* p, bool first) {

@@ -49,10 +49,12 @@ def multi_source_attention(
     """Softmax attention of `query` over the visible keys of all `sources` together.
 
         out[b,i,h] = Σ_g w_g[b,i] · Σ_{s∈g} Σ_j P^g[b,i,h,s,j] · V_s[r_s(b), v_s(j), h]
-        P^g = softmax over the visible (s, j) of group g of  α_s·scale·⟨Q[b,i,h], K_s[r_s(b), j, h]⟩ + β_s + bias_s[j]
+        P^g = softmax over the visible (s, j) of softmax group g of  α_s·scale·⟨Q[b,i,h], K_s[r_s(b), j, h]⟩ + β_s +
+        bias_s[j]
 
-    Key j of source s is visible to query (b, i) iff rows_s[b] >= 0, key_mask_s[j] and query_groups[b,i] &
-    key_groups_s[j]. Nothing is concatenated, expanded or expressed as a dense mask: hidden keys cost nothing.
+    α, β, w, r and v are logit_scale, logit_bias, weight, rows and value_index of the source. Key j of source s is
+    visible to query (b, i) iff rows_s[b] >= 0, key_mask_s[j] and query_groups[b,i] & key_groups_s[j]. Nothing is
+    concatenated, expanded or expressed as a dense mask: hidden keys cost nothing.
 
     Args:
         query: (B, N, H, D), fp32, fp16 or bf16 (the reference backend also float64); D 1 to 256.
@@ -61,7 +63,7 @@ def multi_source_attention(
         scale: default D ** -0.5.
         return_lse: also return the natural-log sum of exponentials, fp32 (B, N, H); needs a single softmax group.
         plan: from `plan_attention` for the same masks and groups; default: built here.
-        backend: "auto", "cpu", "triton" or "reference". A name never falls back.
+        backend: "auto", "cpu", "triton" or "reference". A named backend never falls back to another.
 
     Returns:
         out (B, N, H, D) in the query's dtype, or (out, lse). A query that sees no key gets out 0, lse -inf. Finite
@@ -73,9 +75,9 @@ def multi_source_attention(
 
     Gradients: of query, key, value and key_bias on "cpu" and, without value_index, "triton" (P is computed again from
         the lse: no N x M memory; gradients of keys and values are summed in fp32 buffers of their shapes, in the same
-        order every time); of every floating argument on "reference". Gradients of gradients, forward mode and
-        torch.func: on "reference", which "auto" takes for them, with its N x M memory. torch.vmap over a tensor of the
-        call: on none.
+        order every time); of every floating argument on "reference". "auto" takes "reference", with its N x M memory,
+        where a strength or weight requires a gradient, and for gradients of gradients, forward mode and torch.func's
+        transforms except vmap. No backend takes torch.vmap over a tensor of the call.
 
     Raises:
         ValueError, TypeError: an argument that does not fit, named with its source: `key[2]: expected …, got …`.

@@ -100,7 +100,7 @@ def _requires_grad(source: Source) -> bool:
 
 
 def resolve(query: Tensor, sources: Sequence[Source]) -> tuple[Tensor, list[Source]]:
-    """The arguments as kernels can read them: lazy tensors written out, float64 tables within float32."""
+    """The arguments as kernels can read them: lazy tensors written out, float64 biases and strengths within float32."""
     found = []
     for i, source in enumerate(sources):
         tensors = {name: x for name, x in zip(source._fields, source) if isinstance(x, Tensor)}
@@ -228,7 +228,7 @@ def _check_value_index(i: int, source: Source, query: Tensor) -> None:
     if index.dtype not in _INDEX_DTYPES:
         fail(OP, f"value_index[{i}]", "an integer dtype", index.dtype, error=TypeError)
     if index.dim() != 2 or not one_of(index.shape[0], 1, rows, query.shape[0]) or index.shape[1] != keys:
-        fail(OP, f"value_index[{i}]", f"shape ({rows}, {query.shape[0]} or 1, {keys})", tuple(index.shape))
+        fail(OP, f"value_index[{i}]", f"shape ({rows} or {query.shape[0]} or 1, {keys})", tuple(index.shape))
     if index.device != query.device:
         fail(OP, f"value_index[{i}]", str(query.device), index.device)
     check_entries(OP, f"value_index[{i}]", index, 0, tokens - 1)
@@ -247,7 +247,7 @@ def check_gradient_memory(query: Tensor, sources: Sequence[Source]) -> None:
 
 
 def check_reference_memory(query: Tensor, sources: Sequence[Source]) -> None:
-    """The reference stores the scores, and about three times over: scores, their concatenation, probabilities."""
+    """The specification stores the scores about three times: scores, their concatenation, probabilities."""
     batch, tokens, heads, _ = query.shape
     pairs = batch * tokens * heads * sum(s.key.shape[1] for s in sources)
     size = 8 if query.dtype == torch.float64 else 4

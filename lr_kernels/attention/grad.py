@@ -29,7 +29,7 @@ class Options(NamedTuple):
 
     backend: str
     by_reference: bool
-    """Whether the backend was "auto", so that the reference may compute what the kernel cannot."""
+    """Whether the backend was "auto", so that the specification may compute what the kernel cannot."""
     scale: float | None
     return_lse: bool
 

@@ -2,7 +2,7 @@
 
 A preset is a function of the queries, keys and values of one attention layer, all rows of the batch together,
 (B, N, H, D) each; it returns the (B, N, H, D) that the layer goes on with. Keys and values of other rows are read in
-place. A table of rows says which other row each row reads: int (B,), -1 for none. Make it once (`guided_rows`) and keep
+place. A row table says which other row each row reads: int (B,), -1 for none. Make it once (`guided_rows`) and keep
 it on the query's device; int32 is not copied. A table or a mask that was made for another batch is a ValueError that
 names it.
 
