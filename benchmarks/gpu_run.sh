@@ -52,7 +52,9 @@ for part in "${PARTS[@]}"; do
       run build 150 "$PYTHON" setup.py -q build_ext --inplace ;;
     tests)
       if ! "$PYTHON" -c "import pytest, hypothesis" 2> /dev/null; then not_run tests "pytest or hypothesis is missing: put wheels into $WHEELS"; continue; fi
-      GPU_TESTS=(tests/test_{gpu,triton,triton_backward,triton_replay,compact_keys,token_maps,correspondence,adain,merge,step_blend,step_blend_kernels,subject_mask}.py)
+      # Those that take the fixture `device`, which is the GPU where there is one.
+      mapfile -t GPU_TESTS < <(grep -lE 'usefixtures\("device"|def test_.*[(, ]device[,)]' tests/test_*.py | grep -v diffusers)
+      GPU_TESTS+=(tests/test_gpu.py tests/test_triton_replay.py)
       if [ ${#DRY[@]} -gt 0 ]; then
         run tests 300 "$PYTHON" -m pytest -p no:cacheprovider "${GPU_TESTS[@]}" --collect-only -q
       else

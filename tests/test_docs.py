@@ -50,5 +50,12 @@ def test_the_files_that_contributing_names_exist():
         start, options, end = re.fullmatch(r"([^{]*)(?:\{(.*)\})?(.*)", name).groups()
         for option in (options or "").split(","):
             path = f"{start}{option}{end}"
-            places = [ROOT, ROOT / "lr_kernels", *(ROOT / "lr_kernels").rglob("*/"), ROOT / "tests", ROOT / "benchmarks", ROOT / "csrc/cpu"]
+            places = [
+                ROOT,
+                ROOT / "lr_kernels",
+                *(ROOT / "lr_kernels").rglob("*/"),
+                ROOT / "tests",
+                ROOT / "benchmarks",
+                ROOT / "csrc/cpu",
+            ]
             assert any((place / path).is_file() for place in places), path
