@@ -12,9 +12,9 @@ demo: $(VENV)/.installed
 	OMP_WAIT_POLICY=passive $(BIN)/python -m lr_kernels demo
 	$(BIN)/python -m benchmarks --quick
 
-# Files side by side: whole ones, since some make what all their tests share. A thread each, or their spinning OpenMP
-# threads would wait for each other.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+# Files side by side: whole ones, since some make what all their tests share, in the order of tests/conftest.py. A thread
+# each, or their spinning OpenMP threads would wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: $(VENV)/.installed
 	$(PYTEST) tests

@@ -18,6 +18,20 @@ if not torch.cuda.is_available():
 
 from triton.runtime import interpreter as _interpreter
 
+MINUTES = {
+    "test_toy.py",
+    "test_benchmarks.py",
+    "test_triton_compile.py",
+    "test_triton_backward.py",
+    "test_diffusers_compile.py",
+}
+"""Files that take minutes: first, so that no worker starts one when the others are done."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in MINUTES)
+
+
 settings.register_profile("thorough", max_examples=2000)  # pytest --hypothesis-profile thorough
 
 _POINTERS_AND_MASK = {"create_masked_load": (0, 1), "create_masked_store": (0, 2), "create_atomic_rmw": (1, 3)}
