@@ -1,4 +1,4 @@
-# Two commands: `make demo` and `make test`. Both set up everything in .venv first.
+# The main commands are `make demo` and `make test`. Every target that runs Python sets up .venv first.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
@@ -12,8 +12,8 @@ demo: $(VENV)/.installed
 	OMP_WAIT_POLICY=passive $(BIN)/python -m lr_kernels demo
 	$(BIN)/python -m benchmarks --quick
 
-# Files side by side: whole ones, since some make what all their tests share, in the order of tests/conftest.py. A thread
-# each, or their spinning OpenMP threads would wait for each other.
+# Two workers run whole test files at a time, since the tests of a file may share what is costly to make; the order is
+# that of tests/conftest.py. Each worker has one thread, since spinning OpenMP threads of two workers slow each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: $(VENV)/.installed
@@ -48,7 +48,7 @@ lint: $(VENV)/.installed
 # Tests of the C++ kernels on a build of its own, with addresses and undefined behaviour checked; g++ only. The preloaded
 # C++ library lets the sanitizer see torch's exceptions; Python's own memory counts as leaks, so those are off. A report
 # ends the process and must not be in pytest's capture file then.
-# The test files of operators, each of which draws right calls, and those of what all operators have.
+# The test files of the operators, which have a function `right_call`, and those of rules that hold for all operators.
 SANITIZED := $(shell grep -l "^def right_call" tests/test_*.py) $(addprefix tests/test_,direct_calls.py errors.py ops.py properties.py step_blend_arguments.py)
 RUNTIMES = $(foreach name,asan ubsan stdc++,$(shell g++ -print-file-name=lib$(name).so))
 SANITIZED_PYTHON = cd build/sanitize/lib && PYTHONPATH=. LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 \
@@ -61,7 +61,7 @@ sanitized: $(VENV)/.installed
 sanitize: sanitized
 	$(SANITIZED_PYTHON) -m pytest -p no:cacheprovider --capture=sys -m "not fault(number=29) and not fault(number=44)" $(SANITIZED:%=$(CURDIR)/%)
 
-# Direct calls of the ops with lying arguments, on the same build: each raises or succeeds.
+# Direct calls of the ops with wrong arguments, on the same build: each must raise an error or succeed.
 fuzz: sanitized
 	$(SANITIZED_PYTHON) $(CURDIR)/tests/direct_calls.py 20000
 

@@ -20,7 +20,8 @@ ROOT = Path(__file__).parent
 TORCH_MINIMUM = "2.10"  # the stable ABI that CMakeLists.txt targets
 SETUPTOOLS_MINIMUM = "77"  # reads pyproject.toml's license
 TOOLS = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-"""Where cmake and ninja are: beside this Python too, which pip looks up by its path and not by PATH."""
+"""The folders where cmake and ninja are looked for. The folder of this Python is one of them, since it need not be in
+PATH: pip may be run by its path."""
 
 
 def stop(message: str) -> NoReturn:
@@ -34,7 +35,8 @@ def older(version: str, minimum: str) -> bool:
 
 
 def check_environment() -> None:
-    """Without build isolation pip brings nothing: what is missing here is told before setuptools fails otherwise."""
+    """Without build isolation pip installs no build requirements. Name what is missing before setuptools fails without
+    saying so."""
     isolated = "or let pip bring what the build needs: pip install ."
     if older(setuptools.__version__, SETUPTOOLS_MINIMUM):
         stop(f"setuptools {setuptools.__version__} is older than {SETUPTOOLS_MINIMUM}: "

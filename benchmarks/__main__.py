@@ -24,9 +24,9 @@ CASES = ("attention", "backward", *operators.SMALL, "retouch", "unet", "sweep")
 FLEX_LAYERS = ("sd32", "xl32")
 SMALL_LAYERS = ("sd32", "sd16", "xl32")
 SWEEP_REPEATS = 3
-"""Rounds of the sweep and of the retouch step: they take seconds a call."""
+"""At most so many rounds of the cases sweep, retouch and unet, whose calls take seconds each."""
 ERROR_LIMIT = 1.5
-"""Times SDPA's error that ours may be."""
+"""How large our error may be, as a multiple of SDPA's."""
 
 
 def arguments() -> argparse.Namespace:
@@ -37,7 +37,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtypes", nargs="+", choices=list(harness.DTYPES), default=list(harness.DTYPES))
     shares = list(attention.VISIBLE)
     parser.add_argument("--visible", nargs="+", choices=shares, default=shares, help="of attention")
-    parser.add_argument("--repeats", type=int, default=7, help="rounds; the median is reported (default 7; sweep: 3)")
+    parser.add_argument("--repeats", type=int, default=7, help="median of so many rounds (3 in sweep, retouch, unet)")
     parser.add_argument("--threads", type=int, help="default: torch's")
     parser.add_argument("--naive", action="store_true", help="also the explicit softmax, which stores all N x M scores")
     parser.add_argument("--flex", action="store_true", help=f"also FlexAttention, in {', '.join(FLEX_LAYERS)}")

@@ -1,7 +1,7 @@
 """Training: forward with backward, and backward alone, through attention over three sources, fp32.
 
-The peer concatenates, so that its backward also splits the gradient and sums the reference's over the batch. "SDPA
-alone" starts from tensors that are concatenated already: the part of the peer that is no copying.
+The peer concatenates keys and values, so its backward pass also splits their gradients and sums those of the reference
+over the batch. "SDPA alone" starts from tensors that are concatenated already: it is the peer without the copies.
 """
 
 import functools
@@ -57,7 +57,8 @@ def _build(layer: Layer) -> list[Problem]:
     contenders = {OURS: (ours, leaves), "cat + SDPA": (cat_and_sdpa, leaves), "SDPA alone": (sdpa, joined)}
 
     upstream = torch.randn(inputs.query.shape, generator=torch.Generator().manual_seed(2))
-    # Float64 can afford the gradients of a few queries: those of all keys and values, where the others get none.
+    # Only the first queries get an upstream gradient, so that float64 has to compute these queries alone. All keys and
+    # values get gradients from them.
     few = torch.zeros_like(upstream)
     few[:, :CHECKED] = upstream[:, :CHECKED]
     truth, low = (_gradients(leaves, few, dtype) for dtype in (torch.float64, torch.float32))

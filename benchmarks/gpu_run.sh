@@ -4,8 +4,8 @@
 # Parts: build tests sanitizer tiles ceilings attention rows lse backward layer unet operators report (default: all,
 # about 9 minutes).
 # Results go to $OUT (default: a dated folder under benchmarks/results): a CSV and a log per part, and parts.csv, which
-# says of every part whether it ran, how long it took, and why not. --dry: on a machine without a GPU, every part runs
-# except the launches: kernels are interpreted at toy sizes and nothing is timed.
+# says of every part whether it ran, how long it took, and why not. --dry: for a machine without a GPU. Kernels are
+# interpreted at toy sizes, nothing is timed, tests are only collected, and the part sanitizer does not run.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}

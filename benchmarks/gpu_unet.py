@@ -42,7 +42,7 @@ _SDXL = dict(
 _TOY = dict(
     sample_size=8, cross_attention_dim=32, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8,
     down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    attention_head_dim=1,  # of heads, as diffusers has it: each is a program more in the interpreter
+    attention_head_dim=1,  # one head (diffusers' name for the head count), since the interpreter takes long per head
 )  # fmt: skip
 
 
@@ -102,7 +102,8 @@ def by_concatenation(query: Tensor, key: Tensor, value: Tensor, about: Shared) -
 
 
 def by_two_passes(query: Tensor, key: Tensor, value: Tensor, about: Shared) -> Tensor:
-    """As MasaCtrl does: foreground and background each in a pass of their own over the targets, blended by the mask."""
+    """As MasaCtrl does: one attention call for the background and one for the foreground of the targets, whose results
+    are blended by the mask."""
     tokens, targets = query.shape[2], slice(None, None, 3)
     out = F.scaled_dot_product_attention(query, key[about.own], value[about.own])
     q = query[targets]

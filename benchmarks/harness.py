@@ -216,7 +216,8 @@ def checked_error(name: str, result: Tensor, low: Tensor, truth: Tensor) -> floa
 
 
 def commit() -> str:
-    """What is measured: the commit, "-dirty" with changes on top; COMMIT says so for a copy without its history."""
+    """The commit that is measured, with "-dirty" where files have changed. The environment variable COMMIT gives it for
+    a copy without Git history."""
     if "COMMIT" in os.environ:
         return os.environ["COMMIT"]
     run = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)

@@ -26,8 +26,10 @@ def microseconds(call: Callable[[], object]) -> float:
 
 
 def repeated_call() -> Callable[[], object]:
-    """A repeated call of multi_source_attention as on a GPU: three sources, one masked, one with a row table. All that
-    Python does but the launch itself; the tensors lie on the CPU, which it cannot tell."""
+    """A repeated call of multi_source_attention as on a GPU: three sources, one masked, one with a row table.
+
+    It does all that Python does except the launch. The tensors are on the CPU, which makes no difference to that code.
+    """
     from lr_kernels.attention.repeats import signature
     from lr_kernels.triton import attention, attention_replay, replay
 

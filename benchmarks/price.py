@@ -1,7 +1,8 @@
 """What the method costs beside plain generation, at SD1.5's size on this machine: `python -m benchmarks.price`.
 
-One image with guidance, random weights, defaults: both stages with a reference bank, and with the reference in the
-batch, against the time that the UNet takes in diffusers' own pipeline with the same steps. The three take turns.
+One image with guidance, random weights, default settings. Both stages run with a reference bank, which is filled before
+the timing, and with the reference in the batch. They are compared with the time that the UNet takes in diffusers' own
+pipeline with the same steps. The three runs take turns.
 """
 
 import argparse

@@ -177,7 +177,7 @@ def retouch_table() -> str:
 STAGE_COLUMNS = {
     "identity": "identity ↑",
     "histogram": "colour histogram ↑",
-    "encoder": "untrained encoder ↑",
+    "encoder": "ImageNet encoder ↑",
     "background": "background right ↑",
     "position_std": "position spread ↑",
     "diversity": "1 − mIoU ↑",

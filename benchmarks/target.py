@@ -11,7 +11,8 @@ from .attention import Layer
 from .harness import OURS, Contender, NotRun
 
 FLOOR = "floor: "
-"""Begins the name of a contender that does less than the operator: no peer, but what the rest costs at least."""
+"""The prefix of a contender's name that marks a lower bound: it does only part of the operator's work, so it is no
+peer."""
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,13 @@
 namespace lr {
 namespace {
 
-// The lists of one source, as in the schema.
+// The arguments that have one entry per source, as in the schema.
 struct Lists {
   const Tensors &key, &value;
   const MaybeTensors &rows, &key_index, &key_count, &value_index, &key_bias, &logit_scale, &logit_bias;
 };
 
-// Which keys each class sees; only those that count says are listed are read, here as in the kernel.
+// Reads which keys each class sees. Only the first key_count entries of a list are checked: the kernel reads no more.
 void read_key_lists(Call& call, AttentionSource& s, int64_t i, int64_t classes, const Tensor& index,
                     const Tensor& count) {
   const View counts = call.input(count, {"key_count", i}, ScalarType::Int, {one_or(classes), one_or(s.r)}, 0);
@@ -76,7 +76,7 @@ AttentionSource source_params(Call& call, const AttentionParams& p, ScalarType d
   return s;
 }
 
-// The queries class by class; the classes follow each other and hold every place once.
+// Reads the order of the queries, class by class. The classes must follow each other and cover all of query_order.
 void read_query_order(Call& call, AttentionParams& p, const MaybeTensor& query_order, const MaybeTensor& class_start) {
   p.c = 1;
   call.require(query_order.has_value() == class_start.has_value(), "class_start", "one without the other",

@@ -32,7 +32,7 @@ inline StepBlendParams step_blend_params(Call& call, const Tensor& sample, const
     stride = view.stride[0];
   };
   for (int32_t k = 0; k < p.predictions; ++k)
-    read(predictions[k], "predictions", p.prediction[k], p.prediction_stride[k]);
+    read(predictions[k], {"predictions", k}, p.prediction[k], p.prediction_stride[k]);
   if (background) read(*background, "background", p.background, p.background_stride);
   if (noise) read(*noise, "noise", p.noise, p.noise_stride);
   if (history) read(*history, "history", p.history, p.history_stride);

@@ -1,5 +1,5 @@
-// Parameters of every native kernel: plain structs, a shape on every pointer. No torch here.
-// Sizes: b query rows, n queries, h heads, d head_dim; a source has r rows of m keys. Strides count elements.
+// Parameters of the CPU kernels, some shared with the CUDA C++ kernels: plain structs, a shape on every pointer, no
+// torch. Sizes: b batch rows, n queries, h heads, d head_dim; a source has r rows of m keys. Strides count elements.
 #pragma once
 #include <cstdint>
 
@@ -19,7 +19,7 @@ constexpr int kMaxSources = 16;
 struct AttentionSource {
   const void* key;             // [r, m, h, d]
   const void* value;           // [r, v, h, d], v == m without value_index
-  const int32_t* rows;         // [b] or null: row b, or row 0 where r == 1; -1: this query row does not read the source
+  const int32_t* rows;         // [b] or null: row b, or row 0 where r == 1; -1: this batch row does not read the source
   const int32_t* key_index;    // [c or 1, r or 1, m] visible keys of a query class, or null: all
   const int32_t* key_count;    // [c or 1, r or 1]
   const int32_t* value_index;  // [r or b or 1, m] value token of each key, or null: the key's own
@@ -54,7 +54,7 @@ struct AttentionParams {
   const float* weight[kMaxSources];       // softmax group x [b, n] or null: 1
   int64_t weight_stride[kMaxSources][2];  // b, n
   int32_t softmax_groups;
-  bool lse_is_double;  // what a backward pass needs: P = exp(logit - lse) shows the rounding of a float
+  bool lse_is_double;  // the backward pass needs it: the rounding error of a float lse enters P = exp(logit - lse)
   DType dtype;
   float scale;
 };
@@ -98,9 +98,11 @@ struct SubjectMaskParams {
 constexpr int kMaxPredictions = 6;
 
 struct StepBlendParams {
-  const void* sample;                       // [b, c, plane], as all of its kind: each row contiguous
+  const void* sample;                       // [b, c, plane]; here and below each batch row is contiguous
   const void* prediction[kMaxPredictions];  // k x [b, c, plane]
-  const float* coefficients;    // [b or 1, k + 9] of this step: g_0 .. g_{k-1}, a, e, sigma, h, p, q, c, d, s
+  // [b or 1, k + 9] of this step: g_0 .. g_{k-1}, a, e, sigma, h, p, q, c, d, s, as lr_kernels/reference/denoising.py
+  // explains them
+  const float* coefficients;
   const float* mask;            // [b or 1, plane] or null
   const void* background;       // [b, c, plane] or null
   const void* noise;            // [b, c, plane] or null
@@ -167,8 +169,8 @@ struct PeakParams {
 
 }  // namespace lr
 
-// The CPU kernels: KERNEL(name, parameters, where a processor with AMX runs it). CMakeLists.txt compiles those named
-// amx for it too.
+// The CPU kernels: KERNEL(name, parameters, the instruction set whose version runs on a processor with AMX).
+// CMakeLists.txt compiles the kernels marked amx for AMX too; its own list of them must agree with this one.
 #define LR_CPU_KERNELS(KERNEL)                                                                                    \
   /* multi_source_attention. Scratch: one buffer per thread, at most 1 MiB. */                                    \
   KERNEL(attention, AttentionParams, amx)                                                                         \
@@ -183,9 +185,9 @@ struct PeakParams {
   KERNEL(subject_mask, SubjectMaskParams, avx512bf16)                                                             \
   /* adain: one pass for the statistics, in double, and one to write. No scratch beyond the stack. */             \
   KERNEL(adain, AdainParams, avx512bf16)                                                                          \
-  /* correspondence, in fp32: blocks of both token sets, with the best of each token so far. Scratch:             \
-     8 * m * (b + b or 1) bytes for both rows of the reference or one; per thread 384 KiB of targets (at least    \
-     128 * c bytes) and 288 * c bytes. */                                                                         \
+  /* correspondence, in fp32: blocks of both token sets, with the best match of each token so far. Scratch:       \
+     16 * m * b bytes, or 8 * m * (b + 1) where all batch rows share one reference row; per thread 384 KiB of     \
+     targets (at least 128 * c bytes) and 288 * c bytes of reference tokens. */                                   \
   KERNEL(correspondence, CorrespondenceParams, avx512bf16)                                                        \
   /* step_blend: one pass over every tensor, fp32 sums. No scratch. */                                            \
   KERNEL(step_blend, StepBlendParams, avx512bf16)                                                                 \

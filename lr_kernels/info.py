@@ -78,7 +78,8 @@ def report() -> str:
 
 
 def availability(backend: str) -> str:
-    """Whether a backend is available, or why not, for the operators that it has; differing ones are named."""
+    """Whether a backend is available for the operators that it has, or why not. Operators that differ from most are
+    named with their own answer."""
     has = [op for op in SCHEMAS if backend == "reference" or op in ops.BACKENDS[backend].operators]
     found: dict[str, list[str]] = {}
     for operator in has:

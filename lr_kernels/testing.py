@@ -22,7 +22,8 @@ class AttentionCase:
     head_dim: int = 40
     keys: tuple[int, ...] = (70, 45)
     rows: tuple[tuple[int, ...] | int | None, ...] = (None, 1)
-    """Per source: None: one row per query row; an int R: R rows, 1 shared by all; a tuple: the row table, -1: none."""
+    """Per source: None: one source row per batch row; an int R: R source rows, where 1 is shared by all batch rows; a
+    tuple: the row table, in which -1 means no row."""
     visible: float | None = None
     """Share of the keys that key_mask lets through; None: no masks."""
     groups: int = 0
@@ -103,7 +104,7 @@ class AttentionInputs:
 
 
 def strided_randn(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype, gain: float = 1.0) -> Tensor:
-    """Random (rows, tokens, heads, head_dim) as a slice of a wider fused buffer: no dimension but the last is dense."""
+    """Random (rows, tokens, heads, head_dim) as a view into a wider fused buffer: only the last dimension is dense."""
     rows, tokens, heads, head_dim = shape
     fused = gain * torch.randn(rows, tokens, 3, heads, head_dim, generator=generator)
     return fused.to(dtype)[:, :, 1]
@@ -178,7 +179,8 @@ def _random_bits(shape: tuple[int, int], bits: int, generator: torch.Generator) 
 def assert_matches(
     out: Tensor, lowp: Tensor, ref64: Tensor, what: str = "out", dtype: torch.dtype | None = None
 ) -> None:
-    """The tolerance rule: finite where the oracle is, and no further from it than the reference in the working dtype.
+    """The tolerance rule: `out` is finite exactly where `ref64`, the specification in float64, is, and its error is at
+    most 2 times (maximum) and 1.5 times (mean) that of the specification in the working dtype, plus rounding.
 
         max |out - ref64|  <= 2   · (max |lowp - ref64|  + eps · max |ref64|)
         mean |out - ref64| <= 1.5 · (mean |lowp - ref64| + eps · mean |ref64|)

@@ -5,7 +5,7 @@ that shares no code with lr_kernels.
     P^g = softmax over the visible (s, j) of group g of  α_s·scale·⟨Q[b,i,h], K_s[r_s(b),j,h]⟩ + β_s + bias_s[j]
     (s, j) is visible to (b, i)  iff  r_s(b) >= 0,  key_mask_s[j]  and  query_groups[b,i] & key_groups_s[j] is not 0
 
-One query row at a time: its keys of all sources of a group side by side.
+It computes one batch row at a time, with the keys of all sources of a softmax group concatenated.
 """
 
 from dataclasses import dataclass, field
@@ -39,7 +39,7 @@ def table_row(table: np.ndarray, row: int) -> np.ndarray:
 
 @dataclass
 class Part:
-    """The keys of one source as one query row reads them."""
+    """The keys and values of one source as one batch row reads them."""
 
     number: int  # of the source
     row: int

@@ -1,5 +1,6 @@
-"""Direct calls of the ops: right ones, and such that lie in one to three arguments. `make fuzz` makes 20,000 of the
-latter on a build with AddressSanitizer and UBSan; each must raise a RuntimeError, ValueError or TypeError, or succeed.
+"""Direct calls of the ops: valid ones, and ones with one to three wrong arguments, which this file calls lies. `make
+fuzz` makes 20,000 such calls on a build with AddressSanitizer and UBSan; each must raise a RuntimeError, ValueError or
+TypeError, or succeed.
 
     python tests/direct_calls.py [calls [first seed]]
 
@@ -164,7 +165,7 @@ STRUCTURAL = (
     huge_strides, overlapping, released, on_meta, of_zeros, sparse, negated, wants_gradient,
 )  # fmt: skip
 IN_PLACE = (released, expanded, on_meta, of_zeros, sparse, negated, wants_gradient, huge_strides)
-"""Lies that would be gone in memory of its own."""
+"""Changes that concern how a tensor lies in memory: a copy into memory of its own (`own`) would undo them."""
 NUMBERS = (-1, 0, 1, 2, 17, 2**31, 2**63 - 1, -(2**63))
 REALS = (math.nan, math.inf, -math.inf, -1.0, 0.0, 1e300, 2.0)
 
@@ -191,7 +192,7 @@ def lie(draw: Draw, arguments: Arguments) -> Arguments:
         change = other_entries if draw.rarely() else draw.random.choice(STRUCTURAL)
         if x.dim() == 0 and change not in (other_dtype, one_dimension_more, on_meta):
             return arguments
-        # torch itself would not survive a change of a tensor without memory, nor print one in a refusal of its type
+        # Changing a tensor without memory would crash torch itself, and so would printing it in a TypeError.
         if hollow(x) or x.numel() > 2**20 or place in draw.filled:
             return arguments
         x = change(draw, x)

@@ -13,7 +13,7 @@ from lr_kernels import plan_attention
 Arguments = list
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 Place = tuple[int, ...]
-"""Of an argument, or of an entry of a list."""
+"""The place of an argument, (index,), or of an entry of an argument that is a list, (index, entry)."""
 
 
 def own(x: Tensor) -> Tensor:

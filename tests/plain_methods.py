@@ -16,7 +16,7 @@ def dense(q, k, v, hidden=None):
 
 
 def each_half(attention):
-    """Of the attention of one half of the guidance: of the whole batch."""
+    """Turn the attention of one half of the guidance into that of the whole batch, each half by itself."""
 
     def whole(*args):
         *rest, q, k, v = args

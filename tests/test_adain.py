@@ -1,4 +1,4 @@
-"""adain: the kernels against the float64 reference, masks, latents, and the error rows."""
+"""adain: the kernels against the specification in float64, masks, latents, and errors for wrong arguments."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""attention_with_token_maps: the kernel against the float64 reference, and the error rows."""
+"""attention_with_token_maps: the kernel against the specification in float64, and errors for wrong arguments."""
 
 import math
 

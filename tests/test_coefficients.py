@@ -1,4 +1,5 @@
-"""The coefficient tables: whole runs against the schedulers of diffusers, guidance and blends, and the error rows."""
+"""The coefficient tables: whole runs against the schedulers of diffusers, guidance and blends, and errors for wrong
+arguments."""
 
 import math
 import sys

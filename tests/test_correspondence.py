@@ -1,4 +1,5 @@
-"""correspondence: the kernels against the float64 reference, ties, vectors without a direction, memory, error rows."""
+"""correspondence: the kernels against the specification in float64, ties, zero vectors, memory, and errors for wrong
+arguments."""
 
 import math
 import subprocess

@@ -280,7 +280,7 @@ def test_a_bank_beyond_its_limit_is_refused(pipe):
     assert all(type(p).__name__ == "AttnProcessor2_0" for p in pipe.personalized_unet.attn_processors.values())
 
 
-# Found by trying
+# Faults that were found by using the pipelines, each with its test
 
 
 def test_a_bank_for_fewer_layers_in_a_later_step_is_refused(pipe):

@@ -1,5 +1,5 @@
-"""torch.ops.lr_kernels.* called directly: no arguments end the process or reach outside a tensor. Row 45 of the fault
-list; `make fuzz` makes 20,000 such calls on a build with sanitizers (see direct_calls.py)."""
+"""torch.ops.lr_kernels.* called directly: no arguments end the process or reach outside a tensor. Number 45 of
+DESIGN.md's fault list; `make fuzz` makes 20,000 such calls on a build with sanitizers (see direct_calls.py)."""
 
 import math
 import re
@@ -14,7 +14,7 @@ from lr_kernels.runtime.schemas import COLUMNS
 
 OPS = torch.ops.lr_kernels
 VALUE_INDEX = 8
-"""Its place among the arguments of multi_source_attention_backward."""
+"""The place of value_index among the arguments of multi_source_attention_backward."""
 BACKENDS = [
     pytest.param("cpu", marks=pytest.mark.skipif(not platform.ERRORS_REACH_PYTHON, reason="errors end the process")),
     "triton",
@@ -81,7 +81,7 @@ def test_every_tensor_is_checked(name, backend, device):
 
 
 def first_output(op: torch._ops.OpOverload) -> int:
-    """Its place among the arguments: the first that the schema says is written."""
+    """The place of the first argument that the schema marks as written."""
     written = [x.alias_info is not None and x.alias_info.is_write for x in op._schema.arguments]
     return written.index(True)
 
@@ -265,7 +265,8 @@ def graph_of(function):
 
 
 class TestWhereErrorsOfTheExtensionEndTheProcess:
-    """As with torch 2.11: Python refuses first, in compiled graphs too. The wording tells who it was."""
+    """As with torch 2.11: Python refuses wrong arguments before the op does, in compiled graphs too. The wording of the
+    message shows that Python refused."""
 
     @pytest.fixture(autouse=True)
     def older(self, monkeypatch):

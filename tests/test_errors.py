@@ -1,4 +1,7 @@
-"""Bad input gets an error that names the argument, what was expected and what came. Numbers: the fault list."""
+"""Bad input gets an error that names the argument, what was expected and what came.
+
+The numbers in the `fault` marks are those of the fault list in DESIGN.md.
+"""
 
 import pytest
 import torch

@@ -90,7 +90,8 @@ def kernel():
 
 @pytest.fixture(autouse=True)
 def extensible():
-    """nn.MultiheadAttention can be replaced, in this file alone; the function is a module that all models share."""
+    """Let `kernelize` replace nn.MultiheadAttention in the tests of this file, and undo that afterwards. `sdpa` is one
+    module that all models share, so its replaced forward is removed too."""
     replace_kernel_forward_from_hub(nn.MultiheadAttention, "MultiheadAttention")
     yield
     del nn.MultiheadAttention.kernel_layer_name, nn.MultiheadAttention.kernel_condition

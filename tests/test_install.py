@@ -1,4 +1,5 @@
-"""The package imports without what is optional, and says once what is missing. Numbers are rows of the fault list."""
+"""The package imports without what is optional, and says once what is missing. The numbers in the `fault` marks
+are those of the fault list in DESIGN.md."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""merge_attention_states: the kernels against the float64 reference, and the error rows."""
+"""merge_attention_states: the kernels against the specification in float64, and errors for wrong arguments."""
 
 import math
 

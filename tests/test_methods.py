@@ -60,7 +60,8 @@ def draw(pipe, prompts=PROMPTS, noise=NOISE, **kwargs):
 
 
 def check(pipe, found, expected, read=()):
-    """As transcribed, another result than stock in all images but those that are read."""
+    """Assert that `found` equals the transcription's result and differs from the stock pipeline's in all images except
+    those in `read`, which are equal to it."""
     assert distance(found, expected) < TOLERANCE
     change = (found - pipe.stock[: len(found)]).abs().amax((1, 2, 3))
     for i in range(len(change)):
@@ -68,7 +69,8 @@ def check(pipe, found, expected, read=()):
 
 
 def settings(pipe):
-    """From which layer on: the authors' for Stable Diffusion, for the few layers of the tiny SDXL a smaller one."""
+    """The layer at which the method starts: the authors' value for Stable Diffusion, a smaller one for the tiny SDXL,
+    which has few layers."""
     return {} if len(attention_layers(pipe.unet, "self")) == 16 else {"layers": 3}
 
 

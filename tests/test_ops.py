@@ -1,4 +1,5 @@
-"""The registered op: schema, fake kernel, compile, determinism. Numbers are rows of the fault list."""
+"""The registered op: schema, fake kernel, compile, determinism. The numbers in the `fault` marks are those
+of the fault list in DESIGN.md."""
 
 import os
 import subprocess

@@ -226,9 +226,9 @@ def test_any_call_matches_the_oracle(data):
     stale = planned and data.draw(st.integers(0, 15), "plan: stale") == 15
     found = [results(inputs, scale, planned, stale)]
     assert found[0][0][0].dtype == inputs.query.dtype
-    # The rule compares the largest and the mean error, and a row of large logits errs in all channels alike: luck in
-    # few rows. So more problems of the same shape, until enough rows are finite (NaN is drawn too) or it is in vain;
-    # and 16 times as many before a difference counts.
+    # The tolerance rule compares the largest and the mean error. The channels of a row with large logits have related
+    # errors, so with few rows the comparison is left to chance. So problems of the same shape are added until enough
+    # rows are finite (NaN is drawn too) or a limit is reached. A difference fails only with 16 times as many rows.
     rows = inputs.query[..., 0].numel()
     for wanted in (ROWS, 16 * ROWS):
         for _ in range(2 * wanted // rows if rows else 0):

@@ -1,4 +1,5 @@
-"""step_blend: the CPU kernel against the float64 reference, what is read and written, the op, and the error rows."""
+"""step_blend: the CPU kernel against the specification in float64, which memory is read and written, the op, and
+errors for wrong arguments."""
 
 import math
 

@@ -1,4 +1,5 @@
-"""step_blend on a GPU, by Triton (interpreted where there is none) and by CUDA C++, against the float64 reference."""
+"""step_blend on a GPU, by Triton (interpreted where there is none) and by CUDA C++, against the specification in
+float64."""
 
 import math
 

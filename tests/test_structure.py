@@ -1,4 +1,5 @@
-"""The walls of the package: which rooms may import which (DESIGN.md draws them), and no circle among the files.
+"""The import rules of the package: which rooms (its folders and single modules) may import which, as drawn in
+DESIGN.md, and that no files import each other in a cycle.
 
 Every import statement counts, also those within functions.
 """
@@ -40,7 +41,8 @@ ALLOWED = {
 """What each room may import beside its own files. The root, "", names the public functions; __main__ the commands."""
 
 DOOR = ("lr_kernels.runtime.ops", "lr_kernels.triton")
-"""The one import against the direction: the door loads a backend's kernels when they are first asked for."""
+"""The one import against these rules: `runtime.ops`, which DESIGN.md calls the door, loads a backend's kernels when
+they are first asked for."""
 
 COMMANDS = {"lr_kernels.triton.tune"}
 """Run by `python -m`, imported by no file: these stand above all rooms."""

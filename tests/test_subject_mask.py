@@ -1,4 +1,4 @@
-"""subject_mask: the kernel against the float64 reference, known masks, and the error rows."""
+"""subject_mask: the kernel against the specification in float64, known masks, and errors for wrong arguments."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The Triton kernels against the float64 reference: interpreted on CPU tensors, or on the GPU where there is one."""
+"""The Triton kernels against the specification in float64, interpreted on CPU tensors or on a GPU if there is one."""
 
 import math
 from dataclasses import replace

@@ -19,7 +19,8 @@ from lr_kernels.testing import (
 )
 
 SEEDS = {torch.float32: 2, torch.bfloat16: 1, torch.float16: 1}
-"""Problems compared together: in fp32 the largest errors are luck, in 16 bits the rounding of the result decides."""
+"""How many problems are compared together. In fp32 the largest error of one problem is left to chance; in 16 bits it is
+the rounding of the result, for which one problem is enough."""
 
 
 def by_triton(*args, **kwargs):

@@ -1,5 +1,6 @@
 """The reference's token statistics given to queries or keys (StyleAligned) and to latents, with and without masks of
-30 % of the tokens: adain against its lines, and against instance normalization and gathering where these apply."""
+30 % of the tokens: adain against its formula in separate PyTorch operations, and against instance normalization and
+gathering where these apply."""
 
 import functools
 from collections.abc import Callable, Sequence

@@ -1,5 +1,5 @@
 """Matches between the features of a context and of a reference, and whether the way back agrees within 1.5 cells:
-correspondence against the lines of DIFT and DreamMatcher, which store the similarities of all pairs."""
+correspondence against the PyTorch code of DIFT and DreamMatcher, which store the similarities of all pairs."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from ..target import CPU, FLOOR, Target
 
 RADIUS = 1.5
 BLOCK = 1024
-"""Targets whose similarities are stored at a time."""
+"""Target tokens whose similarities are stored at a time."""
 CHECKED = 256
 """Targets of each row that are compared with float64."""
 
@@ -87,8 +87,8 @@ def problems(dtypes: Sequence[str], target: Target = CPU) -> list[Callable[[], l
 
 
 def features(side: int, channels: int, dtype: str, target: Target) -> tuple[Tensor, Tensor]:
-    """Target and reference (1, N, C): the reference's tokens moved by two lines and noisy; every fourth target
-    has no partner."""
+    """Target and reference (1, N, C). The target is the reference moved by two rows of the grid, with noise; every
+    fourth of its tokens is noise alone and has no match."""
     generator = torch.Generator().manual_seed(0)
     like = torch.randn(1, side**2, channels, generator=generator)
     noise = torch.randn(1, side**2, channels, generator=generator)

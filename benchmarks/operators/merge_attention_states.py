@@ -1,5 +1,5 @@
-"""Attention over three disjoint key sets joined into one, as in ring attention and in reading a cached reference apart:
-merge_attention_states against the lines of both usual forms."""
+"""Partial results over three disjoint sets of keys joined into one, as in ring attention or where a cached reference is
+attended to in a call of its own: merge_attention_states against PyTorch code for the two usual formulas."""
 
 import functools
 from collections.abc import Callable, Sequence

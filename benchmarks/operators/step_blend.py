@@ -1,5 +1,5 @@
-"""One denoising step with two models and guidance, DDIM: step_blend against the lines that a user writes, as they are
-and compiled."""
+"""One denoising step with two models and guidance, DDIM: step_blend against the PyTorch code that a user
+writes, as it is and compiled."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -65,7 +65,8 @@ def _build(model: str, shape: tuple[int, ...], dtype: str, target: Target) -> li
     def error(name: str, result: Tensor | None) -> float:
         if name.startswith(FLOOR):
             return 0.0
-        # In bf16 the lines round after every operation, at 7.5 times the size of the result: only their fp32 is checked
+        # In bf16 a peer rounds after every operation, on numbers up to 7.5 times as large as the result. So `by_hand`
+        # is checked once above, in fp32, and here only its error is reported.
         return checked_error(name, out, low, truth) if result is None else relative_error(result, truth)
 
     problem = Problem(

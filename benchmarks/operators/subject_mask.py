@@ -1,5 +1,5 @@
 """A subject's mask from its token maps by layer mean, min-max, resize, mean filter and Otsu: subject_mask against the
-same lines in PyTorch, and with Otsu by scikit-image or OpenCV behind them."""
+same computation in PyTorch, and with the Otsu threshold of scikit-image or OpenCV."""
 
 import functools
 from collections.abc import Callable, Sequence

@@ -121,7 +121,8 @@ void statistics_of_tokens(const T* x, const uint8_t* mask, int64_t tokens, doubl
   sums.finish(eps, out);
 }
 
-// x -> (x - high) * gain + offset. The mean is high + low in float, so that one far from 0 keeps its last bits.
+// Maps x to (x - high) * gain + offset. `high` is the mean as a float; what rounding took from it is part of `offset`,
+// so that a mean far from 0 loses nothing.
 struct Map {
   float high[kStrip], gain[kStrip], offset[kStrip];
 

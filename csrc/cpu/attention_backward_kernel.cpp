@@ -5,6 +5,7 @@
 //   grad_query = Σ alpha · dS · K     grad_key = Σ alpha · dS · Q     grad_value = Σ P · grad_out
 //   grad_key_bias = Σ dS
 //
+// where alpha = scale · logit_scale is the factor of the scores, and delta = <grad_out, out>.
 // P is computed again from lse, so nothing of size N x M is stored. The products over keys hold queries in SIMD lanes
 // as the forward pass does; those over queries hold channels in lanes. One thread takes all batch rows that share a row
 // of a source, for one head: it alone adds to that gradient, in a fixed order. All arithmetic is fp32.
@@ -26,6 +27,8 @@ namespace {
 constexpr int kTileQueries = 128;
 constexpr int kTileSlices = kTileQueries / kSlice;
 constexpr int kBlockKeys = 120;  // a multiple of all key counts of outer_tile
+// An lse beyond this is coarse: fp32 logits of its size are rounded too much for exp(logit - lse) to sum to 1. A tile
+// with a coarse lse finds the maximum and the sum of its queries again, from logits rounded as those of P.
 constexpr double kCoarse = 8192;
 // Channel vectors per accumulator tile of the products over queries, and how many keys fit the registers beside them.
 #if defined(__AVX512F__) || defined(__ARM_NEON)
@@ -180,7 +183,7 @@ class Backward {
     }
   }
 
-  // Whether an lse is coarse.
+  // Loads a tile's queries and what belongs to them. Returns whether the lse of one of them is coarse (see kCoarse).
   bool load_queries(const QueryTile& tile, const Scratch& x) const {
     bool coarse = false;
     const int padded = tile.slices() * kSlice;
@@ -242,8 +245,8 @@ class Backward {
     std::fill_n(to + count * d, (round_up(count, kKeyTile) - count) * d, 0.0f);
   }
 
-  // The keys of a block and what is added to their logits, in natural units where they are coarse; returns the factor
-  // of the scores.
+  // Loads the keys of a block and what is added to their logits: in natural units in a coarse tile, else in log2 units.
+  // Returns the factor of the scores.
   float load_keys(const KeyBlock<S>& block, bool coarse, const Scratch& x) const {
     const VisibleKeys<S>& keys = block.keys;
     load_rows([&](int i) { return keys.key(block.token(i)); }, block.count, x.keys);
@@ -260,7 +263,8 @@ class Backward {
     return p.scale * keys.logit_scale;
   }
 
-  // score · alpha + bias, rounded as it is in every use. What is finite stays so: only a bias of -inf hides a key.
+  // score · alpha + bias, for both passes over a coarse tile, so that they round alike. A finite logit stays finite:
+  // only a bias of -inf hides a key.
   static LR_INLINE Vec coarse_logit(Vec score, float alpha, float bias) {
     const Vec least = set1(bias == -INFINITY ? bias : -FLT_MAX);
     return max(least, min(score * alpha + bias, set1(FLT_MAX)));  // in this order a NaN stays
@@ -380,7 +384,7 @@ std::vector<BatchRow> join_batch_rows(const AttentionBackwardParams& g) {
   for (int64_t b = 0; b < p.b; ++b) rows[b].leader = b;
   for (int i = 0; i < p.sources; ++i) {
     const AttentionSource& source = p.source[i];
-    const bool one = g.grad_key_bias[i] && source.bias_rows == 1;
+    const bool one = g.grad_key_bias[i] && source.bias_rows == 1;  // all readers add to one row of grad_key_bias
     std::vector<BatchRow> reader(std::max<int64_t>(source.r, 1), BatchRow{-1});
     for (int64_t b = 0; b < p.b; ++b) {
       const int64_t row = row_of(source, b);

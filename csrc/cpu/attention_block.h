@@ -1,5 +1,5 @@
-// One block of keys against one slice of queries: scores, softmax weights, weighted values. Included by
-// attention_kernel.cpp, once per instruction set.
+// Computes one block of keys against one slice of queries: scores, softmax weights, weighted values. The kernels of
+// attention, of its gradients and of correspondence include this file, so it is compiled once per instruction set.
 #pragma once
 #include <algorithm>
 #include <cfloat>
@@ -11,8 +11,8 @@ namespace lr::LR_ISA {
 namespace {
 
 constexpr int kSlice = 2 * kLanes;  // queries in a slice
-// Keys per score tile and channels per value tile: accumulators that fit the registers (32 with AVX-512 and NEON, 16
-// AVX2).
+// How many keys score_tile and how many channels value_tile take at once: a key tile and a channel tile. Their sums
+// should fit the vector registers: 32 with AVX-512 and NEON, 16 with AVX2.
 #if defined(__AVX512F__)
 constexpr int kKeyTile = 8, kChannelTile = 10;
 #elif defined(__AVX2__)
@@ -21,9 +21,9 @@ constexpr int kKeyTile = 6, kChannelTile = 6;
 constexpr int kKeyTile = 8, kChannelTile = 8;
 #endif
 
-// How the products are computed: fp32, bf16 pairs along the summed dimension, or tiles of such pairs
-// (attention_tiles.h). `Unit` is what one lane multiplies; the counts of units, keys and channels are padded with zeros
-// to whole tiles; a block has kBlock keys.
+// How the products are computed: in fp32, with bf16 pairs along the summed dimension, or with AMX tiles of such pairs
+// (attention_tiles.h). A `Unit` is what one lane multiplies. The counts of units, keys and channels are padded with
+// zeros to multiples of kUnits, kKeys and kChannels; a block has kBlock keys.
 struct Fp32 {
   using Unit = float;
   static constexpr int kPack = 1, kUnits = 1, kKeys = kKeyTile, kChannels = 1, kBlock = 96;
@@ -69,8 +69,8 @@ LR_INLINE void add_scores(const char* keys, int64_t key_bytes, const typename C:
   }
 }
 
-// scores[i] = <key i, query lane> for kKeyTile keys. A sum over many units is made of sums of kChain: their rounding
-// errors do not grow with the length of the whole.
+// scores[i] = <key i, query lane> for kKeyTile keys. In fp32 a sum over many units is made of sums of kChain units, so
+// its rounding error grows more slowly with its length than that of one chain.
 template <class C>
 LR_INLINE void score_tile(const char* keys, int64_t key_bytes, const typename C::Unit* queries, int units,
                           Vec (&scores)[kKeyTile][2]) {

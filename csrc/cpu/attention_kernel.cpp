@@ -263,8 +263,9 @@ class Attention {
             list.logits.shift};
   }
 
-  // Divides by the sum and multiplies by the group's weight; where several groups are added, into total. Notes the
-  // queries that fp32 could not hold; `live`: whether the group has a key that is not hidden by its bias.
+  // Divides a slice's output by its sum and multiplies it by the weight of the softmax group. Where there are several
+  // softmax groups, the product is added to `total`. Notes the queries whose results fp32 could not hold; `live` says
+  // whether the softmax group has a key that its bias does not hide.
   void finish_group(const QueryTile& tile, int slice, Scratch<C>& scratch, int group, bool live) const {
     Slice<C>& s = scratch.slices[slice];
     float* factor = scratch.factor;
@@ -289,7 +290,7 @@ class Attention {
     if (several && group + 1 < p.softmax_groups) start_group(s);
   }
 
-  // Of a softmax group that has weights.
+  // The weight of a query in a softmax group that has weights.
   float weight_at(const QueryTile& tile, int group, int position) const {
     const int64_t* stride = p.weight_stride[group];
     return *TileRows<const float>(p, tile, p.weight[group], {stride[0], stride[1], 0})(position);
@@ -344,6 +345,7 @@ void attend(const AttentionParams& p, const Parallel& parallel) {
   const bool tiny = p.b * p.n * p.h * p.d * keys < (1 << 18);  // a second thread would cost more than it brings
   const int threads = tiny ? 1 : parallel.threads;
   int slices = std::clamp<int>(kTileBytes / Scratch<C>::slice_bytes(int(p.d), p.softmax_groups > 1), 1, kMaxSlices);
+  // Four tiles per thread or more balance the load; tiles below four slices would pack each block for too few queries.
   while (slices > 4 && p.b * p.h * ((p.n + slices * kSlice - 1) / (slices * kSlice)) < 4 * threads) slices /= 2;
   slices = std::min<int>(slices, int((p.n + kSlice - 1) / kSlice));
 

@@ -14,7 +14,7 @@ namespace {
 static_assert(kSlice == 32);
 constexpr int kTileRow = 16;                      // units in a row of a tile, and its rows
 constexpr int kValueRow = Bf16Tiles::kBlock / 2;  // units in a row of transposed values: the key pairs of a block
-constexpr int kGroup = Bf16Tiles::kKeys;          // keys whose scores are computed at once
+constexpr int kGroup = Bf16Tiles::kKeys;          // keys whose scores are computed at once: a group in this file
 constexpr int kSpan = 4;                          // groups whose values are added at once
 
 // 16 x 16 units with rows and columns exchanged.
@@ -63,9 +63,10 @@ void transpose_values(Row row, int keys, int d, uint32_t* values) {
   }
 }
 
-// The keys of one block against one slice of queries, group by group. While the vector units turn the scores of a group
-// into weights, the tiles compute the scores of the next group and add the weighted values of the previous one: the two
-// kinds of instruction are interleaved by quarters of a group, so that both find room in the reorder buffer.
+// Computes one block of keys against one slice of queries, kGroup keys (a group) at a time. While the vector units turn
+// the scores of a group into weights, the AMX unit computes the scores of the next group and adds the weighted values
+// of earlier ones. The two kinds of instruction are interleaved by quarters of a group, so that the reorder buffer
+// holds both.
 class TileBlock {
  public:
   TileBlock(const Slice<Bf16Tiles>& slice, const Block<Bf16Tiles>& block, int units, int d, uint32_t* p, float* scores)
@@ -80,7 +81,7 @@ class TileBlock {
     Vec total0 = load(s_.sum), total1 = load(s_.sum + kLanes), sum0, sum1;
     for (int g = 0; g < groups; ++g) {
       weigh(g, g + 1 < groups, sum0, sum1);
-      // A weight of 2^60 or more: only now does the maximum move.
+      // Where a sum of weights exceeds 2^60, the maximum moves. Everything weighed with the old one is added first.
       if (__builtin_expect(any_greater(sum0, set1(0x1p60f)) || any_greater(sum1, set1(0x1p60f)), 0)) {
         add_pending(tiles_);
         start_span(g);
@@ -119,8 +120,9 @@ class TileBlock {
   uint32_t* const p_;        // 2 spans x kSpan groups x [16 pairs of keys, kSlice]
   float* const scores_;      // 2 groups x [32 keys, kSlice]
   Vec m0_, m1_;              // the running maximum, log2 units
-  // Weights are kept for a span of up to kSpan groups, [begin_, ...), before their values are added; those of the span
-  // before, [previous_, begin_), are added to tile pending_ and the following ones while this one fills.
+  // Weights are kept for a span of up to kSpan groups, which starts at group begin_. While they are computed, the
+  // weighted values of the span before, groups [previous_, begin_), are added to the output, 16 channels (a tile) at a
+  // time; tile pending_ is the next.
   int previous_ = 0, begin_ = 0, pending_ = 0, buffer_ = 0;
 
   void start_span(int g) {
@@ -208,7 +210,8 @@ class TileBlock {
     }
   }
 
-  // Softmax weights of group g into p, their sums over keys; meanwhile the scores of g + 1 and values of the last span.
+  // Writes the softmax weights of group g to p and their sums over the keys to sum0 and sum1. Meanwhile it computes the
+  // scores of group g + 1, if `next`, and adds weighted values of the previous span.
   void weigh(int g, bool next, Vec& sum0, Vec& sum1) {
     // As in attend_block: the factor stays out of the scores, except where a bias per key or huge logits forbid it.
     const Vec limit = set1(0x1p28f);
@@ -229,7 +232,7 @@ class TileBlock {
     }
   }
 
-  // kCareful: any bias, any size of logits, and keys past the last.
+  // kCareful handles a bias per key, huge logits and the padding after the last key.
   template <bool kCareful>
   LR_INLINE void weigh_quarter(int g, int quarter, Vec& sum0, Vec& sum1) const {
     constexpr int kKeys = kGroup / 4;
@@ -257,7 +260,7 @@ class TileBlock {
     }
   }
 
-  // The larger of m and the logits of group g.
+  // Sets the running maximum to the largest of m and the logits of group g.
   void raise_maximum(int g, Vec m0, Vec m1) {
     const float* row = scores_ + g % 2 * kGroup * kSlice;
     for (int i = 0; i < kGroup; ++i, row += kSlice) {

@@ -1,7 +1,7 @@
-// correspondence for one instruction set (LR_ISA). Targets sit in SIMD lanes and reference tokens are broadcast, as
-// queries and keys in attention_block.h: a target's best is a vertical maximum. A reference token's best is one word
-// that all threads raise, of similarity and target index, so ties and results do not depend on who comes first; it
-// changes only a few times, so the test that it stands costs one comparison.
+// correspondence for one instruction set (LR_ISA). Targets lie in SIMD lanes and reference tokens are broadcast, as
+// queries and keys in attention_block.h, so a target's best match is a maximum within its lane. A reference token's
+// best match is one 64-bit word of similarity and target index. All threads raise it to its maximum, so the result and
+// its ties do not depend on their order. It changes only a few times, so mostly one comparison shows that it stays.
 #include <algorithm>
 #include <cmath>
 
@@ -41,7 +41,7 @@ int64_t target_of(uint64_t best) { return 0xffffffffu - uint32_t(best); }
 
 uint64_t current(const uint64_t* best) { return __atomic_load_n(best, __ATOMIC_RELAXED); }
 
-// The largest of `count` similarities, to the targets from `first` on. A NaN is no candidate.
+// Raises `best` to the largest of `count` similarities with the targets from `first` on. A NaN is no candidate.
 __attribute__((noinline)) void raise_best(uint64_t* best, Vec a, Vec b, int64_t first, int count) {
   alignas(64) float x[kSlice];
   store(x, a);
@@ -159,7 +159,7 @@ void match(const float* targets, int64_t first, int count, const Keys& keys, int
     for (int i = 0; i < kKeyTile; ++i) {
       if (i >= rest) break;
 #pragma GCC unroll 2
-      for (int v = 0; v < 2; ++v) {  // of equal similarities the first stays, and NaN is greater than nothing
+      for (int v = 0; v < 2; ++v) {  // of equal similarities the first stays; a NaN is never the greater
         index[v] = x[i][v] > top[v] ? VecInt{} + int32_t(keys.first + j + i) : index[v];
         top[v] = max(x[i][v], top[v]);
       }
@@ -222,7 +222,8 @@ void match_worker(void* context, int64_t) {
   for (int64_t i; (i = __atomic_fetch_add(&job.next, 1, __ATOMIC_RELAXED)) < items;) match_targets<T>(job, scratch, i);
 }
 
-// How far from its start does the way back end?
+// Clears `consistent` where the way from a target to its best reference token, and from there to that token's best
+// target, ends farther from the target than the radius.
 void check_row(void* context, int64_t b) {
   const Job& job = *static_cast<const Job*>(context);
   const auto& p = job.p;

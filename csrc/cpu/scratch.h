@@ -11,8 +11,8 @@ namespace {
 
 inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
-// In an unnamed namespace, as all here: functions of the std library that take other types are shared by the objects of
-// all instruction sets.
+// All types here are in an unnamed namespace, so that each instruction set gets its own std::unique_ptr. Of a template
+// with types that all share, the linker keeps one copy, which may use instructions that this processor lacks.
 struct Free {
   void operator()(char* x) const { std::free(x); }
 };

@@ -29,7 +29,7 @@ typedef uint32_t VecBits __attribute__((vector_size(kLanes * 4)));  // wraps, wh
 
 LR_INLINE Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }  // p aligned to the vector
 LR_INLINE void store(float* p, Vec x) { *reinterpret_cast<Vec*>(p) = x; }
-LR_INLINE Vec set1(float x) { return x - Vec{}; }
+LR_INLINE Vec set1(float x) { return x - Vec{}; }  // not a sum, which would turn -0 into 0
 
 // The larger of a and b; b where either is NaN.
 LR_INLINE Vec max(Vec a, Vec b) {
@@ -81,9 +81,9 @@ LR_INLINE bool any_at_least(Vec a, Vec b) {
 
 constexpr float kLog2E = 1.44269504088896340736f;  // exp(x) = 2^(x · kLog2E)
 
-// 2^x with a polynomial of the given degree on [-0.5, 0.5]: relative error 1.2e-7 (degree 6), 7.5e-5 (degree 3, enough
-// for bf16). 0 below -126, NaN stays NaN, above 128 any number. kRoundBf16 adds half a bf16 unit, so that cutting the
-// low 16 bits rounds.
+// 2^x with a polynomial of the given degree in the fraction of x: relative error 1.2e-7 (degree 6), 7.5e-5 (degree 3,
+// enough for bf16). Below -126 the result is 0, with AVX-512 a subnormal number or 0; above 128 it is undefined; NaN
+// stays NaN. kRoundBf16 adds half a bf16 unit of a number in [1, 2), so that cutting the low 16 bits rounds.
 template <int kDegree, bool kRoundBf16 = false>
 LR_INLINE Vec exp2(Vec x) {
   static_assert(kDegree == 3 || kDegree == 6);

@@ -10,7 +10,8 @@ namespace {
 
 constexpr int kOtsuBins = 256;
 
-// Not std::vector: its functions would be shared by the objects of all instruction sets.
+// Not std::vector<double>: the linker would keep one copy of its functions for all instruction sets, which may use
+// instructions that this processor lacks.
 template <class T>
 struct Array {
   explicit Array(int64_t n) : data(new T[n]) {}

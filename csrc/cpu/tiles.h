@@ -7,8 +7,8 @@ namespace {
 
 #if defined(__AMX_BF16__)
 
-// Eight tiles of 16 rows of 64 bytes. Static: GCC 12 believes that loading it reads 8 bytes, and would drop the rest of
-// a local.
+// Eight AMX tiles of 16 rows of 64 bytes. The one object is static: GCC 12 believes that _tile_loadconfig reads only 8
+// bytes, and would not write the rest of a local variable.
 struct TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -16,8 +16,7 @@ struct TileConfig {
 };
 alignas(64) constexpr TileConfig kConfig;
 
-// All eight tiles have 16 rows of 64 bytes. A thread sets them up before its first product and gives them back after
-// its last.
+// A thread configures its AMX tiles before its first product and releases them after its last.
 class TileSession {
  public:
   TileSession() { _tile_loadconfig(&kConfig); }

@@ -10,8 +10,8 @@
 namespace lr::LR_ISA {
 namespace {
 
-constexpr int kQueries = 2 * kLanes;         // of one block: two vectors
-constexpr int64_t kTileQueries = 128;        // of one work item; the keys of a head are converted once for them
+constexpr int kQueries = 2 * kLanes;         // of one slice: two vectors
+constexpr int64_t kTileQueries = 128;        // of one tile, a work item; a head's keys are converted once for them
 constexpr int64_t kKeyBlock = 128;           // each block's sums start at 0, which keeps fp32 rounding small
 constexpr int kTile = kLanes == 16 ? 8 : 4;  // keys or channels whose sums stay in registers
 static_assert(kTileQueries % kQueries == 0);
@@ -30,9 +30,8 @@ Rows float_rows(const T* x, int64_t stride, int64_t m, int64_t d, float* copy) {
   return {copy, d};
 }
 
-// 2^(x - 16) for x <= 0 to 8e-8: the maps are fp32 results themselves, so exp2 of simd.h (2e-7) is not enough. 0 where
-// x is below -110, NaN stays NaN. 2^-16, so that the sum of up to 65,536 weighted values stays in fp32 where their mean
-// does.
+// 2^(x - 16) for x <= 0, with a relative error of 1e-7. The factor 2^-16 keeps the sum of up to 65,536 weighted values
+// within fp32 where their mean is. NaN stays NaN; below -110 the result is 0, or with AVX-512 may still be a number.
 LR_INLINE Vec weight(Vec x) {
 #if defined(__AVX512F__)
   const Vec f = _mm512_reduce_ps(x, 0), n = x - f - 16.0f;  // x - round(x), which is 0 for -Inf
@@ -153,7 +152,7 @@ bool any_nan(const Vec (&x)[2]) {
 // finite in a query or key stays NaN.
 void wide_exponentials(const Rows& key, int64_t m, const float* query, int64_t d, double scale, float* scores,
                        Vec (&inverse)[2]) {
-  double* logits;  // in memory: a product that a subtraction absorbs is rounded apart from the maximum
+  double* logits;  // stored: sum * scale fused into the subtraction of `most` would round otherwise than `most`
   const Memory memory = lay_out([&](Arena& arena) { arena.take(logits, m); }, allocate);
   for (int64_t q = 0; q < kQueries; ++q) {
     double most = -INFINITY, total = 0;

@@ -1,4 +1,5 @@
-// Masks -> lists of visible keys, without looking at the masks from the host. A block makes one list.
+// Turns masks into lists of visible keys on the GPU, so that the host need not wait for the masks. A thread block makes
+// one list.
 #include "cuda/compact_keys.h"
 #include "cuda/launch.h"
 

@@ -1,4 +1,5 @@
-// step_blend in one launch: every tensor is read once, 16 bytes a thread, all loads in flight before the first use.
+// step_blend in one launch. Each thread reads 16 bytes of every tensor, or one element where addresses are not aligned.
+// It issues all loads but the mask's before it uses the first result, so that their latencies overlap.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -69,7 +70,8 @@ __device__ void store(void* base, int64_t at, const float (&x)[N]) {
            make_uint4(word(x, 0, T{}), word(x, 1, T{}), word(x, 2, T{}), word(x, 3, T{})));
 }
 
-// A call of sample and predictions alone, what most are. They are loaded beside the coefficients, not after them.
+// A call with only sample and predictions, as most calls are. No coefficient decides what is read, so the tensors are
+// loaded at the same time as the coefficients and not after them.
 template <class T, int N>
 __global__ void __launch_bounds__(kThreads)
     step_blend_plain_kernel(const __grid_constant__ StepBlendCudaParams params, uint32_t blocks) {
@@ -110,7 +112,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Any call. A block takes kThreads * N elements of one row.
+// Any call. A thread block takes kThreads * N elements of one batch row.
 template <class T, int N>
 __global__ void __launch_bounds__(kThreads)
     step_blend_kernel(const __grid_constant__ StepBlendCudaParams params, uint32_t blocks) {

@@ -235,7 +235,7 @@ def multi_source_attention_backward(
         P = softmax_g(logit)      dP = w_g·⟨grad_out, V⟩      dS = P·(dP - w_g·⟨grad_out, out_g⟩ + grad_lse)
         grad_Q = Σ α·dS·K           grad_K = Σ α·dS·Q           grad_V = Σ P·w_g·grad_out       grad_bias = Σ dS
 
-    with α = α_s·scale. Keys and values of rows that several query rows read collect all their gradients, and so do
+    with α = α_s·scale. Keys and values of rows that several batch rows read collect all their gradients, and so do
     values that several keys read. Gradients come in the dtype of their tensors. out: the rounded result of the forward
     pass, where one softmax group without a weight makes it; default: computed here.
     """

@@ -20,7 +20,7 @@ COLUMNS = ("a", "e", "sigma", "h", "p", "q", "c", "d", "s")
 """The columns after the weights g_0 … g_{K-1} of the predictions in step_blend's coefficient table; their meaning is in
 `reference.step_blend`."""
 
-# B query rows of N tokens, S sources of R rows and M keys, C query classes (see plan.py), G softmax groups
+# B batch rows of N tokens, S sources of R rows and M keys, C query classes (see plan.py), G softmax groups
 _ATTENTION_INPUTS = (
     "Tensor query, Tensor[] key, Tensor[] value, "  # (B, N, H, D), S x (R, M, H, D)
     "Tensor?[] rows, "  # int32 (B,)

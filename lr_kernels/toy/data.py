@@ -114,7 +114,8 @@ def dot_on(scene: Scene, rng: np.random.Generator, color: str | None = None) -> 
 
 
 def near_miss(scene: Scene, trait: str, rng: np.random.Generator) -> Scene:
-    """A scene's object, one with a dot, with one of its TRAITS changed; a dot that a new shape would cut off moves."""
+    """The scene with one of its object's TRAITS changed. For the trait "dot" the object must have a dot. A dot that
+    a new shape would cut off is moved."""
     dot_color = None if scene.dot is None else scene.dot.color
     match trait:
         case "shape":
@@ -145,7 +146,8 @@ def near_miss(scene: Scene, trait: str, rng: np.random.Generator) -> Scene:
 
 
 def dressed(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The scene's object with the look of any object, one in two with a dot, of a subject, or of a near miss of one."""
+    """The scene, in 45 % of the draws with its own look (half of these get a dot), in 25 % with that of a subject, and
+    in 30 % with that of a near miss of a subject."""
     kind = rng.random()
     if kind < 0.45:
         return replace(scene, dot=dot_on(scene, rng)) if rng.random() < 0.5 else scene

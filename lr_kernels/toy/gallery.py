@@ -1,7 +1,7 @@
 """Every preset of `lr_kernels.presets` on the toy model: a row of images each, of the same prompts from the same noise.
 
-Each runs much as its paper has it, in diffusers' own StableDiffusionPipeline. What the pictures read besides one
-another is in further rows of the batch: a real image noised to every step, or condition images denoised beside them.
+Each runs much as in its paper, in diffusers' own StableDiffusionPipeline. The pictures attend to one another or to
+further rows of the batch: a real image, noised to the level of every step, or condition images that are denoised too.
 """
 
 import math
@@ -35,17 +35,17 @@ class Method:
     label: str
     attention: Callable[[Tensor, Tensor, Tensor, "Batch"], Tensor] | None = None
     start: float = 0.1
-    """share of the steps that come before it; above 0 where it needs masks, which the step before makes"""
+    """share of the steps that run before the method starts; above 0 where it needs the previous step's masks"""
     layers: Sequence[str] | None = None
     sources: int = 0
-    """how many of the pictures the others read"""
+    """how many of the pictures, from the first on, the others attend to (no `Source` objects)"""
     reference: bool = False
     conditions: bool = False
 
 
 class Batch:
-    """The rows that are denoised together: the pictures, a condition image for each (if any), the reference (if any);
-    all of them twice, as the unconditional and the conditional half of the guidance.
+    """The batch rows that are denoised together: the pictures, then a condition image for each and the reference where
+    the method has them. All of them come twice, as the unconditional and the conditional half of the guidance.
 
     Args:
         noise: (n, C, h, w), where the n pictures of the n prompts start.
@@ -95,7 +95,7 @@ class Batch:
         return self.method.attention(q, k, v, self)
 
     def after_step(self, pipe: StableDiffusionPipeline, step: int, timestep: Tensor, given: dict) -> dict:
-        """The next step's masks, and its noise level in the reference."""
+        """A callback: make the masks of the next step, and noise the reference to the next step's level."""
         self.step = step + 1
         height, width = self.noise.shape[2:]
         recorded = [recorder.maps for recorder in self.recorders.values() if recorder.maps is not None]
@@ -122,12 +122,12 @@ class Batch:
         return self.masks[self.grid].repeat(2, 1)
 
     def others(self, row: int) -> Tensor:
-        """The table by which all pictures read one row of their half, and what is beside them reads itself."""
+        """The row table with which all pictures read one row of their half, and all other rows read themselves."""
         beside = range(self.images, self.half)
         return presets.guided_rows([row] * self.images + [*beside])
 
     def last(self, x: Tensor) -> Tensor:
-        """The reference's row of each half, for all rows of it: (B, …)."""
+        """x of the reference's batch row in each half, repeated for every row of that half: (B, …)."""
         return x[self.half - 1 :: self.half].repeat_interleave(self.half, 0)
 
     def conditional(self) -> Tensor:

@@ -103,7 +103,7 @@ class Namer(nn.Module):
         self.answers = nn.Linear(4 * width, sum(self.SIZES))
 
     def forward(self, crops: Tensor) -> tuple[Tensor, ...]:
-        """Crops [N, 4, CROP, CROP] -> logits of shape, texture, dot and colours."""
+        """Crops [N, 4, CROP, CROP] -> logits of shape, texture, colours and dot, in the order of SIZES."""
         fine = self.fine(crops)
         coarse = self.coarse(fine)
         found = []

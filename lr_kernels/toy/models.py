@@ -192,5 +192,5 @@ def velocity_target(latents: Tensor, noise: Tensor, timesteps: Tensor, alphas_cu
 
 
 def stratified_timesteps(count: int, generator: torch.Generator | None = None) -> Tensor:
-    """One uniform timestep out of each of `count` equal slices of the schedule, in order: [count] int64."""
+    """One uniform timestep out of each of `count` equal parts of the schedule, in order: [count] int64."""
     return ((torch.arange(count) + torch.rand(count, generator=generator)) / count * 1000).long().clamp(max=999)

@@ -1,4 +1,5 @@
-"""DreamBooth-like personalization of the toy pipeline: quick, without a prior loss, and therefore frozen in pose."""
+"""DreamBooth-like personalization of the toy pipeline. It is quick and has no prior-preservation loss, so the model
+learns the references' pose together with the subject."""
 
 import copy
 
@@ -56,7 +57,7 @@ def personalize(
         progress: show a progress bar.
 
     Returns:
-        A pipeline that shares the VAE, the tokenizer and the scheduler configuration.
+        A pipeline that shares the given one's VAE and tokenizer. Its scheduler is a new one of the toy model.
     """
     generator = torch.Generator().manual_seed(seed)
     unet, text_encoder = copy.deepcopy(pipeline.unet).train(), copy.deepcopy(pipeline.text_encoder)

@@ -77,7 +77,7 @@ def sentence(noun: str, wanted: Wanted) -> str:
 def personalized_pipeline(
     base: StableDiffusionPipeline, subject: str, *, progress: bool = True
 ) -> StableDiffusionLayoutRetouchPipeline:
-    """The base model with one that has learned the subject from its references beside it."""
+    """A Layout-and-Retouch pipeline of the base model and of a copy that was trained on the subject's references."""
     personal = personalize(base, world.references(subject)[0], prompt=world.subject_prompt(subject), progress=progress)
     return StableDiffusionLayoutRetouchPipeline.from_pipe(
         base, personalized_unet=personal.unet, personalized_text_encoder=personal.text_encoder
@@ -91,11 +91,12 @@ def run_stages(
     stages: tuple[str, ...] = STAGES,
     backend: str = "auto",
 ) -> dict[str, LayoutRetouchOutput]:
-    """The outputs of STAGES, all from the same noise, with images (n, 3, height, width) in [0, 1].
+    """The outputs of the given stages, and always those of layout and retouch, all from the same noise.
 
-    vanilla: the base model with the class's prompts. personalized: the personalized one alone. reference-only: its
-    subject also reads the reference. layout, retouch: both stages of one call of the pipeline. control: the retouch
-    stage of the same layouts with sharing off, all else equal; what retouch has above it is due to the attention.
+    Images are (n, 3, height, width) in [0, 1]. vanilla: the base model with the class's prompts. personalized: the
+    personalized model alone. reference-only: the personalized model, whose subject also attends to the reference.
+    layout, retouch: both stages of one call of the pipeline. control: the retouch stage of the same layouts with
+    attention sharing off and all else equal, so that the difference of retouch to it is due to attention sharing.
     """
     common: dict[str, Any] = {
         "num_inference_steps": STEPS,

@@ -1,7 +1,8 @@
 """Train the shipped toy weights on a CPU: `python -m lr_kernels.toy.train vae|judge|unet|evaluate|all --minutes N`.
 
-Every stage runs one single-threaded process per core and averages their weights every few seconds. On small
-convolutions that is 1.5x faster than one process with two threads, and it stays fast on a machine shared with others.
+Every training stage runs `--ranks` single-threaded processes (default 2) and averages their weights every few seconds.
+On small convolutions two such processes are 1.5x as fast as one process with two threads, and they stay fast on a
+machine shared with others. The stage "evaluate" trains nothing: its first process measures the saved model.
 """
 
 import argparse
@@ -84,7 +85,10 @@ def on_objects(masks: Tensor) -> Tensor:
 
 
 def autoencoder_loss(vae: AutoencoderKL, images: Tensor, masks: Tensor) -> Tensor:
-    """L1 on pixels and on their differences plus a light KL term, for images [B, 3, H, W] and masks [B, H, W]."""
+    """L1 and L2 on pixels, L1 on the differences of neighbouring pixels, and a KL term of small weight.
+
+    images: [B, 3, H, W]; masks: [B, H, W], which give the pixels of objects more weight.
+    """
     with models.training_precision():
         posterior = vae.encode(images).latent_dist
         decoded = vae.decode(posterior.sample()).sample.float()

@@ -303,7 +303,8 @@ def noun_phrase(scene: Scene, rng: np.random.Generator, textures: bool = True) -
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """Describe a scene. A place word comes in one of three captions of one object; a plain backdrop is never named."""
+    """Describe a scene. The caption of a single object that is off centre has a place word in one of three cases. A
+    plain backdrop is never named."""
     words = noun_phrase(scene, rng, textures=scene.other is None)
     if scene.other is not None:
         words += ["and", *noun_phrase(scene.other, rng)]
