@@ -47,7 +47,8 @@ lint: $(VENV)/.installed
 
 # Tests of the C++ kernels on a build of its own, with addresses and undefined behaviour checked; g++ only. The preloaded
 # C++ library lets the sanitizer see torch's exceptions; Python's own memory counts as leaks, so those are off. A report
-# ends the process and must not be in pytest's capture file then.
+# ends the process and must not be in pytest's capture file then. A forked process can wait forever for a lock of the
+# sanitizer's allocator, so the test of a DataLoader's workers is left out.
 # The test files of the operators, which have a function `right_call`, and those of rules that hold for all operators.
 SANITIZED := $(shell grep -l "^def right_call" tests/test_*.py) $(addprefix tests/test_,direct_calls.py errors.py ops.py properties.py step_blend_arguments.py)
 RUNTIMES = $(foreach name,asan ubsan stdc++,$(shell g++ -print-file-name=lib$(name).so))
@@ -59,7 +60,8 @@ sanitized: $(VENV)/.installed
 	CMAKE_ARGS="-DLR_SANITIZE=$$isa -DCMAKE_CXX_COMPILER=g++" $(BIN)/python setup.py -q build \
 		--build-temp build/sanitize/objects --build-lib build/sanitize/lib
 sanitize: sanitized
-	$(SANITIZED_PYTHON) -m pytest -p no:cacheprovider --capture=sys -m "not fault(number=29) and not fault(number=44)" $(SANITIZED:%=$(CURDIR)/%)
+	$(SANITIZED_PYTHON) -m pytest -p no:cacheprovider --capture=sys -m "not fault(number=29) and not fault(number=44)" \
+		-k "not dataloader_worker" $(SANITIZED:%=$(CURDIR)/%)
 
 # Direct calls of the ops with wrong arguments, on the same build: each must raise an error or succeed.
 fuzz: sanitized
