@@ -6,17 +6,19 @@ writes FOLDER/PART.csv, a row per contender; who cannot run is there with the re
 CPU at toy sizes, kernels interpreted, and nothing is timed.
 
 ms is the GPU's own time: the calls are enqueued behind a kernel that waits, so that how long Python takes does not
-count; host_us is how long the call itself took.
+count; host_us is how long the call itself took. ours_is_faster is relative to the row of the contender lr_kernels, in
+attention the kernel that backend="auto" takes; those of named backends stand beside it.
 """
 
 import argparse
 import contextlib
 import functools
 import os
+import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 DRY = "--dry" in sys.argv
@@ -24,35 +26,30 @@ if DRY:  # Triton decides at import whether it interprets
     os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lr_kernels import Source, multi_source_attention, plan_attention, reference
+from lr_kernels import Source, multi_source_attention
 from lr_kernels.info import versions
 
 from . import attention as layers
-from . import gpu_unet, operators
-from .harness import OURS, NotRun, checked_error, commit
+from . import gpu_peers, gpu_unet, operators
+from .gpu_attention import BACKENDS, Case, contenders
+from .harness import OURS, NotRun, commit
 from .table import write_csv
 from .target import Target
 
 DEVICE = "cpu" if DRY else "cuda"
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 TARGET = Target(DEVICE, backend="triton", toy=DRY, compiles=not DRY)
 ROUNDS = 15
-CHECKED = 64
-"""Queries whose results are compared with float64."""
-PEERS = {
-    "cuDNN": SDPBackend.CUDNN_ATTENTION,
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-}
 FIGURES = ("ms", "tflops", "host_us", "eager_ms", "peak_mib", "ours_is_faster", "error")
 FLEX_LAYERS = ("sd64", "xl64", "flux")
-"""Each mask compiles anew, for many seconds."""
+"""Of FlexAttention, which compiles anew for each mask."""
 FLEX_VISIBLE = ("100%", "30%")
+REFUSALS = (NotRun, RuntimeError, ImportError, AssertionError)
+"""How contenders say that they cannot run, or that a result is wrong (AssertionError)."""
 WAIT = 2_000_000
-"""Clock cycles, 1 ms, in which the host enqueues what is timed."""
+"""Clock cycles, 1 ms, in which the host enqueues what is timed; twice what a call takes it, where that is more."""
+CLOCK = 2e9
+"""Clock cycles per second, at most."""
 
 
 class Timer:
@@ -67,14 +64,12 @@ class Timer:
             return {}
         found: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
         order = list(calls)
-        for call in calls.values():
-            for _ in range(3):
-                call()
+        waits = {name: self._warm_up(call) for name, call in calls.items()}
         for round_ in range(ROUNDS):
             start = round_ % len(order)
             for name in order[start:] + order[:start]:
                 self.flush.zero_()
-                torch.cuda._sleep(WAIT)
+                torch.cuda._sleep(waits[name])
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 begin.record()
                 clock = time.perf_counter()
@@ -84,6 +79,15 @@ class Timer:
                 end.synchronize()
                 found[name].append((begin.elapsed_time(end), host * 1e6))
         return {name: tuple(map(statistics.median, zip(*times))) for name, times in found.items()}
+
+    def _warm_up(self, call: Callable[[], object]) -> int:
+        """Call it a few times; returns the cycles in which the host has enqueued it."""
+        for _ in range(3):
+            call()
+        torch.cuda.synchronize()
+        clock = time.perf_counter()
+        call()
+        return max(WAIT, round(2 * CLOCK * (time.perf_counter() - clock)))
 
 
 def peak_mib(call: Callable[[], object]) -> float:
@@ -97,6 +101,21 @@ def peak_mib(call: Callable[[], object]) -> float:
     kept = torch.cuda.memory_allocated() - before
     del result
     return (torch.cuda.max_memory_allocated() - before - kept) / 2**20
+
+
+def reason_of(refusal: Exception) -> str:
+    text = (str(refusal).strip() or type(refusal).__name__).splitlines()[0]
+    return text if isinstance(refusal, REFUSALS) else f"{type(refusal).__name__}: {text}"
+
+
+def end_if_broken(name: str) -> None:
+    """After a kernel's bad access every later call of the process fails, so the run ends and says whose it was."""
+    if DRY:
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        raise SystemExit(f"{name} broke the process's CUDA context: {error}") from error
 
 
 def compare(
@@ -114,13 +133,11 @@ def compare(
             rows[name]["error"] = f"{error(name, call()):.2e}"
             rows[name]["peak_mib"] = f"{peak_mib(call):.1f}"
             calls[name] = call
-        except (
-            NotRun,
-            RuntimeError,
-            ImportError,
-            AssertionError,
-        ) as reason:  # AssertionError: it computes another thing
-            rows[name]["not_run"] = (str(reason).strip() or type(reason).__name__).splitlines()[0]
+        except Exception as refusal:
+            if name.startswith(OURS) and not isinstance(refusal, REFUSALS):
+                raise  # peers have exceptions of their own; of ours these are all
+            rows[name]["not_run"] = reason_of(refusal)
+            end_if_broken(name)
     found = timer.medians(calls)
     for name in calls:
         if DRY:
@@ -144,105 +161,28 @@ def sizes() -> tuple[layers.Layer, ...]:
     return tuple(map(TARGET.layer, LAYERS))
 
 
-def forced(backend: SDPBackend, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-    with sdpa_kernel(backend):
-        return layers.sdpa(query, key, value, mask)
-
-
-def by_xformers(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    from xformers.ops import memory_efficient_attention
-
-    if mask is None:
-        return memory_efficient_attention(query, key, value)
-    keys = mask.shape[-1]
-    bias = query.new_zeros(*query.shape[:1], query.shape[2], query.shape[1], -(-keys // 8) * 8)[..., :keys]
-    return memory_efficient_attention(query, key, value, bias.masked_fill_(~mask, -torch.inf))
-
-
 def attention_case(
-    layer: layers.Layer, dtype: str, visible: str, shares: Sequence[float], readers: int, timer: Timer, backward: bool
+    layer: layers.Layer, dtype: str, visible: str, readers: int, timer: Timer, training: bool = False
 ) -> Iterator[dict[str, str]]:
-    """Self, context and reference keys; `readers` batch rows, all of which read the one reference row."""
-    generator = torch.Generator(device=DEVICE).manual_seed(0)
-
-    def randn(rows: int) -> Tensor:
-        shape = (rows, layer.tokens, layer.heads, layer.head_dim)
-        x = torch.randn(shape, generator=generator, device=DEVICE).to(DTYPES[dtype])
-        return x.requires_grad_(backward)
-
-    query = randn(readers)
-    parts = [(randn(rows), randn(rows)) for rows in (readers, readers, 1)]
-    masks = [None if s == 1 else torch.rand(1, layer.tokens, generator=generator, device=DEVICE) < s for s in shares]
-    masked = any(m is not None for m in masks)
-    sources = [Source(k, v, key_mask=m) for (k, v), m in zip(parts, masks)]
-    plan = plan_attention(masks)
-    whole = torch.ones(1, layer.tokens, dtype=torch.bool, device=DEVICE)
-    dense = torch.cat([whole if m is None else m for m in masks], 1)
-    kept = [None if m is None else m[0].nonzero()[:, 0] for m in masks]
-    wide = dense[:, None, None].expand(readers, 1, 1, -1) if masked else None
-
-    def joined() -> tuple[Tensor, Tensor, Tensor]:
-        return query, *(layers.concatenate([p[i] for p in parts], readers) for i in range(2))
-
-    def gathered(backend: SDPBackend) -> Tensor:
-        chosen = [
-            layers.concatenate([p[i] if n is None else p[i].index_select(1, n) for p, n in zip(parts, kept)], readers)
-            for i in range(2)
-        ]
-        return forced(backend, query, *chosen)
-
-    contenders: dict[str, Callable[[], object]] = {
-        OURS: lambda: multi_source_attention(query, sources, plan=plan, backend="triton")
-    }
-    for name, backend in PEERS.items():
-        if not masked:
-            contenders[f"cat + SDPA ({name})"] = lambda b=backend: forced(b, *joined())
-        elif name != "flash":  # it takes no mask
-            contenders[f"SDPA + mask ({name})"] = lambda b=backend: forced(b, *joined(), wide)
-        if masked:
-            contenders[f"gather + SDPA ({name})"] = lambda b=backend: gathered(b)
-    contenders["xformers"] = lambda: by_xformers(*joined(), wide)
-    if not DRY and layer.id in FLEX_LAYERS and visible in FLEX_VISIBLE and readers == 2:
-        flex = layers.Flex(layer.tokens, dense if masked else None, dense.shape[1], DEVICE)
-        contenders["FlexAttention"] = lambda: flex(*joined())
-    if layer.tokens <= 1024:
-        contenders["naive"] = lambda: layers.naive(*joined(), wide)
-
-    few = query.detach()[:, :CHECKED]
-    plain = [s._replace(key=s.key.detach(), value=s.value.detach()) for s in sources]
-    exact = [s._replace(key=s.key.double(), value=s.value.double()) for s in plain]
-    truth = reference.multi_source_attention(few.double(), exact)
-    low = reference.multi_source_attention(few, plain)
-
-    def error(name: str, result: object) -> float:
-        assert isinstance(result, Tensor)
-        return checked_error(name, result.detach()[:, :CHECKED], low, truth)
-
-    flops = 4.0 * readers * layer.heads * layer.tokens * int(dense.sum()) * layer.head_dim
+    case = Case(layer, dtype, layers.VISIBLE[visible], readers, DEVICE, training)
+    flex = not DRY and layer.id in FLEX_LAYERS and visible in FLEX_VISIBLE and readers == 2
+    calls = contenders(case, with_flex=flex)
     about = {"op": "attention", "layer": layer.id, "model": layer.model, "shape": layer.shape, "dtype": dtype}
     about |= {"visible": visible, "rows": str(readers)}
-    if not backward:
+    if not training:
         with torch.no_grad():
-            yield from compare(about, flops, contenders, error, timer)
+            yield from compare(about, case.flops, calls, case.error, timer)
         return
-    leaves = [query, *(x for pair in parts for x in pair)]
-    grad = torch.randn(query.shape, generator=generator, device=DEVICE).to(query)
-
-    def trained(call: Callable[[], object]) -> tuple[Tensor, ...]:
-        out = call()
-        assert isinstance(out, Tensor)
-        return (out, *torch.autograd.grad(out, leaves, grad))
-
-    steps = {name: functools.partial(trained, call) for name, call in contenders.items()}
     about["op"] = "forward + backward"
-    yield from compare(about, 3.5 * flops, steps, lambda name, result: error(name, result[0]), timer)
+    steps = {name: functools.partial(case.trained, call) for name, call in calls.items()}
+    yield from compare(about, case.flops, steps, lambda name, _: case.error_of_gradients(name, calls[name]), timer)
 
 
 def attention(timer: Timer) -> Iterator[dict[str, str]]:
     for layer in sizes():
-        for visible, shares in layers.VISIBLE.items():
-            yield from attention_case(layer, "bf16", visible, shares, 2, timer, False)
-        yield from attention_case(layer, "fp16", "100%", layers.VISIBLE["100%"], 2, timer, False)
+        for visible in layers.VISIBLE:
+            yield from attention_case(layer, "bf16", visible, 2, timer)
+        yield from attention_case(layer, "fp16", "100%", 2, timer)
 
 
 def lse(timer: Timer) -> Iterator[dict[str, str]]:
@@ -251,17 +191,18 @@ def lse(timer: Timer) -> Iterator[dict[str, str]]:
         shape = (2, layer.tokens, layer.heads, layer.head_dim)
         query, key, value = (torch.randn(shape, device=DEVICE).bfloat16() for _ in range(3))
         sources = [Source(key, value)] * 3
-        contenders = {
-            OURS: lambda q=query, s=sources: multi_source_attention(q, s, backend="triton"),
-            f"{OURS} with lse": lambda q=query, s=sources: multi_source_attention(
-                q, s, return_lse=True, backend="triton"
-            ),
+        calls = {
+            f"{name} with lse" if lse else name: functools.partial(
+                multi_source_attention, query, sources, return_lse=lse, backend=backend
+            )
+            for name, backend in BACKENDS.items()
+            for lse in (False, True)
         }
         about = {"op": "attention with lse", "layer": layer.id, "model": layer.model, "dtype": "bf16"}
         about |= {"shape": layer.shape, "visible": "100%", "rows": "2"}
         flops = 12.0 * 2 * layer.heads * layer.tokens**2 * layer.head_dim
         with torch.no_grad():
-            yield from compare(about, flops, contenders, lambda *_: 0.0, timer)
+            yield from compare(about, flops, calls, lambda *_: 0.0, timer)
 
 
 def ceilings(timer: Timer) -> Iterator[dict[str, str]]:
@@ -296,13 +237,13 @@ def of_unet(part: Callable[[str, bool], Iterator[dict[str, str]]]) -> Callable[[
 def rows(timer: Timer) -> Iterator[dict[str, str]]:
     for layer in (x for x in sizes() if x.id in ("sd32", "xl32")):
         for readers in (1, 4, 16):
-            yield from attention_case(layer, "bf16", "67%", layers.VISIBLE["67%"], readers, timer, False)
+            yield from attention_case(layer, "bf16", "67%", readers, timer)
 
 
 def backward(timer: Timer) -> Iterator[dict[str, str]]:
     for layer in sizes():
         for visible in ("100%", "30%"):
-            yield from attention_case(layer, "bf16", visible, layers.VISIBLE[visible], 2, timer, True)
+            yield from attention_case(layer, "bf16", visible, 2, timer, training=True)
 
 
 def small_operators(timer: Timer) -> Iterator[dict[str, str]]:
@@ -324,7 +265,7 @@ PARTS = {
 
 def machine() -> dict[str, str]:
     name = "dry run on a CPU" if DRY else torch.cuda.get_device_name()
-    return {"device": name, "cuda": torch.version.cuda or "-", "commit": commit(), **versions()}
+    return {"device": name, "cuda": torch.version.cuda or "-", "commit": commit(), **versions(), **gpu_peers.versions()}
 
 
 def main() -> None:
@@ -334,6 +275,7 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="on a CPU, interpreted, nothing timed")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # what is measured by then is written
     about, timer = machine(), Timer()
     for part in args.parts or PARTS:
         found = []

@@ -19,6 +19,14 @@ COLUMNS = ("ms", "tflops", "host_us", "eager_ms", "peak_mib", "ours_is_faster", 
 ACROSS = 4
 """Panels in a line."""
 SHARES = ("100%", "67%", "30%", "10%")
+KINDS = {
+    OURS: OURS,
+    "cat + ": "cat, or SDPA + mask",
+    "SDPA + mask": "cat, or SDPA + mask",
+    "gather + ": "gather",
+    "per source + ": "per source, merged",
+}
+"""The line of a contender by what its name begins with."""
 
 
 def rows_of(folder: Path, part: str) -> list[dict[str, str]]:
@@ -65,8 +73,7 @@ def draw(rows: list[dict[str, str]], path: Path) -> None:
         lines: dict[str, list[tuple[float, float]]] = {}
         for share in SHARES:
             here = [r for r in rows if r["layer"] == layer and r["visible"] == share]
-            kinds = {OURS: OURS, "cat + SDPA": "cat (+ mask) + SDPA", "SDPA + mask": "cat (+ mask) + SDPA"}
-            for start, label in {**kinds, "gather + SDPA": "gather + SDPA"}.items():
+            for start, label in KINDS.items():
                 times = [float(r["ms"]) for r in here if r["contender"].startswith(start)]
                 if times:
                     lines.setdefault(label, []).append((float(share.rstrip("%")), min(times)))

@@ -2,10 +2,21 @@
 # Everything that needs a GPU, in one command on a bare machine with torch, triton and, for some peers, wheels of its own:
 #   benchmarks/gpu_run.sh [--dry] [PART ...]
 # Parts: build tests sanitizer tiles ceilings attention rows lse backward layer unet operators report (default: all,
-# about 9 minutes).
+# about 9 minutes, and some more with the wheels below, whose kernels are compiled at their first call).
 # Results go to $OUT (default: a dated folder under benchmarks/results): a CSV and a log per part, and parts.csv, which
 # says of every part whether it ran, how long it took, and why not. --dry: for a machine without a GPU. Kernels are
 # interpreted at toy sizes, nothing is timed, tests are only collected, and the part sanitizer does not run.
+#
+# The part build installs all wheels in the folder $WHEELS (default: wheels) without their dependencies. For Python 3.12
+# and CUDA 13 this brings FlashAttention-3 and -4 and cuDNN's frontend into .whl, which git ignores: 135 MiB with what
+# they need beside torch, 88 MiB of that the compiler nvidia-cutlass-dsl-libs-cu13:
+#   python3 -m pip download -d .whl --no-deps --only-binary :all: --python-version 3.12 \
+#     --platform manylinux_2_28_x86_64 --platform manylinux_2_24_x86_64 \
+#     fa3-fwd==0.0.3 flash-attn-4==4.0.0b36 nvidia-cudnn-frontend==1.32.0 nvidia-cutlass-dsl==4.8.1 \
+#     nvidia-cutlass-dsl-libs-base==4.8.1 nvidia-cutlass-dsl-libs-core==4.8.1 nvidia-cutlass-dsl-libs-cu13==4.8.1 \
+#     quack-kernels==0.6.5 apache-tvm-ffi==0.1.15.post2 torch-c-dlpack-ext==0.1.5 einops==0.8.1
+# They import numpy, cuda-bindings, protobuf and typing-extensions too. A peer that breaks the process ends its part, and
+# the log names it: uninstall it and run the part again.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -72,7 +83,9 @@ for part in "${PARTS[@]}"; do
       else
         run tiles 150 "$PYTHON" -m lr_kernels.triton.tune --kind dense gathered --processes "$(nproc)" --out "$OUT"
       fi ;;
-    ceilings | attention | rows | lse | backward | layer | unet | operators)
+    attention | backward)  # FlashAttention-4 compiles 20 and 10 kernels for some seconds each
+      run "$part" 420 "$PYTHON" -m benchmarks.gpu "$part" "${DRY[@]}" --out "$OUT" ;;
+    ceilings | rows | lse | layer | unet | operators)
       run "$part" 240 "$PYTHON" -m benchmarks.gpu "$part" "${DRY[@]}" --out "$OUT" ;;
     report)
       if ! "$PYTHON" -c "import matplotlib" 2> /dev/null; then not_run report "matplotlib is missing"; continue; fi

@@ -6,12 +6,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import harness, operators, readme, table
+from benchmarks import gpu, gpu_attention, gpu_peers, harness, operators, readme, table
+from benchmarks.attention import VISIBLE, Layer
+from benchmarks.gpu_attention import Case, contenders
 from benchmarks.harness import OURS, Contender, NotRun, Problem
 from benchmarks.target import FLOOR, Target
 from lr_kernels.runtime.schemas import SCHEMAS
@@ -148,3 +151,268 @@ def test_compiled_peers_are_among_the_contenders_where_wanted():
     with pytest.raises(NotRun):
         line()
     assert Target(compiles=False).compiled({"compiled": line}) == {}
+
+
+TOY = Layer("toy", "toy", 70, 2, 40)
+
+
+def plain_attention(query, key, value):
+    """(N, H, D), (M, H, D) -> out (N, H, D), lse (H, N)"""
+    scores = torch.einsum("nhd,mhd->hnm", query.float(), key.float()) * query.shape[-1] ** -0.5
+    out = torch.einsum("hnm,mhd->nhd", scores.softmax(-1), value.float())
+    return out.to(query.dtype), scores.logsumexp(-1)
+
+
+def plain_flash(query, key, value):
+    """FlashAttention in plain PyTorch: out (B, N, H, D), lse (B, H, N)"""
+    assert len(query) == len(key) == len(value)
+    outs, lses = zip(*map(plain_attention, query, key, value))
+    return torch.stack(outs), torch.stack(lses)
+
+
+def plain_paged_flash(query, key_pages, value_pages, page_table, lengths):
+    """The same over the tokens of each row's pages, up to its length; keys and values (pages, tokens, H, D)"""
+    assert page_table.dtype == lengths.dtype == torch.int32 and len(query) == len(page_table) == len(lengths)
+    rows = []
+    for row, table_, length in zip(query, page_table, lengths):
+        key, value = (x[table_.long()].flatten(0, 1)[: int(length)] for x in (key_pages, value_pages))
+        rows.append(plain_attention(row, key, value))
+    outs, lses = zip(*rows)
+    return torch.stack(outs), torch.stack(lses)
+
+
+def plain_fa3():
+    def flash_attn_func(q, k, v, *, return_attn_probs=False):
+        out, lse = plain_flash(q, k, v)
+        return (out, lse) if return_attn_probs else out
+
+    def flash_attn_with_kvcache(q, k_cache, v_cache, *, cache_seqlens, page_table, return_softmax_lse):
+        assert return_softmax_lse
+        return (*plain_paged_flash(q, k_cache, v_cache, page_table, cache_seqlens), torch.empty(0), torch.empty(0))
+
+    return dict(flash_attn_func=flash_attn_func, flash_attn_with_kvcache=flash_attn_with_kvcache)
+
+
+def plain_fa4():
+    def flash_attn_func(q, k, v, *, return_lse=False):
+        out, lse = plain_flash(q, k, v)
+        return out, lse if return_lse else None
+
+    def flash_attn_varlen_func(q, k, v, *, page_table, seqused_k, return_lse):
+        assert return_lse
+        return plain_paged_flash(q, k, v, page_table, seqused_k)
+
+    return dict(flash_attn_func=flash_attn_func, flash_attn_varlen_func=flash_attn_varlen_func)
+
+
+class Place:
+    """A tensor of a graph of cuDNN: only its layout."""
+
+    def __init__(self, dim=None, stride=None):
+        self.dim, self.stride = dim, stride
+
+    def set_dim(self, dim):
+        self.dim = dim
+        return self
+
+    def set_stride(self, stride):
+        self.stride = stride
+        return self
+
+    def set_output(self, _):
+        return self
+
+    set_data_type = set_output
+
+
+class PlainGraph:
+    """cuDNN's attention graphs in plain PyTorch, (B, H, N, D), which take tensors of the layouts that were declared."""
+
+    def __init__(self, **types):
+        self.ready = False
+
+    def tensor(self, *, name, dim, stride, data_type):
+        return Place(dim, stride)
+
+    def sdpa(self, *, q, k, v, attn_scale, generate_stats):
+        self.inputs, self.results = [q, k, v], [Place(), Place() if generate_stats else None]
+        return self.results
+
+    def sdpa_backward(self, *, q, k, v, o, dO, stats, attn_scale):
+        self.inputs, self.results = [q, k, v, dO], [Place(), Place(), Place()]
+        return self.results
+
+    def build(self, modes):
+        self.ready = True
+
+    def get_workspace_size(self):
+        return 0
+
+    def execute(self, tensors, workspace, handle):
+        assert self.ready
+        for place, x in tensors.items():
+            assert place.dim == list(x.shape) and place.stride == list(x.stride()) and not x.requires_grad
+        query, key, value, *grad = (tensors[place].transpose(1, 2).clone().requires_grad_() for place in self.inputs)
+        with torch.enable_grad():
+            out, lse = plain_flash(query, key, value)
+        found = [out.transpose(1, 2), lse[..., None]]
+        if grad:
+            found = [x.transpose(1, 2) for x in torch.autograd.grad(out, (query, key, value), *grad)]
+        for place, x in zip(self.results, found):
+            if place is not None:
+                tensors[place].copy_(x)
+
+
+@pytest.fixture(autouse=True)
+def no_graphs_yet(monkeypatch):
+    """Those that cuDNN has built are kept for the whole process."""
+    monkeypatch.setitem(gpu_attention.ONE_CALL, "cuDNN frontend", gpu_peers.CudnnFrontend())
+
+
+@pytest.fixture
+def libraries(monkeypatch):
+    """Stand-ins for the peers' packages; returns the graphs that cuDNN's is asked for."""
+    graphs = []
+
+    def pygraph(**types):
+        graphs.append(PlainGraph(**types))
+        return graphs[-1]
+
+    cudnn = dict(
+        pygraph=pygraph,
+        create_handle=object,
+        set_stream=lambda handle, stream: None,
+        data_type=SimpleNamespace(BFLOAT16=0, HALF=1, FLOAT=2),
+        heur_mode=SimpleNamespace(A=0, FALLBACK=1),
+    )
+    for name, contents in {"fa3_fwd_interface": plain_fa3(), "flash_attn.cute": plain_fa4(), "cudnn": cudnn}.items():
+        module = ModuleType(name)
+        vars(module).update(contents)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    return graphs
+
+
+@pytest.fixture
+def dry(monkeypatch):
+    """benchmarks.gpu as with --dry; returns its timer."""
+    monkeypatch.setattr(gpu, "DRY", True)
+    monkeypatch.setattr(gpu, "DEVICE", "cpu")
+    return gpu.Timer()
+
+
+@pytest.mark.parametrize("mask_rows", (1, 3))
+def test_key_lists_name_exactly_the_visible_keys(mask_rows):
+    mask = torch.rand(mask_rows, 50, generator=torch.Generator().manual_seed(0)) < 0.4
+    if mask_rows > 1:
+        mask[1] = False
+    table_, lengths = gpu_peers.key_list(mask, 3)
+    assert table_.dtype == lengths.dtype == torch.int32 and table_.is_contiguous()
+    assert table_.shape == (3, int(lengths.max()))
+    for row, (places, length, visible) in enumerate(zip(table_, lengths, mask.expand(3, -1))):
+        assert torch.equal(places[:length].long() - 50 * row, visible.nonzero()[:, 0])
+        assert ((places >= 50 * row) & (places < 50 * (row + 1))).all()  # the rest too is memory of the row
+
+
+def test_key_lists_of_a_source_without_visible_keys():
+    assert gpu_peers.key_list(torch.zeros(1, 50, dtype=torch.bool), 2).table.shape == (2, 0)
+
+
+@pytest.mark.parametrize("partial", (gpu_peers.fa3_partial, gpu_peers.fa4_partial))
+@pytest.mark.parametrize("visible", VISIBLE)
+@pytest.mark.parametrize("readers", (1, 3))
+def test_one_call_per_source_reads_the_visible_keys_and_copies_none(libraries, partial, visible, readers):
+    case = Case(TOY, "bf16", VISIBLE[visible], readers, "cpu", training=False)
+
+    def in_place(query, key, value, keys):
+        assert any(key is s.key and value is s.value for s in case.sources)
+        assert gpu_peers.pages(key).data_ptr() == key.data_ptr()
+        return partial(query, key, value, keys)
+
+    out = gpu_peers.per_source(in_place, case.query, case.sources, case.lists)
+    assert case.error("peer", out) < 0.01
+    hidden = case.lists[-1]
+    if hidden is not None:  # another key in the list is another result
+        hidden.table[:, 0] = int((~case.sources[-1].key_mask[0]).nonzero()[0])
+        wrong_out = gpu_peers.per_source(partial, case.query, case.sources, case.lists)
+        with pytest.raises(AssertionError):
+            case.error("peer", wrong_out)
+
+
+def test_one_call_per_source_leaves_out_sources_without_visible_keys(libraries):
+    case = Case(TOY, "bf16", (0.5, 0.0, 0.5), 2, "cpu", training=False)
+    out = gpu_peers.per_source(gpu_peers.fa4_partial, case.query, case.sources, case.lists)
+    assert case.error("peer", out) < 0.01
+    case = Case(TOY, "bf16", (0.0, 0.0, 0.0), 2, "cpu", training=False)
+    with pytest.raises(NotRun, match="no key is visible"):
+        gpu_peers.per_source(gpu_peers.fa4_partial, case.query, case.sources, case.lists)
+
+
+@pytest.mark.parametrize("visible", ("100%", "30%"))
+@pytest.mark.parametrize("training", (False, True))
+def test_gpu_peers_of_attention_are_right_where_their_libraries_are(libraries, visible, training):
+    """Libraries that keep to their contracts; in training the gradients are compared too."""
+    case = Case(TOY, "bf16", VISIBLE[visible], 2, "cpu", training)
+    calls = contenders(case)
+    how = "cat" if visible == "100%" else "gather"
+    for name in ("FA3", "FA4", "cuDNN frontend", "SDPA (cuDNN)", "SDPA (flash)", "SDPA (efficient)"):
+        assert f"{how} + {name}" in calls
+    for name in (f"{how} + FA3", f"{how} + FA4", f"{how} + cuDNN frontend", OURS):
+        if training:
+            assert case.error_of_gradients(name, calls[name]) < 0.02
+        else:
+            assert case.error(name, calls[name]()) < 0.01
+    with pytest.raises(AssertionError):
+        if training:
+            case.error_of_gradients("peer", lambda: calls["naive"]() + case.query * 0.01)
+        else:
+            case.error("peer", calls["naive"]() * 1.1)
+    if training:
+        for name in ("per source + FA3", "per source + FA4"):
+            with pytest.raises(NotRun, match="backward"):
+                calls[name]()
+
+
+def test_cudnn_builds_a_graph_once_per_layout_and_asks_for_the_lse_in_training_alone(libraries):
+    attend = gpu_peers.CudnnFrontend()
+    query, key, value = (torch.randn(2, tokens, 2, 40).bfloat16() for tokens in (20, 30, 30))
+    for _ in range(2):
+        attend(query, key, value)
+    assert len(libraries) == 1 and libraries[0].results[1] is None
+    fused = torch.randn(2, 30, 3, 2, 40).bfloat16()[:, :, 1]
+    attend(query, fused, value)
+    assert len(libraries) == 2
+    for _ in range(2):
+        attend(query.requires_grad_(), key, value).sum().backward()
+    assert len(libraries) == 4 and libraries[2].results[1] is not None
+
+
+def test_a_peer_that_is_missing_or_refuses_has_a_row_with_its_reason(dry, monkeypatch):
+    for name in gpu_peers.WHEELS:
+        monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
+    case = Case(TOY, "bf16", VISIBLE["30%"], 2, "cpu", training=False)
+
+    class OwnError(Exception):
+        pass
+
+    def refuse_strangely():
+        raise OwnError("too small\nand more")
+
+    calls = {**contenders(case), "strange": refuse_strangely}
+    rows = {row["contender"]: row for row in gpu.compare({}, 1.0, calls, case.error, dry)}
+    assert rows[OURS]["not_run"] == "dry run"
+    for backend, language in (("triton", "Triton"), ("cuda", "CUDA")):  # on CPU tensors
+        assert f"backend: '{backend}' cannot run: " in rows[f"{OURS} ({language})"]["not_run"]
+    for name in ("gather + FA3", "per source + FA3"):
+        assert rows[name]["not_run"].startswith("fa3-fwd: ModuleNotFoundError"), rows[name]
+    for name in ("gather + FA4", "per source + FA4"):
+        assert rows[name]["not_run"].startswith("flash-attn-4: ModuleNotFoundError"), rows[name]
+    assert rows["gather + cuDNN frontend"]["not_run"].startswith("nvidia-cudnn-frontend: ModuleNotFoundError")
+    assert rows["strange"]["not_run"] == "OwnError: too small"
+    with pytest.raises(OwnError):  # from ours it is a fault to be seen
+        list(gpu.compare({}, 1.0, {OURS: refuse_strangely}, case.error, dry))
+
+
+def test_the_gpu_script_names_the_wheels_of_all_peers():
+    script = (Path(__file__).parent.parent / "benchmarks" / "gpu_run.sh").read_text()
+    assert all(f" {package}==" in script for package in gpu_peers.WHEELS.values())
