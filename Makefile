@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/* bindings/*)
+SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*.* csrc/cuda/sm90/* bindings/*)
 
 .PHONY: demo test test-oldest-triton lint bench readme sanitize fuzz properties clean
 
@@ -43,7 +43,7 @@ lint: $(VENV)/.installed
 	$(BIN)/python -m pip install -q "ruff==0.17.*" "mypy==2.*" "clang-format==23.*"
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy lr_kernels
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'bindings/*')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'bindings/*' 'tests/emulator/*')
 
 # Tests of the C++ kernels on a build of its own, with addresses and undefined behaviour checked; g++ only. The preloaded
 # C++ library lets the sanitizer see torch's exceptions; Python's own memory counts as leaks, so those are off. A report

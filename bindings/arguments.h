@@ -133,6 +133,9 @@ class Call {
   Call(const char* op, int32_t cuda_device)
       : op_(op), device_type_(aoti_torch_device_type_cuda()), device_(cuda_device) {}
 
+  // Whether the host may look into tensors.
+  bool on_cpu() const { return device_ < 0; }
+
   template <class Got, class... Expected>
   void require(bool fits, Name name, const Got& got, const Expected&... expected) const {
     if (__builtin_expect(!fits, 0)) refuse(name, text(expected...), text(got));

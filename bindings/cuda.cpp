@@ -2,6 +2,9 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <atomic>
+
+#include "attention_sm90.h"
 #include "cuda/compact_keys.h"
 #include "cuda/step_blend.h"
 #include "step_blend.h"
@@ -77,9 +80,45 @@ void compact_keys(MaybeTensor mask, MaybeTensor groups, std::vector<int64_t> cla
   STD_TORCH_CHECK(!error, "lr_kernels.compact_keys: compact_keys_kernel: ", error);
 }
 
+// A card as the machine of bindings/attention_sm90.h.
+struct Card {
+  explicit Card(const Tensor& x) : like(x), device(x) {}
+  static lr::Call call(const char* op, const Tensor& x) { return lr::Call(op, x.get_device_index()); }
+
+  void run(lr::AttentionSm90Params& p) const {
+    p.multiprocessors = multiprocessors(like.get_device_index());
+    p.stream = device.stream();
+    Tensor workspace;  // the allocator keeps the memory for later work of this stream
+    if (const int64_t bytes = lr::attention_sm90_workspace(p)) {
+      workspace = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+      p.workspace = workspace.data_ptr();
+    }
+    const char* error = lr::attention_sm90_cuda(p);
+    STD_TORCH_CHECK(!error, "lr_kernels.multi_source_attention: attention_sm90: ", error);
+  }
+
+ private:
+  const Tensor& like;
+  const OnDevice device;
+
+  static int32_t multiprocessors(int32_t device) {
+    static std::atomic<int32_t> of_device[64];
+    std::atomic<int32_t>& known = of_device[device % 64];
+    if (known == 0) {
+      int count = 0;
+      const cudaError_t error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+      STD_TORCH_CHECK(error == cudaSuccess, "lr_kernels: cudaDeviceGetAttribute: ", cudaGetErrorString(error));
+      known = count;
+    }
+    return known;
+  }
+};
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(lr_kernels, CUDA, m) {
   m.impl("step_blend_cuda", TORCH_BOX(&step_blend));
   m.impl("compact_keys_cuda", TORCH_BOX(&compact_keys));
+  m.impl("multi_source_attention_cuda", TORCH_BOX(&lr::AttentionSm90<Card>::op));
+  m.impl("multi_source_attention_flat_cuda", TORCH_BOX(&lr::AttentionSm90<Card>::flat_op));
 }

@@ -259,7 +259,7 @@ WRONG = {
     "nonsense": "invalid choice: 'nonsense'",
     "demo --subject cat": "argument --subject: invalid choice: 'cat'",
     "demo --seeds 0": "argument --seeds: expected a number from 1 on, got '0'",
-    "demo --backend cuda": "argument --backend: 'cuda' cannot run: multi_source_attention has no CUDA C",
+    "demo --backend cuda": "argument --backend: 'cuda' cannot run: ",
     "demo --backend gpu": "argument --backend: 'gpu' cannot run: no such backend",
     "info --output x": "unrecognized arguments: --output x",
 }

@@ -6,6 +6,7 @@ from typing import Literal, overload
 from torch import Tensor
 
 from ..source import Source
+from .hopper import direct_call, op_for
 from .plan import AttentionPlan
 from .prepare import prepare
 
@@ -63,12 +64,15 @@ def multi_source_attention(
         scale: default D ** -0.5.
         return_lse: also return the natural-log sum of exponentials, fp32 (B, N, H); needs a single softmax group.
         plan: from `plan_attention` for the same masks and groups; default: built here.
-        backend: "auto", "cpu", "triton" or "reference". A named backend never falls back to another.
+        backend: "auto", "cpu", "cuda", "triton" or "reference". "cuda" is for Hopper (compute capability 9.0), fp16 and
+            bf16, a head_dim that is a multiple of 8 and calls without gradients; there "auto" takes it before "triton".
+            A named backend never falls back to another.
 
     Returns:
         out (B, N, H, D) in the query's dtype, or (out, lse). A query that sees no key gets out 0, lse -inf. Finite
-        logits of any size keep their order, also where their parts or their sum leave fp32's range: on "cpu" always, on
-        "triton" while ⟨Q, K⟩ stays below 5e39 (fp16: always) and α·scale below 3e38. An lse beyond fp32 is ±finfo.max.
+        logits of any size keep their order, also where their parts or their sum leave fp32's range: on "cpu" and "cuda"
+        always, on "triton" while ⟨Q, K⟩ stays below 5e39 (fp16: always) and α·scale below 3e38. An lse beyond fp32 is
+        ±finfo.max.
         A visible logit of +inf or NaN (so also of -inf plus +inf) makes the query's out NaN; one of -inf has no weight.
         Values may be of any size too; on "triton", beyond 65,536 keys, their sum should stay below 2e43.
         CPU scratch: per thread at most 1 MiB, whatever N and M.
@@ -87,4 +91,9 @@ def multi_source_attention(
     The retouch stage of Layout-and-Retouch (arXiv 2407.09779) is this operator with the layout and the reference image
     as sources.
     """
+    op = op_for(query) if backend in ("auto", "cuda") else None
+    if op is not None:
+        result = direct_call(op, query, sources, query_groups, scale, return_lse, plan)
+        if result is not None:
+            return result
     return prepare(query, sources, query_groups, scale, return_lse, plan, backend)()

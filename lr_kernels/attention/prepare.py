@@ -12,6 +12,7 @@ from ..runtime import backends, modes, ops
 from ..runtime.checks import FLOAT32_MAX, check_memory, check_sequence, fail
 from ..runtime.schemas import MAX_SOURCES, AttentionTables
 from ..source import Source
+from . import hopper
 from .checks import OP, check, check_copies, check_gradient_memory, check_reference_memory, check_types, resolve
 from .grad import Options, attention_with_gradients
 from .plan import AttentionPlan, build_plan
@@ -64,7 +65,10 @@ def prepare(
     gradients = torch.is_grad_enabled() and facts.requires_grad
     lacking = _lacking(sources) if gradients else {}
     if modes.forward_mode_active() and modes.forward_mode(query, *(x for s in sources for x in s)):
-        lacking = {name: [*lacking.get(name, ()), "forward-mode gradients"] for name in ("cpu", "triton")}
+        lacking = {name: [*lacking.get(name, ()), "forward-mode gradients"] for name in ("cpu", "cuda", "triton")}
+    if query.is_cuda and backend in ("auto", "cuda"):
+        of_cuda = hopper.lacks(query, sources, gradients, hopper.is_hopper(query.get_device()))
+        lacking = {**lacking, "cuda": [*lacking.get("cuda", ()), *of_cuda], "triton": lacking.get("triton", [])}
     name = backends.choose(OP, backend, query.device, query.dtype, lacking)
     if name == "reference":
         check_reference_memory(query, sources)

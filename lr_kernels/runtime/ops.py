@@ -99,6 +99,14 @@ for _backend, _about in BACKENDS.items():
         torch.library.register_fake(f"lr_kernels::{_name}", lambda *args: None, lib=_library)
         _ops[_operator, _backend] = getattr(torch.ops.lr_kernels, _name).default
 
+_library.define(
+    "multi_source_attention_flat_cuda("
+    "Tensor[] tensors, int[] present, "  # which they are: see FlatTensors in bindings/attention_sm90.h
+    "int[] softmax_group, float scale, bool return_lse) -> Tensor[]"  # out; lse; nothing of a call that it lacks
+)
+attention_flat_cuda = torch.ops.lr_kernels.multi_source_attention_flat_cuda.default
+"""multi_source_attention on the backend "cuda" with all tensors in one list, which costs the host least."""
+
 
 def _load_extension(folder: Path) -> tuple[str | None, str | None]:
     """Load `_C.so` and `_C_cuda.so` from `folder`. Returns for each None, or why it is not available."""

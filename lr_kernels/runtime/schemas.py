@@ -69,7 +69,7 @@ SCHEMAS = {
     "Tensor(a!) index, Tensor(b!) consistent) -> ()",  # int64 (B, N), bool (B, N)
 }
 
-OPERATORS_WITH_CUDA = frozenset({"step_blend", "compact_keys"})
+OPERATORS_WITH_CUDA = frozenset({"step_blend", "compact_keys", "multi_source_attention"})
 """The operators with a CUDA C++ kernel: small ones, whose time on a GPU is mostly that of the launch."""
 
 

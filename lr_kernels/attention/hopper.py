@@ -1,0 +1,184 @@
+"""What the CUDA C++ kernel for Hopper takes, and the calls that go to it as they are.
+
+Most of a call's time on the host is Python, which checks tensors one attribute at a time and lays them out in lists. A
+call whose tensors need no change goes to an op that does both in C++ (bindings/attention_sm90.h). What that op does not
+take comes back, to be cast, laid out or refused in Python.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+from ..runtime import modes, ops
+from ..source import Source
+from .plan import AttentionPlan, as_made, changed_mask
+
+_PLAIN = frozenset((Tensor, Parameter))
+_DTYPES = (torch.bfloat16, torch.float16)
+
+# Which optional tensors the op is given: bits of a source, then bits of the call
+_ROWS, _LISTS, _VALUE_INDEX, _KEY_BIAS, _LOGIT_SCALE, _LOGIT_BIAS = 1, 2 + 4, 8, 16, 32, 64
+_ORDER, _FIRST_WEIGHT = 1, 2
+
+
+@functools.cache
+def is_hopper(index: int) -> bool:
+    """Whether the CUDA device of this number has compute capability 9.0, for which the kernel is compiled."""
+    return torch.cuda.get_device_capability(index) == (9, 0)
+
+
+def lacks(query: Tensor, sources: Sequence[Source], gradients: bool, is_hopper: bool) -> list[str]:
+    """What the kernel lacks of a call that has passed the checks, in words for an error."""
+    reasons = []
+    if not is_hopper:
+        reasons.append("devices other than compute capability 9.0")
+    if gradients:
+        reasons.append("gradients")
+    if query.dtype not in _DTYPES:
+        reasons.append(str(query.dtype).removeprefix("torch."))
+    if query.shape[-1] % 8:
+        reasons.append(f"head_dim {query.shape[-1]}, which is no multiple of 8")
+    tensors = {"query": query}
+    for i, source in enumerate(sources):
+        tensors |= {f"key[{i}]": source.key, f"value[{i}]": source.value}
+    for name, x in tensors.items():
+        if not _aligned(x):
+            reasons.append(f"{name} whose rows do not start at multiples of 16 bytes")
+    return reasons
+
+
+def _aligned(x: Tensor) -> bool:
+    strides = (stride for size, stride in zip(x.shape[:-1], x.stride()) if size > 1)
+    return x.numel() == 0 or (x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in strides))
+
+
+def op_for(query: object) -> Callable[..., list[Tensor]] | None:
+    """The op that takes whole calls, where the query is on a Hopper card and the op is built."""
+    if query.__class__ is not Tensor or not query.is_cuda:  # type: ignore[attr-defined]
+        return None
+    if ops.cuda_extension_error is not None or not is_hopper(query.get_device()):  # type: ignore[attr-defined]
+        return None
+    return ops.attention_flat_cuda
+
+
+def direct_call(
+    op: Callable[..., list[Tensor]],
+    query: Tensor,
+    sources: Sequence[Source],
+    query_groups: Tensor | None,
+    scale: float | None,
+    return_lse: bool,
+    plan: AttentionPlan | None,
+) -> Tensor | tuple[Tensor, Tensor] | None:
+    """The result of multi_source_attention, of a call that `op` takes as it is.
+
+    None for all others: gradients, autocast and other modes, masks without a plan, tables in other dtypes, numbers
+    instead of tensors as strengths, and whatever is wrong, so that the checks in Python can say what.
+    """
+    if not _taken_as_it_is(query, sources, scale, return_lse) or any(s.__class__ is not Source for s in sources):
+        return None
+    lists = _lists_of(sources, query_groups, plan)
+    if lists is None:
+        return None
+    packed = _pack(query, sources, plan, *lists)
+    if packed is None:
+        return None
+    tensors, present, groups = packed
+    if not _PLAIN.issuperset(map(type, tensors)):
+        return None
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return None
+    try:
+        results = op(tensors, present, groups, query.shape[3] ** -0.5 if scale is None else scale, return_lse)
+    except RuntimeError:  # something is wrong with the call: the checks in Python say what, in the public form
+        return None
+    if not results:
+        return None
+    return (results[0], results[1]) if return_lse else results[0]
+
+
+def _pack(
+    query: Tensor,
+    sources: Sequence[Source],
+    plan: AttentionPlan | None,
+    key_index: Sequence[Tensor | None],
+    key_count: Sequence[Tensor | None],
+) -> tuple[list[Any], list[int], list[int]] | None:
+    """(tensors, present, softmax groups) as the op takes them; None where the groups are not in order."""
+    tensors: list[Any] = [query]
+    present, groups, weights = [], [], []
+    last, of_call = -1, 0
+    for source, index, count in zip(sources, key_index, key_count):
+        key, value, rows, _, _, bias, logit_scale, logit_bias, value_index, group, weight = source
+        tensors += (key, value)
+        bits = 0
+        if rows is not None:
+            bits = _ROWS
+            tensors.append(rows)
+        if index is not None:
+            bits |= _LISTS
+            tensors += (index, count)
+        if value_index is not None:
+            bits |= _VALUE_INDEX
+            tensors.append(value_index)
+        if bias is not None:
+            bits |= _KEY_BIAS
+            tensors.append(bias)
+        if logit_scale is not None:
+            bits |= _LOGIT_SCALE
+            tensors.append(logit_scale)
+        if logit_bias is not None:
+            bits |= _LOGIT_BIAS
+            tensors.append(logit_bias)
+        if group != last:
+            if group.__class__ is not int or group != last + 1:
+                return None
+            last = group
+            if weight is not None:
+                of_call |= _FIRST_WEIGHT << group
+                weights.append(weight)
+        elif weight is not None:
+            return None
+        present.append(bits)
+        groups.append(group)
+    if plan is not None and plan.query_order is not None:
+        of_call |= _ORDER
+        tensors += (plan.query_order, plan.class_start)
+    tensors += weights
+    present.append(of_call)
+    return tensors, present, groups
+
+
+def _taken_as_it_is(query: Tensor, sources: object, scale: Any, return_lse: object) -> bool:
+    """Whether nothing about the call as a whole needs Python."""
+    if query.dtype not in _DTYPES or query.dim() != 4 or sources.__class__ not in (list, tuple):
+        return False
+    if return_lse.__class__ is not bool or scale.__class__ not in (float, type(None)):
+        return False
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or forward_ad._current_level >= 0:
+        return False
+    return not (modes.transforms_active() or torch.is_autocast_enabled(query.device.type))
+
+
+def _lists_of(
+    sources: Sequence[Source], query_groups: Tensor | None, plan: AttentionPlan | None
+) -> tuple[Sequence, Sequence] | None:
+    """(key_index, key_count) of each source; None where the plan must be built or does not go with the masks."""
+    if plan is None:
+        if query_groups is not None or any(s.key_mask is not None or s.key_groups is not None for s in sources):
+            return None
+        none = (None,) * len(sources)
+        return none, none
+    if plan.__class__ is not AttentionPlan or not as_made(plan) or changed_mask(plan):
+        return None
+    if plan.query_groups is not query_groups or len(plan.key_masks) != len(sources):
+        return None
+    for source, mask, groups in zip(sources, plan.key_masks, plan.key_groups):
+        if source.key_mask is not mask or source.key_groups is not groups:
+            return None
+    return plan.key_index, plan.key_count
