@@ -24,6 +24,8 @@ MINUTES = {
     "test_triton_compile.py",
     "test_triton_backward.py",
     "test_diffusers_compile.py",
+    "test_hopper_faults.py",
+    "test_cuda_compile.py",
 }
 """Files that take minutes: first, so that no worker starts one when the others are done."""
 
