@@ -1,14 +1,18 @@
 """`python -m benchmarks.overhead`: what a call costs before any arithmetic, at one query, one key and head_dim 8; and
-what Python takes of a call on a GPU that repeats, without the launch."""
+what a call on a GPU costs the host without the launch: one that repeats, on Triton, and one that goes to the kernel for
+Hopper as it is."""
 
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
-from lr_kernels import Source, multi_source_attention, plan_attention, step_blend, step_coefficients
+from lr_kernels import AttentionPlan, Source, multi_source_attention, plan_attention, step_blend, step_coefficients
 from lr_kernels.attention.tables import lay_out
 
 CALLS, ROUNDS = 2000, 15
@@ -25,19 +29,40 @@ def microseconds(call: Callable[[], object]) -> float:
     return statistics.median(rounds) * 1e6
 
 
+def example() -> tuple[Tensor, list[Source], AttentionPlan]:
+    """Three sources, one masked, one with a row table."""
+    query, *parts = (torch.randn(2, 64, 8, 64).bfloat16() for _ in range(7))
+    mask = torch.rand(1, 64) < 0.5
+    rows = torch.tensor([0, 1], dtype=torch.int32)
+    sources = [Source(*parts[:2]), Source(*parts[2:4], key_mask=mask), Source(*parts[4:], rows=rows)]
+    return query, sources, plan_attention([None, mask, None])
+
+
+def call_of_hopper() -> Callable[[], object]:
+    """A call that goes to the op for Hopper as it is, on CPU tensors, by the emulator of the tests.
+
+    The op does all it does on a card except the launch; the emulator makes TMA's descriptions of tensors.
+    """
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+    import emulated
+
+    from lr_kernels.attention import hopper
+    from lr_kernels.runtime import ops
+
+    query, sources, plan = example()
+    emulated.set_timing(emulated.Timing(launches=0))
+    return lambda: hopper.direct_call(ops.attention_flat_cuda, query, sources, None, None, False, plan)
+
+
 def repeated_call() -> Callable[[], object]:
-    """A repeated call of multi_source_attention as on a GPU: three sources, one masked, one with a row table.
+    """A repeated call of multi_source_attention as on a GPU with Triton.
 
     It does all that Python does except the launch. The tensors are on the CPU, which makes no difference to that code.
     """
     from lr_kernels.attention.repeats import signature
     from lr_kernels.triton import attention, attention_replay, replay
 
-    query, *parts = (torch.randn(2, 64, 8, 64).bfloat16() for _ in range(7))
-    mask = torch.rand(1, 64) < 0.5
-    rows = torch.tensor([0, 1], dtype=torch.int32)
-    sources = [Source(*parts[:2]), Source(*parts[2:4], key_mask=mask), Source(*parts[4:], rows=rows)]
-    plan = plan_attention([None, mask, None])
+    query, sources, plan = example()
 
     def call() -> attention_replay.Call:
         decides = signature(query, sources, None, None, False, plan)
@@ -86,7 +111,11 @@ def main() -> None:
     with torch.no_grad():
         for name, call in calls.items():
             print(f"{name:<52}{microseconds(call):7.1f} us")
-        print(f"{'multi_source_attention on a GPU, but the launch':<52}{microseconds(repeated_call()):7.1f} us")
+        for name, build in {
+            "on a GPU with Triton, repeated, but the launch": repeated_call,
+            "on Hopper with CUDA C++, but the launch": call_of_hopper,
+        }.items():
+            print(f"{name:<52}{microseconds(build()):7.1f} us")
 
 
 if __name__ == "__main__":

@@ -53,11 +53,19 @@ struct AttentionSm90 {
     machine.run(p);
   }
 
+  // A traced call cannot know where its tensors start, so one that starts off a multiple of 16 bytes is copied here.
+  static void align(Tensor& x) {
+    if (x.defined() && reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 != 0) x = torch::stable::clone(x);
+  }
+
   static void op(Tensor query, Tensors key, Tensors value, MaybeTensors rows, MaybeTensors key_index,
                  MaybeTensors key_count, MaybeTensors value_index, MaybeTensors key_bias, MaybeTensors logit_scale,
                  MaybeTensors logit_bias, MaybeTensor query_order, MaybeTensor class_start,
                  std::vector<int64_t> softmax_group, MaybeTensors weight, double scale, Tensor out, MaybeTensor lse) {
     Call call = Machine::call("multi_source_attention", query);
+    align(query);
+    for (Tensors* all : {&key, &value})
+      for (Tensor& x : *all) align(x);
     const Lists lists{key, value, rows, key_index, key_count, value_index, key_bias, logit_scale, logit_bias};
     AttentionParams p = forward_params(call, query, lists, query_order, class_start, softmax_group, weight.data(),
                                        weight.size(), scale);

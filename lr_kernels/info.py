@@ -86,5 +86,5 @@ def availability(backend: str) -> str:
         reason = backends.unavailable(backend, operator)
         found.setdefault("available" if reason is None else f"no: {reason}", []).append(operator)
     most, *others = sorted(found, key=lambda state: -len(found[state]))
-    only = f"of {' and '.join(has)} alone: " if len(has) < len(SCHEMAS) else ""
+    only = f"of {', '.join(has[:-1])} and {has[-1]} alone: " if len(has) < len(SCHEMAS) else ""
     return "; ".join([only + most, *(f"{', '.join(found[state])}: {state}" for state in others)])

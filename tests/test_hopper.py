@@ -214,9 +214,9 @@ REFUSALS = {
     "head_dim that is not a multiple of 8": {
         "query": torch.randn(1, 5, 2, 36).bfloat16(), "key": torch.randn(1, 7, 2, 36).bfloat16()
     },
-    "query whose rows": {"query": shifted(1, 5, 2, 64)},
+    "query whose rows": {"query": torch.randn(1, 5, 2, 68).bfloat16()[..., :64]},
     "key whose rows": {"key": torch.randn(1, 7, 2, 68).bfloat16()[..., :64]},
-    "value whose rows": {"value": shifted(1, 7, 2, 64)},
+    "value whose rows": {"value": torch.randn(1, 7, 2, 68).bfloat16()[..., :64]},
     "out whose rows": {"out": shifted(1, 5, 2, 64)},
 }  # fmt: skip
 
@@ -227,6 +227,23 @@ def test_direct_calls_are_refused_by_name(reason):
     direct()
     with pytest.raises(RuntimeError, match=rf"lr_kernels.multi_source_attention: query: expected .*got {reason}"):
         direct(**REFUSALS[reason])
+
+
+@pytest.mark.fault(number=5)
+def test_the_op_copies_what_starts_off_16_bytes():
+    """As in a compiled model, which learns its tensors' addresses when the op is called."""
+    query, key, value = shifted(1, 5, 2, 64), shifted(1, 7, 2, 64), shifted(1, 7, 2, 64)
+    expected = emulated.attend(*(query.clone(), [Source(key.clone(), value.clone())]))
+    assert torch.equal(emulated.attend(query, [Source(key, value)]), expected)
+
+
+def test_a_traced_call_knows_strides_alone():
+    def known(x):
+        return x + 1 if hopper._aligned(x) else x - 1
+
+    traced = torch.compile(known, backend="eager", fullgraph=True)
+    assert torch.equal(traced(torch.zeros(2, 3, 4, 16)), torch.ones(2, 3, 4, 16))
+    assert torch.equal(traced(torch.zeros(2, 3, 4, 17)[..., :16]), -torch.ones(2, 3, 4, 16))
 
 
 @pytest.mark.fault(number=16)

@@ -141,7 +141,9 @@ def test_a_source_folder_alone_says_how_to_build_it(tmp_path, monkeypatch):
 def test_info_has_a_line_for_each_backend_and_names_what_differs(monkeypatch):
     lines = info.report().splitlines()[-len(backends.BACKENDS) :]
     assert [line.split()[0] for line in lines] == list(backends.BACKENDS)
-    assert lines[0].split(maxsplit=1)[1].startswith("of step_blend and compact_keys alone: no: ")
+    assert (
+        lines[0].split(maxsplit=1)[1].startswith("of multi_source_attention, step_blend and compact_keys alone: no: ")
+    )
     assert lines[-1].split() == ["reference", "available"]
     monkeypatch.setattr(backends, "unavailable", lambda name, op: "too new" if op == "adain" else None)
     assert info.availability("cpu") == "available; adain: no: too new"

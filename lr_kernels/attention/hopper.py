@@ -26,16 +26,21 @@ _ROWS, _LISTS, _VALUE_INDEX, _KEY_BIAS, _LOGIT_SCALE, _LOGIT_BIAS = 1, 2 + 4, 8,
 _ORDER, _FIRST_WEIGHT = 1, 2
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def is_hopper(index: int) -> bool:
     """Whether the CUDA device of this number has compute capability 9.0, for which the kernel is compiled."""
-    return torch.cuda.get_device_capability(index) == (9, 0)
+    return _capability(index) == (9, 0)
 
 
-def lacks(query: Tensor, sources: Sequence[Source], gradients: bool, is_hopper: bool) -> list[str]:
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def lacks(query: Tensor, sources: Sequence[Source], gradients: bool, on_hopper: bool) -> list[str]:
     """What the kernel lacks of a call that has passed the checks, in words for an error."""
     reasons = []
-    if not is_hopper:
+    if not on_hopper:
         reasons.append("devices other than compute capability 9.0")
     if gradients:
         reasons.append("gradients")
@@ -53,12 +58,20 @@ def lacks(query: Tensor, sources: Sequence[Source], gradients: bool, is_hopper: 
 
 
 def _aligned(x: Tensor) -> bool:
-    strides = (stride for size, stride in zip(x.shape[:-1], x.stride()) if size > 1)
-    return x.numel() == 0 or (x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in strides))
+    """Whether rows start at multiples of 16 bytes. Of a traced tensor only the strides are known; where it starts
+    elsewhere, the op copies it."""
+    if x.numel() == 0:
+        return True
+    strides = [stride for size, stride in zip(x.shape[:-1], x.stride()) if size > 1]
+    if any(stride * x.element_size() % 16 for stride in strides):
+        return False
+    return torch.compiler.is_compiling() or x.data_ptr() % 16 == 0
 
 
 def op_for(query: object) -> Callable[..., list[Tensor]] | None:
     """The op that takes whole calls, where the query is on a Hopper card and the op is built."""
+    if torch.compiler.is_compiling():  # the public call is traced as it is written in Python
+        return None
     if query.__class__ is not Tensor or not query.is_cuda:  # type: ignore[attr-defined]
         return None
     if ops.cuda_extension_error is not None or not is_hopper(query.get_device()):  # type: ignore[attr-defined]
@@ -160,7 +173,7 @@ def _taken_as_it_is(query: Tensor, sources: object, scale: Any, return_lse: obje
         return False
     if return_lse.__class__ is not bool or scale.__class__ not in (float, type(None)):
         return False
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or forward_ad._current_level >= 0:
+    if torch._C._len_torch_dispatch_stack() or forward_ad._current_level >= 0:
         return False
     return not (modes.transforms_active() or torch.is_autocast_enabled(query.device.type))
 

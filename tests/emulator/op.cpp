@@ -51,18 +51,27 @@ struct Extents {
 };
 
 struct Emulator {
-  explicit Emulator(const Tensor&) {}
+  explicit Emulator(const Tensor& x) : like(x) {}
   static Call call(const char* op, const Tensor&) { return Call(op); }
   void run(AttentionSm90Params& p) const {
     p.multiprocessors = g_multiprocessors;
     p.parts = g_parts;
     if (emulator::g_options.launches) Extents{p.attention}.add_all();
-    std::vector<double> workspace(attention_sm90_workspace(p) / 8, std::numeric_limits<double>::quiet_NaN());
-    p.workspace = workspace.data();
-    emulator::g_buffers.add(workspace.data(), workspace.size() * 8, true);
+    Tensor workspace;
+    if (const int64_t bytes = attention_sm90_workspace(p)) {
+      workspace = torch::stable::new_empty(like, {bytes / 8}, ScalarType::Double);
+      p.workspace = workspace.data_ptr();
+      if (emulator::g_options.launches) {
+        torch::stable::fill_(workspace, std::numeric_limits<double>::quiet_NaN());
+        emulator::g_buffers.add(p.workspace, bytes, true);
+      }
+    }
     const char* error = attention_sm90_cuda(p);
     STD_TORCH_CHECK(!error, "lr_kernels.multi_source_attention: attention_sm90: ", error);
   }
+
+ private:
+  const Tensor& like;
 };
 
 }  // namespace

@@ -226,7 +226,9 @@ const char* launch(void (*kernel)(Parameters...), std::atomic<uint64_t>& allowed
       allowed.fetch_or(bit, std::memory_order_relaxed);
     }
   }
-  kernel<<<p.grid, p.threads, p.shared_bytes, p.stream> > >(x...);
+  // clang-format off
+  kernel<<<p.grid, p.threads, p.shared_bytes, p.stream>>>(x...);
+  // clang-format on
   return launch_error();
 }
 
