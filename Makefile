@@ -45,7 +45,7 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy lr_kernels
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'bindings/*' 'tests/emulator/*')
 
-# Tests of the C++ kernels on a build of its own, with addresses and undefined behaviour checked; g++ only. The preloaded
+# Tests of the C++ kernels, and of the emulator for Hopper, on builds of their own, with addresses and undefined behaviour checked; g++ only. The preloaded
 # C++ library lets the sanitizer see torch's exceptions; Python's own memory counts as leaks, so those are off. A report
 # ends the process and must not be in pytest's capture file then. A forked process can wait forever for a lock of the
 # sanitizer's allocator, so the test of a DataLoader's workers is left out.
@@ -54,12 +54,15 @@ SANITIZED := $(shell grep -l "^def right_call" tests/test_*.py) $(addprefix test
 RUNTIMES = $(foreach name,asan ubsan stdc++,$(shell g++ -print-file-name=lib$(name).so))
 SANITIZED_PYTHON = cd build/sanitize/lib && PYTHONPATH=. LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 \
 	UBSAN_OPTIONS=print_stacktrace=1 $(abspath $(BIN))/python
+EMULATOR := export CMAKE_ARGS="-DLR_SANITIZE=avx2 -DCMAKE_CXX_COMPILER=g++" LR_EMULATOR_BUILD=build/sanitize/emulator;
 .PHONY: sanitized
 sanitized: $(VENV)/.installed
 	isa=$$($(BIN)/python -c "from lr_kernels.info import instruction_set as isa; print(isa())") && \
 	CMAKE_ARGS="-DLR_SANITIZE=$$isa -DCMAKE_CXX_COMPILER=g++" $(BIN)/python setup.py -q build \
 		--build-temp build/sanitize/objects --build-lib build/sanitize/lib
 sanitize: sanitized
+	$(EMULATOR) $(BIN)/python tests/emulated.py
+	$(EMULATOR) $(SANITIZED_PYTHON) -m pytest -p no:cacheprovider --capture=sys $(CURDIR)/tests/test_hopper.py
 	$(SANITIZED_PYTHON) -m pytest -p no:cacheprovider --capture=sys -m "not fault(number=29) and not fault(number=44)" \
 		-k "not dataloader_worker" $(SANITIZED:%=$(CURDIR)/%)
 

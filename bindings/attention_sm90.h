@@ -6,41 +6,45 @@
 
 namespace lr {
 
-// All tensors of a call in one list, which costs the host half of what many lists do: query, then of each source key,
-// value and those of the others that bits of `present` name, in the order of SourceTensors; then, where present[S] has
-// bit 0, query_order and class_start, and for each further bit the weight of a softmax group.
+// All tensors of a call in one list, which costs the host half of what many lists do. layout says which they are, one
+// number for each source and one for the call: query; of each source key, value and those of the others, in the order
+// of SourceTensors, whose bit is set (bits 0 to 6; from bit 8 on the number of its softmax group); query_order and
+// class_start where bit 0 of the last number is set, and the weight of softmax group g where bit g + 1 is.
 class FlatTensors {
  public:
-  FlatTensors(const Call& call, const Tensors& all, const std::vector<int64_t>& present)
-      : sources_(present.size() - 1) {
+  FlatTensors(const Call& call, Tensors& all, const std::vector<int64_t>& layout) : sources_(layout.size() - 1) {
     call.count(sources_, "key", 1, kMaxSources);
-    size_t next = 1;
-    const auto take = [&](bool there, MaybeTensor& to) {
-      if (!there) return;
-      call.require(next < all.size(), "tensors", all.size(), "as many as `present` names");
-      to = all[next++];
-    };
+    given_.reserve(all.size() + 1);
+    given_.emplace_back();  // none
+    for (Tensor& x : all) given_.emplace_back(std::move(x));
+    int32_t next = 2;
+    const auto take = [&](bool there) { return there ? next++ : 0; };
     for (size_t i = 0; i < sources_; ++i) {
-      take(true, of_source_[i][0]);
-      take(true, of_source_[i][1]);
-      for (size_t k = 2; k < kOfSource; ++k) take(present[i] >> (k - 2) & 1, of_source_[i][k]);
+      for (size_t k = 0; k < kOfSource; ++k) places_[i][k] = take(k < 2 || layout[i] >> (k - 2) & 1);
+      groups.push_back(layout[i] >> 8);
     }
-    take(present[sources_] & 1, query_order);
-    take(present[sources_] & 1, class_start);
-    for (size_t g = 0; g < kMaxSources; ++g) take(present[sources_] >> (g + 1) & 1, weight[g]);
-    call.require(next == all.size(), "tensors", all.size(), next, " tensors");
+    order_ = take(layout[sources_] & 1);
+    start_ = take(layout[sources_] & 1);
+    const size_t count = groups.back() < kMaxSources ? static_cast<size_t>(groups.back()) + 1 : 0;
+    for (size_t g = 0; g < count; ++g) weight_places_[g] = take(layout[sources_] >> (g + 1) & 1);
+    call.require(next == static_cast<int32_t>(given_.size()), "tensors", all.size(), "as many as layout says");
+    for (size_t g = 0; g < count; ++g) weight.push_back(given_[weight_places_[g]]);
   }
+  const MaybeTensor& query_order() const { return given_[order_]; }
+  const MaybeTensor& class_start() const { return given_[start_]; }
   size_t count(const Call&) const { return sources_; }
   SourceTensors operator[](size_t i) const {
-    const auto& x = of_source_[i];
-    return {*x[0], *x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8]};
+    const auto at = [&](size_t k) -> const MaybeTensor& { return given_[places_[i][k]]; };
+    return {*at(0), *at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8)};
   }
-  MaybeTensor query_order, class_start, weight[kMaxSources];
+  std::vector<int64_t> groups;
+  MaybeTensors weight;  // of each softmax group
 
  private:
   static constexpr size_t kOfSource = 9;
-  MaybeTensor of_source_[kMaxSources][kOfSource];
+  MaybeTensors given_;  // after one that is none
   size_t sources_;
+  int32_t places_[kMaxSources][kOfSource], weight_places_[kMaxSources], order_, start_;
 };
 
 template <class Machine>
@@ -75,20 +79,24 @@ struct AttentionSm90 {
     launch(p, query);
   }
 
-  // out, and its fp32 lse where it is wanted; nothing where the kernel does not take the call.
-  static Tensors flat_op(Tensors tensors, std::vector<int64_t> present, std::vector<int64_t> softmax_group,
-                         double scale, bool return_lse) {
-    STD_TORCH_CHECK(!tensors.empty() && !present.empty(),
-                    "lr_kernels.multi_source_attention: query: expected a tensor");
-    const Tensor& query = tensors[0];
-    Call call = Machine::call("multi_source_attention", query);
-    const FlatTensors sources(call, tensors, present);
-    const size_t groups = softmax_group.empty() ? 0 : static_cast<size_t>(softmax_group.back()) + 1;
-    AttentionParams p = forward_params(call, query, sources, sources.query_order, sources.class_start, softmax_group,
-                                       sources.weight, groups, scale);
-    Tensors results{torch::stable::new_empty(query, {p.b, p.n, p.h, p.d})};
-    if (return_lse) results.push_back(torch::stable::new_empty(query, {p.b, p.n, p.h}, ScalarType::Float));
-    read_outputs(call, p, query.scalar_type(), results[0], return_lse ? MaybeTensor(results[1]) : MaybeTensor());
+  // out, and its fp32 lse where it is wanted; nothing where something is wrong with the call, or the kernel does not
+  // take it: then the checks in Python say what. No error leaves this op, since in torch 2.11 that ends the process.
+  static Tensors flat_op(Tensors tensors, std::vector<int64_t> layout, double scale, bool return_lse) {
+    if (tensors.empty() || layout.empty()) return {};
+    Tensors results;
+    AttentionParams p{};
+    const Tensor query = tensors[0];
+    try {
+      Call call = Machine::call("multi_source_attention", query);
+      const FlatTensors given(call, tensors, layout);
+      p = forward_params(call, query, given, given.query_order(), given.class_start(), given.groups,
+                         given.weight.data(), given.weight.size(), scale);
+      results.push_back(torch::stable::new_empty(query, {p.b, p.n, p.h, p.d}));
+      if (return_lse) results.push_back(torch::stable::new_empty(query, {p.b, p.n, p.h}, ScalarType::Float));
+      read_outputs(call, p, query.scalar_type(), results[0], return_lse ? MaybeTensor(results[1]) : MaybeTensor());
+    } catch (const std::exception&) {
+      return {};
+    }
     if (attention_sm90_lacks(p)) return {};
     launch(p, query);
     return results;

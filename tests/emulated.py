@@ -1,6 +1,8 @@
 """The Hopper attention on an emulator: builds it, and runs calls of multi_source_attention there, on CPU tensors."""
 
 import ctypes
+import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +18,7 @@ from lr_kernels.attention.tables import lay_out
 from lr_kernels.runtime.ops import kernel
 
 ROOT = Path(__file__).parent.parent
-BUILD = ROOT / "build" / "emulator"
+BUILD = ROOT / os.environ.get("LR_EMULATOR_BUILD", "build/emulator")
 
 
 class Timing(NamedTuple):
@@ -36,8 +38,9 @@ class Timing(NamedTuple):
 LATE = Timing()
 
 
-def build(folder: Path, *options: str) -> Path:
-    """The emulator as a library of torch ops; built by CMake where its sources are newer."""
+def build(folder: Path) -> Path:
+    """The emulator as a library of torch ops; built by CMake, with the options of CMAKE_ARGS, where its sources are
+    newer."""
     tools = Path(sys.executable).parent
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):  # several workers of pytest may want it
@@ -45,7 +48,7 @@ def build(folder: Path, *options: str) -> Path:
             [
                 tools / "cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tools / 'ninja'}",
                 f"-DTORCH_INCLUDE_DIRS={';'.join(include_paths())}",
-                f"-DTORCH_LIBRARY_DIRS={';'.join(library_paths())}", *options,
+                f"-DTORCH_LIBRARY_DIRS={';'.join(library_paths())}", *shlex.split(os.environ.get("CMAKE_ARGS", "")),
             ],
             [tools / "cmake", "--build", folder, "--target", "_C_emulator", "--parallel"],
         ):  # fmt: skip
@@ -92,3 +95,7 @@ def attend(
     lse = torch.full(query.shape[:3], torch.nan, dtype=lse_dtype) if return_lse else None
     kernel("multi_source_attention", "cuda")(query, *lay_out(query, sources, plan, scale), out, lse)
     return out if lse is None else (out, lse)
+
+
+if __name__ == "__main__":
+    build(BUILD)

@@ -18,7 +18,13 @@ VALUE_INDEX = 8
 BACKENDS = [
     pytest.param("cpu", marks=pytest.mark.skipif(not platform.ERRORS_REACH_PYTHON, reason="errors end the process")),
     "triton",
-    pytest.param("cuda", marks=pytest.mark.skipif(ops.cuda_extension_error is not None, reason="not compiled")),
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.skipif(ops.cuda_extension_error is not None, reason="not compiled"),
+            pytest.mark.skipif(not platform.ERRORS_REACH_PYTHON, reason="errors end the process"),
+        ],
+    ),
 ]
 
 pytestmark = pytest.mark.usefixtures("device")

@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from ..runtime import modes, ops
+from ..runtime import ops
 from ..source import Source
 from .plan import AttentionPlan, as_made, changed_mask
 
 _PLAIN = frozenset((Tensor, Parameter))
+_SOURCES = frozenset((Source,))
 _DTYPES = (torch.bfloat16, torch.float16)
 
 # Which optional tensors the op is given: bits of a source, then bits of the call
@@ -91,9 +92,9 @@ def direct_call(
     """The result of multi_source_attention, of a call that `op` takes as it is.
 
     None for all others: gradients, autocast and other modes, masks without a plan, tables in other dtypes, numbers
-    instead of tensors as strengths, and whatever is wrong, so that the checks in Python can say what.
+    instead of tensors as strengths, and whatever is wrong, so that the checks in Python can say what it is.
     """
-    if not _taken_as_it_is(query, sources, scale, return_lse) or any(s.__class__ is not Source for s in sources):
+    if not _taken_as_it_is(query, sources, scale, return_lse) or set(map(type, sources)) != _SOURCES:
         return None
     lists = _lists_of(sources, query_groups, plan)
     if lists is None:
@@ -101,15 +102,12 @@ def direct_call(
     packed = _pack(query, sources, plan, *lists)
     if packed is None:
         return None
-    tensors, present, groups = packed
+    tensors, layout = packed
     if not _PLAIN.issuperset(map(type, tensors)):
         return None
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return None
-    try:
-        results = op(tensors, present, groups, query.shape[3] ** -0.5 if scale is None else scale, return_lse)
-    except RuntimeError:  # something is wrong with the call: the checks in Python say what, in the public form
-        return None
+    results = op(tensors, layout, query.shape[3] ** -0.5 if scale is None else scale, return_lse)
     if not results:
         return None
     return (results[0], results[1]) if return_lse else results[0]
@@ -121,10 +119,10 @@ def _pack(
     plan: AttentionPlan | None,
     key_index: Sequence[Tensor | None],
     key_count: Sequence[Tensor | None],
-) -> tuple[list[Any], list[int], list[int]] | None:
-    """(tensors, present, softmax groups) as the op takes them; None where the groups are not in order."""
+) -> tuple[list[Any], list[int]] | None:
+    """(tensors, layout) as the op takes them; None where the groups are not in order."""
     tensors: list[Any] = [query]
-    present, groups, weights = [], [], []
+    layout, weights = [], []
     last, of_call = -1, 0
     for source, index, count in zip(sources, key_index, key_count):
         key, value, rows, _, _, bias, logit_scale, logit_bias, value_index, group, weight = source
@@ -157,14 +155,13 @@ def _pack(
                 weights.append(weight)
         elif weight is not None:
             return None
-        present.append(bits)
-        groups.append(group)
+        layout.append(bits | group << 8)
     if plan is not None and plan.query_order is not None:
         of_call |= _ORDER
         tensors += (plan.query_order, plan.class_start)
     tensors += weights
-    present.append(of_call)
-    return tensors, present, groups
+    layout.append(of_call)
+    return tensors, layout
 
 
 def _taken_as_it_is(query: Tensor, sources: object, scale: Any, return_lse: object) -> bool:
@@ -175,7 +172,7 @@ def _taken_as_it_is(query: Tensor, sources: object, scale: Any, return_lse: obje
         return False
     if torch._C._len_torch_dispatch_stack() or forward_ad._current_level >= 0:
         return False
-    return not (modes.transforms_active() or torch.is_autocast_enabled(query.device.type))
+    return not (torch._C._are_functorch_transforms_active() or torch.is_autocast_enabled(query.device.type))
 
 
 def _lists_of(

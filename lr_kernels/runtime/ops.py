@@ -101,8 +101,8 @@ for _backend, _about in BACKENDS.items():
 
 _library.define(
     "multi_source_attention_flat_cuda("
-    "Tensor[] tensors, int[] present, "  # which they are: see FlatTensors in bindings/attention_sm90.h
-    "int[] softmax_group, float scale, bool return_lse) -> Tensor[]"  # out; lse; nothing of a call that it lacks
+    "Tensor[] tensors, int[] layout, "  # layout: which tensors they are, see FlatTensors in bindings/attention_sm90.h
+    "float scale, bool return_lse) -> Tensor[]"  # out; lse; nothing of a call that it does not take
 )
 attention_flat_cuda = torch.ops.lr_kernels.multi_source_attention_flat_cuda.default
 """multi_source_attention on the backend "cuda" with all tensors in one list, which costs the host least."""

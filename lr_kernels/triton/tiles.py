@@ -63,7 +63,8 @@ _C = (128, 32, 8, 3)
 _D = (64, 64, 8, 3)
 _E = (64, 32, 8, 3)
 _F = (32, 32, 8, 3)
-_MMA = (  # sm_80, 86, 89, 120: queries live in registers; two parts of D spill from 160 on, one part of 256 does not
+_H = (128, 32, 8, 2)
+_MMA = (  # sm_80, 86, 89, 120: queries live in registers; with fewer than 16 a warp, warps share rows and wait
     Tiles(16, (16, 0), _A, _A, _B, _B),
     Tiles(32, (32, 0), _B, _B, _B, _B),
     Tiles(48, (32, 16), _B, _B, _C, _B),  # one part of 64, biased: 6 spills; value_index at 128 x 64: 2
@@ -71,7 +72,8 @@ _MMA = (  # sm_80, 86, 89, 120: queries live in registers; two parts of D spill 
     Tiles(64, (64, 0), _B, _B, _B, _B),
     Tiles(79, (64, 16), (128, 64, 8, 2), _C, _C, _C),  # gathered at 128 x 64: 20 spills
     Tiles(80, (64, 16), (128, 64, 8, 2), _B, _B, _C),
-    Tiles(128, (128, 0), _C, _D, _D, _D),
+    Tiles(128, (128, 0), _C, _H, _H, _H),
+    Tiles(160, (128, 32), _H, _H, _H, _H),
     Tiles(256, (256, 0), (64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), _F),  # 3 stages: too much for sm_86, 89, 120
 )
 _G = (64, 64, 4, 3)

@@ -181,10 +181,10 @@ struct Launch {
 };
 
 // Throws what the kernel did wrong.
-template <class... Parameters>
-const char* launch(void (*kernel)(Parameters...), std::atomic<uint64_t>&, const Launch& p, Parameters... x) {
+template <class Parameter>
+const char* launch(void (*kernel)(Parameter), std::atomic<uint64_t>&, const Launch& p, const Parameter& x) {
   if (!emulator::g_options.launches) return nullptr;
-  auto body = [&] { kernel(x...); };
+  auto body = [&] { kernel(x); };
   emulator::run_grid(
       {p.grid, p.threads, uint32_t(p.shared_bytes), p.registers},
       [](void* context) { (*static_cast<decltype(body)*>(context))(); }, &body);

@@ -214,8 +214,8 @@ struct Launch {
 };
 
 // Null, or the error of the launch.
-template <class... Parameters>
-const char* launch(void (*kernel)(Parameters...), std::atomic<uint64_t>& allowed, const Launch& p, Parameters... x) {
+template <class Parameter>
+const char* launch(void (*kernel)(Parameter), std::atomic<uint64_t>& allowed, const Launch& p, const Parameter& x) {
   int device = 0;
   if (p.shared_bytes > 48 * 1024) {
     if (cudaGetDevice(&device) != cudaSuccess) return launch_error();
@@ -227,7 +227,7 @@ const char* launch(void (*kernel)(Parameters...), std::atomic<uint64_t>& allowed
     }
   }
   // clang-format off
-  kernel<<<p.grid, p.threads, p.shared_bytes, p.stream>>>(x...);
+  kernel<<<p.grid, p.threads, p.shared_bytes, p.stream>>>(x);
   // clang-format on
   return launch_error();
 }
