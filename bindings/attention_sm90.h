@@ -22,10 +22,12 @@ class FlatTensors {
     for (size_t i = 0; i < sources_; ++i) {
       for (size_t k = 0; k < kOfSource; ++k) places_[i][k] = take(k < 2 || layout[i] >> (k - 2) & 1);
       groups.push_back(layout[i] >> 8);
+      call.require(groups[i] >= 0 && groups[i] < kMaxSources, {"softmax_group", static_cast<int64_t>(i)}, groups[i],
+                   "0 to ", kMaxSources - 1);
     }
     order_ = take(layout[sources_] & 1);
     start_ = take(layout[sources_] & 1);
-    const size_t count = groups.back() < kMaxSources ? static_cast<size_t>(groups.back()) + 1 : 0;
+    const size_t count = static_cast<size_t>(groups.back()) + 1;
     for (size_t g = 0; g < count; ++g) weight_places_[g] = take(layout[sources_] >> (g + 1) & 1);
     call.require(next == static_cast<int32_t>(given_.size()), "tensors", all.size(), "as many as layout says");
     for (size_t g = 0; g < count; ++g) weight.push_back(given_[weight_places_[g]]);
@@ -86,19 +88,20 @@ struct AttentionSm90 {
     Tensors results;
     AttentionParams p{};
     const Tensor query = tensors[0];
+    std::optional<FlatTensors> given;  // lives until the launch: the workspace must not take its tensors' memory
     try {
       Call call = Machine::call("multi_source_attention", query);
-      const FlatTensors given(call, tensors, layout);
-      p = forward_params(call, query, given, given.query_order(), given.class_start(), given.groups,
-                         given.weight.data(), given.weight.size(), scale);
+      given.emplace(call, tensors, layout);
+      p = forward_params(call, query, *given, given->query_order(), given->class_start(), given->groups,
+                         given->weight.data(), given->weight.size(), scale);
       results.push_back(torch::stable::new_empty(query, {p.b, p.n, p.h, p.d}));
       if (return_lse) results.push_back(torch::stable::new_empty(query, {p.b, p.n, p.h}, ScalarType::Float));
       read_outputs(call, p, query.scalar_type(), results[0], return_lse ? MaybeTensor(results[1]) : MaybeTensor());
+      if (attention_sm90_lacks(p)) return {};
+      launch(p, query);
     } catch (const std::exception&) {
       return {};
     }
-    if (attention_sm90_lacks(p)) return {};
-    launch(p, query);
     return results;
   }
 };

@@ -86,6 +86,9 @@ struct Card {
   static lr::Call call(const char* op, const Tensor& x) { return lr::Call(op, x.get_device_index()); }
 
   void run(lr::AttentionSm90Params& p) const {
+    // A thread that has done nothing on the device has no context yet, and the driver makes no tensor maps without one.
+    const cudaError_t bound = cudaSetDevice(like.get_device_index());
+    STD_TORCH_CHECK(bound == cudaSuccess, "lr_kernels: cudaSetDevice: ", cudaGetErrorString(bound));
     p.multiprocessors = multiprocessors(like.get_device_index());
     p.stream = device.stream();
     Tensor workspace;  // the allocator keeps the memory for later work of this stream

@@ -38,6 +38,7 @@ CASES = {
     "nearly": AttentionCase("nearly", batch=1, queries=70, heads=1, keys=(100,), rows=(None,), visible=0.97),
     "few": AttentionCase("few", batch=1, queries=70, heads=1, keys=(5,), rows=(None,), key_bias=True),
     "huge": AttentionCase("huge", batch=1, queries=70, heads=1, keys=(90, 40), rows=(None, 1), visible=0.6),
+    "far": AttentionCase("far", batch=1, queries=70, heads=1, keys=(100,), rows=(None,), key_bias=True),
     "bias": AttentionCase("bias", batch=2, queries=130, heads=1, keys=(640, 90), rows=(None, 1), key_bias=True),
     "strengths": AttentionCase(
         "strengths", batch=2, queries=70, heads=2, keys=(300, 170), rows=(None, 1), key_bias=True,
@@ -88,8 +89,9 @@ FAULTS = (
     fault("channels of TMA's second column", "produce", "i * C::Keys::Width * 8, h, start", "i * C::Keys::Width * 4, h, start", "short", 128),
     fault("queries of shared memory in another layout", "consume", "C::Queries::place(warp * 16 + i, unit)", "C::Queries::place(warp * 16 + i, unit ^ 1)", "short", 256),
     # order of copies and products
-    fault("no fence between copies and products", "consume", '"full_value");\n      fence_async();', '"full_value");', "listed"),
+    fault("no fence between copies and products", "consume", '"full_value");\n      see_copies();', '"full_value");', "listed"),
     fault("queries used before all warps have copied theirs", "consume", "    barrier_sync(3 + number, 128);  // walk", "    // walk", "short", 256),
+    fault("gathered tiles taken for those of TMA", "consume", "if (C::SharedQueries || x.gathers) fence_async();", "if (C::SharedQueries) fence_async();", "listed"),
     fault("zeros not fenced before TMA", "kernels", "    fence_async();  // TMA may write there next\n", "", "dense", 40),
     fault("no wgmma.fence", "consume", "      pin(o);\n      wgmma_fence();\n      start_scores();", "      pin(o);\n      start_scores();", "dense"),
     fault("scores read in flight", "consume", "wgmma_wait<1>();", "wgmma_wait<2>();", "dense"),
@@ -99,24 +101,23 @@ FAULTS = (
     fault("shifts released before they are read", "consume", "      softmax.template add_shifted<BN>(s, shuffle(w.alpha, cursor.source), shared.shift(key.stage, 0));\n      arrive(shared.empty_key(key.stage));", "      arrive(shared.empty_key(key.stage));\n      softmax.template add_shifted<BN>(s, shuffle(w.alpha, cursor.source), shared.shift(key.stage, 0));", "bias strengths", kind=GENERAL),
     fault("producer does not wait for free keys", "produce", 'if (ring.round) mbarrier_wait(shared.empty_key(ring.stage), ring.round - 1, "empty_key");', "", "dense"),
     fault("producer waits for the wrong phase", "produce", "shared.empty_value(ring.stage), ring.round - 1", "shared.empty_value(ring.stage), ring.round", "dense"),
-    fault("consumer does not wait for values", "consume", '      mbarrier_wait(shared.full_value(value.stage), value.round, "full_value");\n      fence', "      fence", "dense"),
-    fault("consumer does not wait for keys", "consume", '    mbarrier_wait(shared.full_key(key.stage), key.round, "full_key");\n    fence', "    fence", "short"),
+    fault("consumer does not wait for values", "consume", '      mbarrier_wait(shared.full_value(value.stage), value.round, "full_value");\n      see', "      see", "dense"),
+    fault("consumer does not wait for keys", "consume", '    mbarrier_wait(shared.full_key(key.stage), key.round, "full_key");\n    see', "    see", "short"),
     fault("consumer does not wait for the next keys", "consume", "if (t + 1 < tiles) mbarrier_wait", "if (false) mbarrier_wait", "dense"),
     fault("round counted twice", "config", "++stage == Stages) stage = 0, ++round;", "++stage == Stages) stage = 0, round += 2;", "dense"),
     fault("round never counted", "config", "++stage == Stages) stage = 0, ++round;", "++stage == Stages) stage = 0;", "dense"),
     # barriers
     fault("too few arrivals expected", "kernels", "mbarrier_init(shared.empty_key(i), 4 * C::Consumers)", "mbarrier_init(shared.empty_key(i), C::Consumers)", "dense"),
     fault("too many arrivals expected", "kernels", "mbarrier_init(shared.full_value(i), 128)", "mbarrier_init(shared.full_value(i), 129)", "short"),
-    fault("shifts not announced", "kernels", "C::General ? 256 : 128", "128", "bias", kind=GENERAL),
-    fault("shifts announced before they are stored", "produce", "        if (lane < kRows)\n", "        mbarrier_arrive(shared.full_key(ring.stage));\n        if (lane < kRows)\n", "bias", kind=GENERAL),
+    fault("shifts not announced", "kernels", "C::General ? 128 + 4 : 128", "128", "bias", kind=GENERAL),
     fault("copies never announced", "produce", "    copy_async_arrive(barrier);\n", "", "listed"),
-    fault("barriers used before they are there", "kernels", "  sync_block();\n  if (thread / 128", "  if (thread / 128", "short"),
+    fault("barriers used before they are there", "kernels", "  sync_block();\n", "", "short"),
     fault("nobody has the first turn", "consume", "if (number == C::Consumers - 1) barrier_arrive(1, 256);", "", "short"),
     fault("the last turn is left over", "consume", "if (number == 0) barrier_sync(1, 256);", "", "short"),
     fault("turns of different counts", "consume", "barrier_arrive(1 + (number + 1) % C::Consumers, 256)", "barrier_arrive(1 + (number + 1) % C::Consumers, 128)", "short"),
     fault("TMA: too few bytes announced", "produce", "mbarrier_arrive_expect(barrier, C::Keys::Bytes)", "mbarrier_arrive_expect(barrier, C::Keys::Bytes / 2)", "short"),
     fault("TMA: too many bytes announced", "produce", "mbarrier_arrive_expect(barrier, C::Keys::Bytes)", "mbarrier_arrive_expect(barrier, C::Keys::Bytes + 128)", "short"),
-    fault("TMA: the other threads do not arrive", "produce", "      mbarrier_arrive(barrier);\n    }\n  }", "    }\n  }", "short"),
+    fault("TMA: nobody arrives for the other threads", "produce", "      mbarrier_arrive(barrier, 127);\n", "", "short"),
     fault("more registers than there are", "config", "ConsumerRegisters = 224;\n  static_assert(Consumers * ConsumerRegisters + ProducerRegisters <= (Consumers + 1) * LaunchRegisters);", "ConsumerRegisters = 240;", "short"),
     # what is computed
     fault("last tile not masked", "consume", "if (valid < BN) {", "if (valid < 0) {", "short"),
@@ -134,6 +135,7 @@ FAULTS = (
     fault("results of another group added", "consume", "if (g > 0) o[i] += load_own", "if (g > 1) o[i] += load_own", "softmaxes", kind=GENERAL),
     fault("weight of another query", "consume", "rows.query[r] * p.weight_stride[g][1]", "rows.query[0] * p.weight_stride[g][1]", "softmaxes", kind=GENERAL),
     fault("a part of the keys left out", "work", "const int low = clamp(int(all * part / x.parts)", "const int low = clamp(int(all * part / x.parts) + part", "dense"),
+    fault("a part without keys counts in the merge", "kernels", "if (!(load_global(sums + 2 * i * cells + 1) == 0)) top", "top", "far", kind=GENERAL),
     fault("parts merged without their weights", "kernels", "return float(mine) * exp2_fast", "return exp2_fast", "dense"),
     fault("numbers that left fp32 not done again", "consume", "again[r] |= rows.exists[r] && (", "again[r] |= false && (", "huge"),
     fault("done again with another value", "precise", "load_global(value + 32 * k)", "load_global(value + 16 * k)", "huge"),
@@ -166,7 +168,7 @@ def compile_fault(x: Fault, folder: Path) -> Path:
 
 
 def inputs_of(name: str, head_dim: int) -> AttentionInputs:
-    """Inputs of a case; hidden keys and values are NaN, those of the case huge are so far apart that fp32 cannot say."""
+    """Inputs of a case; hidden keys and values are NaN, those of the cases huge and far are beyond fp32."""
     inputs = attention_inputs(replace(CASES[name], head_dim=head_dim), torch.bfloat16)
     for source in inputs.sources:
         if source.key_mask is not None:
@@ -175,6 +177,8 @@ def inputs_of(name: str, head_dim: int) -> AttentionInputs:
             source.key[:, hidden] = source.value[:, hidden] = torch.nan
         if name == "huge":
             source.key.mul_(1e12)
+        if name == "far":
+            source.key_bias.fill_(torch.finfo(torch.float32).min)
     return inputs
 
 

@@ -179,6 +179,35 @@ def test_hopper_softmax_runs_beside_the_values(hopper_kernels):
         assert len(exponentials) >= 16 + 2, name
 
 
+@pytest.mark.fault(number=24)
+def test_hopper_roles_stay_within_their_registers(hopper_kernels):
+    """setmaxnreg leaves the producer fewer registers than the kernel was compiled for; ptxas must have obeyed."""
+    for name, kernel in hopper_kernels.items():
+        for what in ("DEALLOC", "TRY_ALLOC"):
+            (start,) = places(kernel.instructions, f"USETMAXREG.{what}")
+            limit = int(re.search(r"0x([0-9a-f]+)", kernel.instructions[start])[1], 16)
+            reached = reachable(kernel.instructions, start)
+            used = {int(n) for i in reached for n in re.findall(r"\bR(\d+)\b", kernel.instructions[i])}
+            assert max(used) < limit, (name, what)
+            assert any("HGMMA" in kernel.instructions[i] for i in reached) == (what == "TRY_ALLOC"), name
+
+
+def reachable(code: list[str], start: int) -> set[int]:
+    """The instructions that can follow `start`."""
+    labels = {x[:-1]: i for i, x in enumerate(code) if x.endswith(":")}
+    seen: set[int] = set()
+    todo = [start]
+    while todo:
+        i = todo.pop()
+        while i < len(code) and i not in seen:
+            seen.add(i)
+            todo += [labels[target] for target in re.findall(r"`\((\.L_x_\d+)\)", code[i])]
+            if re.match(r"EXIT|RET|BRA(\.U)? `", code[i]):
+                break
+            i += 1
+    return seen
+
+
 def places(code: list[str], what: str) -> list[int]:
     return [i for i, x in enumerate(code) if what in x]
 

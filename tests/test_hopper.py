@@ -100,6 +100,17 @@ def test_numbers_that_leave_fp32(extreme, parts):
             check(extreme_inputs(extreme, dtype, head_dim=head_dim, batch=1, heads=1, **kind), Timing(parts=parts))
 
 
+@pytest.mark.parametrize("parts", [2, 3, 8])
+def test_parts_without_keys(parts):
+    """Lists shorter than a tile, and fewer tiles than parts."""
+    for extreme in (("key_bias", torch.finfo(torch.float32).min), ("key_bias", 0.0), ("logit_bias", -1e38)):
+        for visible in (0.05, 0.0, None):
+            inputs = extreme_inputs(
+                extreme, torch.bfloat16, head_dim=64, keys=(150, 20), rows=(None, 1), visible=visible
+            )
+            check(inputs, Timing(parts=parts))
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf], ids=str)
 @pytest.mark.fault(number=12)
 def test_a_number_that_is_not_finite_reaches_those_who_see_it(bad):

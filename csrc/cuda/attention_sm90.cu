@@ -156,6 +156,7 @@ const char* attention_sm90_cuda(const AttentionSm90Params& p) {
   x.part_out = static_cast<float*>(p.workspace);
   if (c.parts > 1) x.part_sums = reinterpret_cast<double*>(x.part_out + c.parts * cells(p.attention) * c.channels);
   if (const char* error = make_maps(x, c)) return error;
+  x.gathers = (x.maps.keys & x.maps.values) != (1u << p.attention.sources) - 1;
   return for_channels(p.attention.d, [&](auto d) { return sm90::run<d>(x, c.kind, p.multiprocessors, p.stream); });
 }
 

@@ -5,6 +5,7 @@ TRITON_INTERPRET must not be set.
 """
 
 import argparse
+import hashlib
 import json
 import re
 import subprocess
@@ -58,21 +59,21 @@ class Row(NamedTuple):
     instructions: int
 
 
-def rows(head_dims: Sequence[int] = HEAD_DIMS) -> list[Row]:
-    """Every kernel on every architecture, compiled by PROCESSES processes; the attention kernels at these head dims."""
+def rows(head_dims: Sequence[int], architectures: Sequence[int]) -> list[Row]:
+    """Every kernel on these architectures, compiled by PROCESSES processes; those of attention at these head dims."""
     bf16 = torch.bfloat16
     jobs: list[tuple] = []
-    for arch in ARCHITECTURES:
+    for arch in (x for x in ARCHITECTURES if x in architectures):
         jobs += [(attention_row, arch, D, bf16, kind) for D in head_dims for kind in ("dense", "gathered", "grouped")]
         jobs += [(attention_row, arch, 64, dtype, "gathered") for dtype in (torch.float16, torch.float32)]
         jobs += [(attention_row, arch, D, bf16, "gathered biased") for D in (40, 64)]
         jobs += [(attention_row, arch, 64, bf16, "gathered warped")]
         jobs += [(backward_rows, arch, D, bf16) for D in head_dims]
         jobs += [(example_rows, arch)]
-    jobs += [
-        (attention_row, arch, D, bf16, kind) for arch in RELATED for D in head_dims for kind in ("dense", "gathered")
-    ]
-    jobs += [(attention_row, 90, D, bf16, "few") for D in (64, 80)]
+    for arch in (x for x in RELATED if x in architectures):
+        jobs += [(attention_row, arch, D, bf16, kind) for D in head_dims for kind in ("dense", "gathered")]
+    if 90 in architectures:
+        jobs += [(attention_row, 90, D, bf16, "few") for D in (64, 80)]
     with ProcessPoolExecutor(PROCESSES) as pool:
         futures = [pool.submit(*job) for job in jobs]
         found = [future.result() for future in futures]
@@ -215,12 +216,27 @@ def _run(tool: str, *arguments: str) -> str:
     return subprocess.run([str(_TOOLS / tool), *arguments], capture_output=True, text=True, check=True).stdout
 
 
-HEAD = f"""# What each Triton kernel takes
+def digest() -> str:
+    """What identifies the code of the kernels and their tiles: a table holds for one such code."""
+    others = {"report.py", "tune.py", "cache.py", "replay.py", "attention_replay.py"}
+    files = sorted(path for path in Path(__file__).parent.glob("*.py") if path.name not in others)
+    return hashlib.sha256("".join(path.read_text() for path in files).encode()).hexdigest()[:16]
 
-Written by `python -m lr_kernels.triton.report` with Triton {triton.__version__}; do not edit. Compiled for cards that
-need not be there. spills: instructions that touch local memory; loop_spills: those of them in an inner loop;
-async_copies, wgmma: copies to shared memory that do not pass registers, products of a warpgroup.
+
+def head() -> str:
+    """What stands above the table."""
+    return f"""# What each Triton kernel takes
+
+Written by `python -m lr_kernels.triton.report` with Triton {triton.__version__} for code {digest()}; do not edit.
+Compiled for cards that need not be there. spills: instructions that touch local memory; loop_spills: those of them in
+an inner loop; async_copies, wgmma: copies to shared memory that do not pass registers, products of a warpgroup.
 """
+
+
+def read(page: str) -> list[Row]:
+    """The rows of a page that this module wrote."""
+    lines = [x.strip("| ").split(" | ") for x in page.splitlines() if x.startswith("| ")]
+    return [Row(kernel, int(arch), tile, *map(int, numbers)) for kernel, arch, tile, *numbers in lines[1:]]
 
 
 def markdown(table: list[Row]) -> str:
@@ -233,6 +249,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print the rows as JSON and not as a table")
     parser.add_argument("--head-dims", type=int, nargs="+", default=HEAD_DIMS, help="of the attention kernels")
+    everywhere = (*ARCHITECTURES, *RELATED)
+    parser.add_argument("--architectures", type=int, nargs="+", default=everywhere, choices=everywhere)
     options = parser.parse_args()
-    measured = rows(options.head_dims)
-    print(json.dumps([row._asdict() for row in measured]) if options.json else HEAD + "\n" + markdown(measured))
+    measured = rows(options.head_dims, options.architectures)
+    print(json.dumps([row._asdict() for row in measured]) if options.json else head() + "\n" + markdown(measured))

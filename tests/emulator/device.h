@@ -58,6 +58,8 @@ inline uint32_t ballot(bool x) {
   return bits;
 }
 
+inline void sync_warp() { emulator::exchange(0); }
+
 inline uint32_t shared_base() { return emulator::kReserved; }
 inline void store_shared(uint32_t at, float x) { emulator::store_shared(at, &x, 4); }
 inline void store_zero16(uint32_t at) {
@@ -77,6 +79,10 @@ inline void barrier_arrive(int id, int threads) { emulator::named_barrier(id, th
 inline void mbarrier_init(uint32_t at, int count) { emulator::mbarrier_init(at, count); }
 inline void fence_mbarrier_init() {}
 using emulator::mbarrier_arrive;
+inline void mbarrier_arrive(uint32_t at, int times) {
+  for (int i = 0; i + 1 < times; ++i) emulator::mbarrier_arrive_quietly(at);
+  emulator::mbarrier_arrive(at);
+}
 using emulator::mbarrier_wait;
 inline void mbarrier_arrive_expect(uint32_t at, int bytes) {
   emulator::mbarrier_expect_tx(at, bytes);

@@ -52,6 +52,7 @@ void check_global(const char* what, const void* at, size_t bytes, bool writing);
 void named_barrier(int id, int threads, bool wait);
 void mbarrier_init(uint32_t at, uint32_t count);
 void mbarrier_arrive(uint32_t at);
+void mbarrier_arrive_quietly(uint32_t at);  // another arrival of the same thread follows at once
 void mbarrier_expect_tx(uint32_t at, int64_t bytes);
 void mbarrier_wait(uint32_t at, uint32_t phase, const char* what);
 

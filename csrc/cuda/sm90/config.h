@@ -79,8 +79,10 @@ template <bool Half, Kind K>
 struct ConfigOf<64, Half, K> : Config<64, 128, 4, 128, Half, K> {};
 template <bool Half, Kind K>
 struct ConfigOf<80, Half, K> : Config<80, 128, 4, 32, Half, K> {};
-template <bool Half, Kind K>
-struct ConfigOf<128, Half, K> : Config<128, 128, 3, 128, Half, K> {};
+template <bool Half>
+struct ConfigOf<128, Half, Kind::kPlain> : Config<128, 128, 3, 128, Half, Kind::kPlain> {};
+template <bool Half>
+struct ConfigOf<128, Half, Kind::kGeneral> : Config<128, 96, 3, 128, Half, Kind::kGeneral> {};
 template <bool Half>
 struct ConfigOf<160, Half, Kind::kPlain> : Config<160, 96, 3, 64, Half, Kind::kPlain> {};
 template <bool Half>

@@ -232,10 +232,14 @@ struct Consumer {
     for (int i = 0; i < BN / 4; ++i) weight[i / 4][i % 4] = pack<C::Half>(s[2 * i], s[2 * i + 1]);
   }
 
+  // Makes what cp.async wrote visible to the products; what TMA wrote is.
+  LR_DEVICE void see_copies() const {
+    if (C::SharedQueries || x.gathers) fence_async();
+  }
   // The scores of tile t and the values of tile t - 1 are in flight together; the softmax of t runs beside the latter.
   LR_DEVICE void walk(const Work<C>& w, Cursor& cursor, Softmax& softmax, int tiles) {
     mbarrier_wait(shared.full_key(key.stage), key.round, "full_key");
-    fence_async();
+    see_copies();
     my_turn();
     wgmma_fence();
     start_scores();
@@ -246,7 +250,7 @@ struct Consumer {
     if (tiles > 1) mbarrier_wait(shared.full_key(key.stage), key.round, "full_key");
     for (int t = 1; t < tiles; ++t) {
       mbarrier_wait(shared.full_value(value.stage), value.round, "full_value");
-      fence_async();
+      see_copies();
       my_turn();
       pin(o);
       wgmma_fence();
@@ -263,7 +267,7 @@ struct Consumer {
       pack_weights();
     }
     mbarrier_wait(shared.full_value(value.stage), value.round, "full_value");
-    fence_async();
+    see_copies();
     pin(o);
     wgmma_fence();
     start_weighted();

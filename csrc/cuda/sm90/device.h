@@ -48,10 +48,13 @@ LR_DEVICE int sum_before(int x) {
 // Bit i: whether lane i says so.
 LR_DEVICE uint32_t ballot(bool x) { return __ballot_sync(0xffffffffu, x); }
 
+// All lanes are here, and see what each of them wrote.
+LR_DEVICE void sync_warp() { __syncwarp(); }
+
 // ---- Shared memory
 
 LR_DEVICE uint32_t shared_base() {
-  extern __shared__ unsigned char lr_shared[];
+  extern __shared__ __align__(1024) unsigned char lr_shared[];
   return static_cast<uint32_t>(__cvta_generic_to_shared(lr_shared));
 }
 LR_DEVICE void store_shared(uint32_t at, float x) {
@@ -85,6 +88,10 @@ LR_DEVICE void mbarrier_init(uint32_t at, int count) {
 LR_DEVICE void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 LR_DEVICE void mbarrier_arrive(uint32_t at) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory");
+}
+// So many times.
+LR_DEVICE void mbarrier_arrive(uint32_t at, int times) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(times) : "memory");
 }
 // Arrives, and lets the phase end only when so many bytes more have been written.
 LR_DEVICE void mbarrier_arrive_expect(uint32_t at, int bytes) {

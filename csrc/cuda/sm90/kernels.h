@@ -13,7 +13,7 @@ attention_kernel(LR_PARAMETER Problem x) {
   const int thread = thread_index();
   if (thread == 0) {
     for (int i = 0; i < C::Stages; ++i) {
-      mbarrier_init(shared.full_key(i), C::General ? 256 : 128);
+      mbarrier_init(shared.full_key(i), C::General ? 128 + 4 : 128);
       mbarrier_init(shared.full_value(i), 128);
       mbarrier_init(shared.empty_key(i), 4 * C::Consumers);
       mbarrier_init(shared.empty_value(i), 4 * C::Consumers);
@@ -47,7 +47,8 @@ merge_parts_kernel(LR_PARAMETER Problem x) {
   for (int64_t cell = block_index() * (kMergeThreads / 32) + thread_index() / 32; cell < cells; cell += warps) {
     const double* sums = x.part_sums + 2 * cell;
     double top = -INFINITY, sum = 0;
-    for (int i = 0; i < x.parts; ++i) top = fmax(top, load_global(sums + 2 * i * cells));
+    for (int i = 0; i < x.parts; ++i)  // a part without keys has no largest logit
+      if (!(load_global(sums + 2 * i * cells + 1) == 0)) top = fmax(top, load_global(sums + 2 * i * cells));
     const auto weight = [&](int i) -> float {  // of all keys of part i, the largest logit having weight 1
       const double mine = load_global(sums + 2 * i * cells + 1);
       if (mine == 0) return 0;

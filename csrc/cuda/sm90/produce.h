@@ -35,14 +35,13 @@ struct Producer {
   }
 
  private:
-  // One thread has TMA copy a tile; the others only arrive.
+  // One thread has TMA copy a tile, and arrives for all.
   LR_DEVICE void copy_boxes(uint32_t tile, const TensorMap* map, int h, int start, int row, uint32_t barrier) const {
     if (thread_index() % 128 == 0) {
       mbarrier_arrive_expect(barrier, C::Keys::Bytes);
+      mbarrier_arrive(barrier, 127);
       for (int i = 0; i < C::Keys::Columns; ++i)
         load_box(tile + i * C::Keys::Column, map, i * C::Keys::Width * 8, h, start, row, barrier);
-    } else {
-      mbarrier_arrive(barrier);
     }
   }
 
@@ -103,7 +102,8 @@ struct Producer {
       if (C::General) {
         if (lane < kRows)
           store_shared(shared.shift(ring.stage, warp * kRows + lane), exists ? shift * kLog2e : -INFINITY);
-        mbarrier_arrive(shared.full_key(ring.stage));
+        sync_warp();
+        if (lane == 0) mbarrier_arrive(shared.full_key(ring.stage));
       }
       if (ring.round) mbarrier_wait(shared.empty_value(ring.stage), ring.round - 1, "empty_value");
       if (value_boxes) {

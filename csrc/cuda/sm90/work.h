@@ -13,6 +13,7 @@ constexpr double kLn2 = 0.69314718055994531;
 struct Problem {
   AttentionParams attention;
   Maps maps;
+  bool gathers;       // whether some tile is not copied by TMA
   int32_t works;      // tiles * parts * heads * rows
   int32_t tiles;      // of the queries of a row and head
   int32_t parts;      // of the keys
