@@ -15,11 +15,12 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from ..runtime import ops
+from ..runtime.schemas import MAX_SOURCES
 from ..source import Source
 from .plan import AttentionPlan, as_made, changed_mask
 
 _PLAIN = frozenset((Tensor, Parameter))
-_SOURCES = frozenset((Source,))
+_NONE = (None,) * MAX_SOURCES
 _DTYPES = (torch.bfloat16, torch.float16)
 
 # Which optional tensors the op is given: bits of a source, then bits of the call
@@ -94,38 +95,62 @@ def direct_call(
     None for all others: gradients, autocast and other modes, masks without a plan, tables in other dtypes, numbers
     instead of tensors as strengths, and whatever is wrong, so that the checks in Python can say what it is.
     """
-    if not _taken_as_it_is(query, sources, scale, return_lse) or set(map(type, sources)) != _SOURCES:
+    if query.dtype not in _DTYPES or query.dim() != 4 or sources.__class__ not in (list, tuple):
         return None
-    lists = _lists_of(sources, query_groups, plan)
-    if lists is None:
+    if return_lse.__class__ is not bool or scale.__class__ not in (float, type(None)):
         return None
-    packed = _pack(query, sources, plan, *lists)
-    if packed is None:
+    if _in_a_mode(query):
         return None
-    tensors, layout = packed
-    if not _PLAIN.issuperset(map(type, tensors)):
+    packed = _pack(query, sources, query_groups, plan)
+    if packed is None or not _PLAIN.issuperset(map(type, packed[0])):
         return None
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+    if torch.is_grad_enabled() and any(x.requires_grad for x in packed[0]):
         return None
-    results = op(tensors, layout, query.shape[3] ** -0.5 if scale is None else scale, return_lse)
+    results = op(*packed, query.shape[3] ** -0.5 if scale is None else scale, return_lse)
     if not results:
         return None
     return (results[0], results[1]) if return_lse else results[0]
 
 
+def _in_a_mode(query: Tensor) -> bool:
+    """Whether a dispatch mode, forward gradients, torch.func or autocast changes what a call does."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or torch.is_autocast_enabled(query.device.type)
+    )
+
+
 def _pack(
-    query: Tensor,
-    sources: Sequence[Source],
-    plan: AttentionPlan | None,
-    key_index: Sequence[Tensor | None],
-    key_count: Sequence[Tensor | None],
+    query: Tensor, sources: Sequence[Source], query_groups: Tensor | None, plan: AttentionPlan | None
 ) -> tuple[list[Any], list[int]] | None:
-    """(tensors, layout) as the op takes them; None where the groups are not in order."""
+    """(tensors, layout) as the op takes them; None where softmax groups are not in order, or where the plan must be
+    built or does not go with the masks.
+
+    One loop for everything: these lines are a third of what a call costs the host.
+    """
+    number = len(sources)
+    masks: tuple[Tensor | None, ...] = _NONE[:number]
+    groups = key_index = key_count = masks
+    if plan is None:
+        if query_groups is not None or number > MAX_SOURCES:
+            return None
+    else:
+        if plan.__class__ is not AttentionPlan or not as_made(plan) or changed_mask(plan):
+            return None
+        masks, groups, of_queries, key_index, key_count = plan[:5]
+        if of_queries is not query_groups or len(masks) != number:
+            return None
     tensors: list[Any] = [query]
     layout, weights = [], []
     last, of_call = -1, 0
-    for source, index, count in zip(sources, key_index, key_count):
-        key, value, rows, _, _, bias, logit_scale, logit_bias, value_index, group, weight = source
+    for source, mask, bits_of_keys, index, count in zip(sources, masks, groups, key_index, key_count):
+        if source.__class__ is not Source:
+            return None
+        key, value, rows, key_mask, key_groups, bias, logit_scale, logit_bias, value_index, group, weight = source
+        if key_mask is not mask or key_groups is not bits_of_keys:
+            return None
         tensors += (key, value)
         bits = 0
         if rows is not None:
@@ -162,33 +187,3 @@ def _pack(
     tensors += weights
     layout.append(of_call)
     return tensors, layout
-
-
-def _taken_as_it_is(query: Tensor, sources: object, scale: Any, return_lse: object) -> bool:
-    """Whether nothing about the call as a whole needs Python."""
-    if query.dtype not in _DTYPES or query.dim() != 4 or sources.__class__ not in (list, tuple):
-        return False
-    if return_lse.__class__ is not bool or scale.__class__ not in (float, type(None)):
-        return False
-    if torch._C._len_torch_dispatch_stack() or forward_ad._current_level >= 0:
-        return False
-    return not (torch._C._are_functorch_transforms_active() or torch.is_autocast_enabled(query.device.type))
-
-
-def _lists_of(
-    sources: Sequence[Source], query_groups: Tensor | None, plan: AttentionPlan | None
-) -> tuple[Sequence, Sequence] | None:
-    """(key_index, key_count) of each source; None where the plan must be built or does not go with the masks."""
-    if plan is None:
-        if query_groups is not None or any(s.key_mask is not None or s.key_groups is not None for s in sources):
-            return None
-        none = (None,) * len(sources)
-        return none, none
-    if plan.__class__ is not AttentionPlan or not as_made(plan) or changed_mask(plan):
-        return None
-    if plan.query_groups is not query_groups or len(plan.key_masks) != len(sources):
-        return None
-    for source, mask, groups in zip(sources, plan.key_masks, plan.key_groups):
-        if source.key_mask is not mask or source.key_groups is not groups:
-            return None
-    return plan.key_index, plan.key_count
