@@ -1,6 +1,8 @@
 // The ops of attention on Hopper: tensors -> AttentionSm90Params. A Machine says what runs them: a card (cuda.cpp) or,
 // in tests, the emulator.
 #pragma once
+#include <cmath>
+
 #include "attention.h"
 #include "cuda/attention_sm90.h"
 
@@ -84,7 +86,7 @@ struct AttentionSm90 {
   // out, and its fp32 lse where it is wanted; nothing where something is wrong with the call, or the kernel does not
   // take it: then the checks in Python say what. No error leaves this op, since in torch 2.11 that ends the process.
   static Tensors flat_op(Tensors tensors, std::vector<int64_t> layout, double scale, bool return_lse) {
-    if (tensors.empty() || layout.empty()) return {};
+    if (tensors.empty() || layout.empty() || !std::isfinite(static_cast<float>(scale))) return {};
     Tensors results;
     AttentionParams p{};
     const Tensor query = tensors[0];

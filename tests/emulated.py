@@ -76,6 +76,7 @@ def library() -> ctypes.CDLL:
 def set_timing(timing: Timing) -> None:
     """For the calls that follow."""
     moment, seed, *others = timing
+    assert moment in (0, 1, 2) and timing.multiprocessors > 0 and timing.parts >= 0, timing
     library().lr_emulator_options(moment, ctypes.c_uint64(seed), *others)
 
 

@@ -100,6 +100,15 @@ def test_numbers_that_leave_fp32(extreme, parts):
             check(extreme_inputs(extreme, dtype, head_dim=head_dim, batch=1, heads=1, **kind), Timing(parts=parts))
 
 
+@pytest.mark.parametrize("far", [0, 1])
+def test_one_of_two_softmax_groups_leaves_fp32(far):
+    case = AttentionCase("far", batch=1, heads=1, head_dim=64, keys=(90, 90), rows=(None, None), softmax_groups=(0, 1))
+    inputs = attention_inputs(case, torch.bfloat16)
+    bias = torch.full((1, 90), torch.finfo(torch.float32).min)
+    inputs.sources[far] = inputs.sources[far]._replace(key_bias=bias)
+    check(inputs)
+
+
 @pytest.mark.parametrize("parts", [2, 3, 8])
 def test_parts_without_keys(parts):
     """Lists shorter than a tile, and fewer tiles than parts."""
@@ -330,6 +339,8 @@ def calls_for_python() -> dict[str, dict]:
         "head_dim 36": {"query": torch.randn(2, 40, 2, 36).bfloat16()},
         "sources of another kind": {"sources": iter(sources)},
         "scale of another kind": {"scale": 1},
+        "scale that is no number": {"scale": float("nan")},
+        "scale beyond float32": {"scale": 1e39},
         "return_lse of another kind": {"return_lse": 1},
         "masks without a plan": {"plan": None},
         "another plan": {"plan": plan_attention([None, torch.ones(1, 40, dtype=torch.bool), None])},
