@@ -9,10 +9,10 @@ namespace {
 
 using sm90::KeyTile;
 using sm90::Kind;
+using sm90::kQueries;
 using sm90::Problem;
 
-constexpr int kQueries = 128;    // of a work item
-constexpr int kConsumers = 256;  // threads that hold results
+constexpr int kConsumerThreads = 128 * sm90::kConsumers;
 constexpr int64_t kMost = (int64_t(1) << 31) - 1;
 
 Kind kind_of(const AttentionParams& p) {
@@ -112,9 +112,6 @@ const char* make_maps(Problem& x, const Cut& c) {
 }
 
 int64_t cells(const AttentionParams& p) { return p.b * p.n * p.h; }
-int blocks(const Cut& c, int multiprocessors) {
-  return static_cast<int>(c.works < multiprocessors ? c.works : multiprocessors);
-}
 
 }  // namespace
 
@@ -140,7 +137,8 @@ const char* attention_sm90_lacks(const AttentionParams& p) {
 int64_t attention_sm90_workspace(const AttentionSm90Params& x) {
   const AttentionParams& p = x.attention;
   const Cut c = cut(x);
-  if (p.softmax_groups > 1) return int64_t(blocks(c, x.multiprocessors)) * (c.channels / 2) * kConsumers * 4;
+  if (p.softmax_groups > 1)
+    return int64_t(sm90::blocks_of(c.works, x.multiprocessors)) * (c.channels / 2) * kConsumerThreads * 4;
   return c.parts > 1 ? c.parts * cells(p) * (c.channels * 4 + 16) : 0;
 }
 

@@ -8,8 +8,7 @@ namespace {
 template <class C>
 const char* run_config(const Problem& x, int multiprocessors, cudaStream_t stream) {
   static std::atomic<uint64_t> allowed{0}, none{0};
-  const int grid = x.works < multiprocessors ? x.works : multiprocessors;
-  const Launch attention{grid, C::Threads, C::SharedBytes, C::LaunchRegisters, stream};
+  const Launch attention{blocks_of(x.works, multiprocessors), C::Threads, C::SharedBytes, C::LaunchRegisters, stream};
   if (const char* error = launch(attention_kernel<C>, allowed, attention, x)) return error;
   if (x.parts == 1) return nullptr;
   const AttentionParams& p = x.attention;

@@ -2,17 +2,16 @@
 // wgmma) happens at any moment that it may choose. What a kernel must not do ends with a message.
 //
 // What is checked, at the moment it happens:
-//   shared memory   out of bounds, misaligned, read before written, read while a copy is on its way, overwritten while
-//   a
-//                   wgmma reads it, read by the async proxy without fence.proxy.async, data over an mbarrier
-//   mbarriers       more arrivals than expected, a wait that is a phase too early or too late (its parity would lie),
-//   not
-//                   initialized
-//   wgmma           descriptors or shapes that the lanes or warps do not share, fields out of range, a missing
-//                   wgmma.fence, operands in registers that change in flight, sums that are written in flight; sums
-//                   that are read in flight are a NaN
-//   others          deadlock (with what everybody waits for), named barriers with too many threads or several counts,
-//                   setmaxnreg beyond the register file, global reads and writes outside the tensors of the call
+// - shared memory: out of bounds, misaligned, read before written, read while a copy is on its way, overwritten while a
+//   wgmma reads it, read by the async proxy without fence.proxy.async, data over an mbarrier;
+// - mbarriers: more arrivals than expected, a wait that is a phase too early or too late (its parity would lie), not
+//   initialized;
+// - wgmma: descriptors or shapes that the lanes or warps do not share, fields out of range, a missing wgmma.fence,
+//   operands in registers that change in flight, sums that are written in flight; sums that are read in flight are a
+//   NaN;
+// - others: deadlock (with what everybody waits for), named barriers with too many threads or several counts,
+// setmaxnreg
+//   beyond the register file, global reads and writes outside the tensors of the call.
 #pragma once
 #include <algorithm>
 #include <cstdarg>

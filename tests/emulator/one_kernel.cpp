@@ -15,7 +15,7 @@ KeyTile key_tile<LR_HEAD_DIM>(Kind) {
 template <>
 const char* run<LR_HEAD_DIM>(const Problem& x, Kind, int multiprocessors, cudaStream_t) {
   std::atomic<uint64_t> allowed{0};
-  const int grid = x.works < multiprocessors ? x.works : multiprocessors;
+  const int grid = blocks_of(x.works, multiprocessors);
   launch(attention_kernel<C>, allowed, {grid, C::Threads, C::SharedBytes, C::LaunchRegisters, nullptr}, x);
   if (x.parts > 1) launch(merge_parts_kernel<C>, allowed, {4, kMergeThreads, 0, 32, nullptr}, x);
   return nullptr;

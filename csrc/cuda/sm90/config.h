@@ -5,10 +5,10 @@
 
 namespace lr::sm90 {
 
-// An operand of wgmma in shared memory. swizzle: 0, 32, 64 or 128 bytes; offsets in bytes. What leading and stride mean
+// An operand of wgmma in shared memory. swizzle: 32, 64 or 128 bytes; offsets in bytes. What leading and stride mean
 // depends on the operand's layout: see the PTX ISA, "Matrix descriptor".
 LR_DEVICE uint64_t descriptor(uint32_t at, uint32_t leading, uint32_t stride, int swizzle) {
-  const uint64_t mode = swizzle == 0 ? 0 : swizzle == 128 ? 1 : swizzle == 64 ? 2 : 3;
+  const uint64_t mode = swizzle == 128 ? 1 : swizzle == 64 ? 2 : 3;
   return (at >> 4 & 0x3fff) | uint64_t(leading >> 4) << 16 | uint64_t(stride >> 4) << 32 | mode << 62;
 }
 
@@ -41,6 +41,9 @@ struct Tile {
 // that is not positive, value_index, several softmax groups. It costs the plain calls nothing.
 enum class Kind { kPlain, kGeneral };
 
+constexpr int kConsumers = 2;              // warpgroups of a block that multiply
+constexpr int kQueries = 64 * kConsumers;  // of a work item
+
 // D: the channels that products are made for; the call's head_dim is D or less. BN: keys of a tile. Two warpgroups
 // consume: 64 queries each; one produces: it fills Stages places for a tile of keys and one of values.
 template <int D_, int BN_, int Stages_, int Swizzle_, bool Half_, Kind Kind_>
@@ -50,7 +53,7 @@ struct Config {
   using Keys = Tile<D, BN, Swizzle>;
   using Queries = Tile<D, 64, Swizzle>;
 
-  static constexpr int Consumers = 2, BM = 64 * Consumers, Threads = 128 * (Consumers + 1);
+  static constexpr int Consumers = kConsumers, BM = kQueries, Threads = 128 * (Consumers + 1);
   static constexpr int Chunks = D / 8, Steps = (D + 15) / 16;  // 16 bytes of a row; products for a score
   // Queries are operands in registers, which spares shared memory and a fifth of its traffic at D 64, up to where the
   // registers end.

@@ -20,18 +20,7 @@ struct Softmax {
       for (int i = 0; i < BN / 2; ++i)
         if (i / 4 * 8 + i % 2 + column >= valid) s[i] = -INFINITY;
     }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      raise<BN>(s, r, scale);
-      float here[2] = {0, 0};
-#pragma unroll
-      for (int i = 0; i < BN / 4; ++i) {
-        float& x = s[i / 2 * 4 + 2 * r + i % 2];
-        x = exp2_fast(fmaf(x, scale, -top[r]));
-        here[i % 2] += x;
-      }
-      sum[r] = sum[r] * shrink[r] + (here[0] + here[1]);
-    }
+    weigh<BN>(s, scale);
   }
 
   // The same where the logit of a key is alpha * score + its shift; that of a key that does not exist is -inf.
@@ -48,18 +37,7 @@ struct Softmax {
         s[4 * i + 2 * r + 1] = fmaf(s[4 * i + 2 * r + 1], alpha, high);
       }
     }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      raise<BN>(s, r, 1);
-      float here[2] = {0, 0};
-#pragma unroll
-      for (int i = 0; i < BN / 4; ++i) {
-        float& x = s[i / 2 * 4 + 2 * r + i % 2];
-        x = exp2_fast(x - top[r]);
-        here[i % 2] += x;
-      }
-      sum[r] = sum[r] * shrink[r] + (here[0] + here[1]);
-    }
+    weigh<BN>(s, 1);
   }
 
   // Joins the sums of the four threads of a row.
@@ -72,6 +50,22 @@ struct Softmax {
   }
 
  private:
+  // Logits, as multiples of scale, become weights.
+  template <int BN>
+  LR_DEVICE void weigh(float (&s)[BN / 2], float scale) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      raise<BN>(s, r, scale);
+      float here[2] = {0, 0};
+#pragma unroll
+      for (int i = 0; i < BN / 4; ++i) {
+        float& x = s[i / 2 * 4 + 2 * r + i % 2];
+        x = exp2_fast(fmaf(x, scale, -top[r]));
+        here[i % 2] += x;
+      }
+      sum[r] = sum[r] * shrink[r] + (here[0] + here[1]);
+    }
+  }
   template <int BN>
   LR_DEVICE void raise(const float (&s)[BN / 2], int r, float scale) {
     float high = s[2 * r];
@@ -334,7 +328,7 @@ struct Consumer {
     if (lane % 4 == 0) store_lse(p, w.b, query, w.h, top, sum);
   }
   LR_DEVICE void store_part(const Work<C>& w, int64_t query, int r, double top, double sum) const {
-    const int64_t cell = ((w.part * p.b + w.b) * p.n + query) * p.h + w.h;
+    const int64_t cell = w.cell(p, query);
     float* to = x.part_out + cell * D + lane % 4 * 2;
 #pragma unroll
     for (int i = 0; i < D / 8; ++i) store_global(to + 8 * i, o[4 * i + 2 * r], o[4 * i + 2 * r + 1]);

@@ -60,9 +60,6 @@ LR_DEVICE uint32_t shared_base() {
 LR_DEVICE void store_shared(uint32_t at, float x) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(x) : "memory");
 }
-LR_DEVICE void store_shared(uint32_t at, uint32_t x) {
-  asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(x) : "memory");
-}
 LR_DEVICE void store_zero16(uint32_t at) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(at), "r"(0) : "memory");
 }

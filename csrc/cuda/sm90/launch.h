@@ -13,6 +13,11 @@ struct KeyTile {
 template <int D>
 KeyTile key_tile(Kind kind);
 
+// Blocks of a launch: one for each multiprocessor, as long as there is work.
+inline int blocks_of(int64_t works, int multiprocessors) {
+  return works < multiprocessors ? static_cast<int>(works) : multiprocessors;
+}
+
 // Null, or the error of a launch. channels of x.maps and works fit key_tile<D>(kind).
 template <int D>
 const char* run(const Problem& x, Kind kind, int multiprocessors, cudaStream_t stream);

@@ -34,7 +34,7 @@ LR_DEVICE void store_precisely(const Problem& x, const Work<C>& w, int64_t i, in
                                const double (&result)[PreciseGroup<C>::kParts], double top, double sum) {
   const AttentionParams& p = x.attention;
   const int d = static_cast<int>(p.d);
-  const int64_t cell = ((w.part * p.b + w.b) * p.n + i) * p.h + w.h;  // of a part
+  const int64_t cell = w.cell(p, i);
   auto* out = static_cast<uint16_t*>(p.out) + w.b * p.out_stride[0] + i * p.out_stride[1] + w.h * p.out_stride[2];
 #pragma unroll
   for (int k = 0; k < PreciseGroup<C>::kParts; ++k) {

@@ -88,10 +88,7 @@ struct Producer {
     for (int start = begin; start < stop; start += C::BN) {
       const int token = ahead, left = stop - start;
       const bool exists = warp * kRows + lane < left;
-      if (list)
-        ahead = token_of(start + C::BN);
-      else
-        ahead += C::BN;
+      ahead = token_of(start + C::BN);
       if (ring.round) mbarrier_wait(shared.empty_key(ring.stage), ring.round - 1, "empty_key");
       float shift = beta;
       if (bias && exists) shift += load_global(bias + token);

@@ -25,12 +25,15 @@ struct Problem {
 
 template <class C>
 struct Work {
-  int b, h, c = 0, part, first,
-            end;  // queries [first, end) of class c in the order of the queries; none if first >= end
+  int b, h, part;
+  int c = 0, first, end;  // queries [first, end) of class c in the order of the queries; none if first >= end
   int row = 0, begin = 0, stop = 0;  // of source `lane`: its row, and the places of the keys to read
   float alpha = 0, beta = 0;         // of source `lane`, in the general kind: the logit is alpha * <q, k> + beta + bias
 
   LR_DEVICE int tiles() const { return (stop - begin + C::BN - 1) / C::BN; }  // of source `lane`
+
+  // Of query i in part_out and part_sums.
+  LR_DEVICE int64_t cell(const AttentionParams& p, int64_t i) const { return ((part * p.b + b) * p.n + i) * p.h + h; }
 
   LR_DEVICE Work(const Problem& x, int number, int lane) {
     const AttentionParams& p = x.attention;
