@@ -81,6 +81,10 @@ inline const char* name_of(ScalarType dtype) {
       return "bool";
     case ScalarType::Byte:
       return "uint8";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Float8_e4m3fn:
+      return "float8_e4m3fn";
     default:
       return torch::headeronly::toString(dtype);
   }
@@ -104,6 +108,10 @@ inline int32_t code_of(ScalarType dtype) {
       return aoti_torch_dtype_int64();
     case ScalarType::Bool:
       return aoti_torch_dtype_bool();
+    case ScalarType::Char:
+      return aoti_torch_dtype_int8();
+    case ScalarType::Float8_e4m3fn:
+      return aoti_torch_dtype_float8_e4m3fn();
     default:
       return aoti_torch_dtype_uint8();
   }

@@ -10,9 +10,11 @@ void multi_source_attention(Tensor query, Tensors key, Tensors value, MaybeTenso
                             MaybeTensors key_count, MaybeTensors value_index, MaybeTensors key_bias,
                             MaybeTensors logit_scale, MaybeTensors logit_bias, MaybeTensor query_order,
                             MaybeTensor class_start, std::vector<int64_t> softmax_group, MaybeTensors weight,
-                            double scale, Tensor out, MaybeTensor lse) {
+                            MaybeTensors key_scale, MaybeTensors value_scale, double scale, Tensor out,
+                            MaybeTensor lse) {
   Call call("multi_source_attention");
-  const Lists lists{key, value, rows, key_index, key_count, value_index, key_bias, logit_scale, logit_bias};
+  const Lists lists{key,      value,       rows,       key_index,  key_count,   value_index,
+                    key_bias, logit_scale, logit_bias, &key_scale, &value_scale};
   AttentionParams p =
       forward_params(call, query, lists, query_order, class_start, softmax_group, weight.data(), weight.size(), scale);
   read_outputs(call, p, query.scalar_type(), out, lse);

@@ -9,12 +9,14 @@ namespace lr {
 struct SourceTensors {
   const Tensor &key, &value;
   const MaybeTensor &rows, &key_index, &key_count, &value_index, &key_bias, &logit_scale, &logit_bias;
+  const MaybeTensor *key_scale = nullptr, *value_scale = nullptr;  // null: the op takes no 8-bit keys
 };
 
 // The arguments of the schema that have one entry per source.
 struct Lists {
   const Tensors &key, &value;
   const MaybeTensors &rows, &key_index, &key_count, &value_index, &key_bias, &logit_scale, &logit_bias;
+  const MaybeTensors *key_scale = nullptr, *value_scale = nullptr;  // null: the op takes no 8-bit keys
 
   // Refuses lists of several lengths; returns how many sources there are.
   size_t count(const Call& call) const {
@@ -29,11 +31,22 @@ struct Lists {
     as_many(key_bias.size(), "key_bias");
     as_many(logit_scale.size(), "logit_scale");
     as_many(logit_bias.size(), "logit_bias");
+    if (key_scale) as_many(key_scale->size(), "key_scale");
+    if (value_scale) as_many(value_scale->size(), "value_scale");
     return sources;
   }
   SourceTensors operator[](size_t i) const {
-    return {key[i],         value[i],    rows[i],        key_index[i], key_count[i],
-            value_index[i], key_bias[i], logit_scale[i], logit_bias[i]};
+    return {key[i],
+            value[i],
+            rows[i],
+            key_index[i],
+            key_count[i],
+            value_index[i],
+            key_bias[i],
+            logit_scale[i],
+            logit_bias[i],
+            key_scale ? &(*key_scale)[i] : nullptr,
+            value_scale ? &(*value_scale)[i] : nullptr};
   }
 };
 
@@ -55,10 +68,20 @@ inline void read_key_lists(Call& call, AttentionSource& s, int64_t i, int64_t cl
     }
 }
 
+// How keys lie in memory, where they are not of the query's dtype.
+inline Storage storage_of(const Tensor& key) {
+  return Call::is(key, ScalarType::Char)            ? Storage::kInt8
+         : Call::is(key, ScalarType::Float8_e4m3fn) ? Storage::kFloat8
+                                                    : Storage::kElements;
+}
+
 inline AttentionSource source_params(Call& call, const AttentionParams& p, ScalarType dtype, int64_t i,
                                      const SourceTensors& x) {
-  const View key = call.input(x.key, {"key", i}, dtype, {kAny, kAny, p.h, p.d}, 1);
   AttentionSource s{};
+  if (x.key_scale && x.key.defined() && !Call::is(x.key, dtype)) s.storage = storage_of(x.key);
+  const bool eight_bit = s.storage != Storage::kElements;
+  if (eight_bit) dtype = s.storage == Storage::kInt8 ? ScalarType::Char : ScalarType::Float8_e4m3fn;
+  const View key = call.input(x.key, {"key", i}, dtype, {kAny, kAny, p.h, p.d}, 1);
   s.r = key.size[0];
   s.m = key.size[1];
   const View value = call.input(x.value, {"value", i}, dtype, {s.r, x.value_index ? kAny : s.m, p.h, p.d}, 1);
@@ -101,6 +124,17 @@ inline AttentionSource source_params(Call& call, const AttentionParams& p, Scala
   };
   per_head(x.logit_scale, "logit_scale", s.logit_scale, s.logit_scale_stride);
   per_head(x.logit_bias, "logit_bias", s.logit_bias, s.logit_bias_stride);
+  const auto per_token = [&](const MaybeTensor& table, const char* name, int64_t tokens, const float*& data,
+                             int64_t (&stride)[3]) {
+    call.require(table.has_value() == eight_bit, {name, i}, table ? "a tensor" : "None",
+                 eight_bit ? "a tensor beside an 8-bit key" : "None beside a key of the query's dtype");
+    if (!table) return;
+    const View view = call.input(*table, {name, i}, ScalarType::Float, {one_or(s.r), one_or(tokens), one_or(p.h)}, 0);
+    data = view.as<float>();
+    copy_strides(view, stride);
+  };
+  if (x.key_scale) per_token(*x.key_scale, "key_scale", s.m, s.key_scale, s.key_scale_stride);
+  if (x.value_scale) per_token(*x.value_scale, "value_scale", s.v, s.value_scale, s.value_scale_stride);
   return s;
 }
 

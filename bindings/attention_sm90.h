@@ -69,12 +69,14 @@ struct AttentionSm90 {
   static void op(Tensor query, Tensors key, Tensors value, MaybeTensors rows, MaybeTensors key_index,
                  MaybeTensors key_count, MaybeTensors value_index, MaybeTensors key_bias, MaybeTensors logit_scale,
                  MaybeTensors logit_bias, MaybeTensor query_order, MaybeTensor class_start,
-                 std::vector<int64_t> softmax_group, MaybeTensors weight, double scale, Tensor out, MaybeTensor lse) {
+                 std::vector<int64_t> softmax_group, MaybeTensors weight, MaybeTensors key_scale,
+                 MaybeTensors value_scale, double scale, Tensor out, MaybeTensor lse) {
     Call call = Machine::call("multi_source_attention", query);
     align(query);
     for (Tensors* all : {&key, &value})
       for (Tensor& x : *all) align(x);
-    const Lists lists{key, value, rows, key_index, key_count, value_index, key_bias, logit_scale, logit_bias};
+    const Lists lists{key,      value,       rows,       key_index,  key_count,   value_index,
+                      key_bias, logit_scale, logit_bias, &key_scale, &value_scale};
     AttentionParams p = forward_params(call, query, lists, query_order, class_start, softmax_group, weight.data(),
                                        weight.size(), scale);
     read_outputs(call, p, query.scalar_type(), out, lse);

@@ -16,6 +16,9 @@ struct Parallel {
 constexpr int kMaxHeadDim = 256;
 constexpr int kMaxSources = 16;
 
+// How the numbers of a source lie in memory: as the query's, or in 8 bits, of which each token and head has a scale.
+enum class Storage : int32_t { kElements, kInt8, kFloat8 };  // float8: e4m3, without infinities
+
 struct AttentionSource {
   const void* key;             // [r, m, h, d]
   const void* value;           // [r, v, h, d], v == m without value_index
@@ -26,6 +29,8 @@ struct AttentionSource {
   const float* key_bias;       // [r or 1, m] or null
   const float* logit_scale;    // [b, h] or null: 1
   const float* logit_bias;     // [b, h] or null: 0
+  const float* key_scale;      // [r or 1, m or 1, h or 1] of keys in 8 bits: key = 8 bits · scale; else null
+  const float* value_scale;    // [r or 1, v or 1, h or 1], likewise
   int64_t r, m, v;
   int64_t key_stride[3];                                // row, key, head; the last dimension is contiguous
   int64_t value_stride[3];                              // row, key, head
@@ -34,6 +39,8 @@ struct AttentionSource {
   int64_t value_index_stride[2];                        // row, b: one of them is 0; keys are contiguous
   int64_t bias_rows, bias_stride;                       // 1 or r; row (0 where shared); keys are contiguous
   int64_t logit_scale_stride[2], logit_bias_stride[2];  // b, h
+  int64_t key_scale_stride[3], value_scale_stride[3];   // row, token, head (0 where shared)
+  Storage storage;                                      // of keys and values
   int32_t softmax_group;                                // from 0 on, ascending over the sources
 };
 

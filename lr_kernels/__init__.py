@@ -1,6 +1,7 @@
 """Fused attention over several sources for diffusion models, and the small operators of Layout-and-Retouch."""
 
 from .attention.api import multi_source_attention
+from .attention.eight_bit import quantize
 from .attention.merge import merge_attention_states
 from .attention.plan import AttentionPlan, plan_attention
 from .attention.token_maps import attention_with_token_maps
@@ -23,6 +24,7 @@ __all__ = [
     "merge_attention_states",
     "multi_source_attention",
     "plan_attention",
+    "quantize",
     "sigma_coefficients",
     "step_blend",
     "step_coefficients",

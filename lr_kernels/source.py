@@ -12,9 +12,9 @@ class Source(NamedTuple):
     """
 
     key: Tensor
-    """(R, M, H, D), the query's dtype and device"""
+    """(R, M, H, D), the query's device and dtype; or int8 or float8_e4m3fn, which key_scale turns into that dtype"""
     value: Tensor
-    """(R, M, H, D)"""
+    """(R, M, H, D), the dtype of the key"""
     rows: Tensor | None = None
     """int (B,): the row that each query row reads, -1: none. Default: row b, or row 0 where R = 1"""
     key_mask: Tensor | None = None
@@ -33,3 +33,7 @@ class Source(NamedTuple):
     """sources with the same number share one softmax; the groups' results are added"""
     weight: float | Tensor | None = None
     """scalar, (B,) or (B, N): weight of the softmax group, taken from its first source"""
+    key_scale: Tensor | None = None
+    """fp32 (R or 1, M or 1, H or 1), of 8-bit keys alone: K = key · key_scale, rounded to the query's dtype"""
+    value_scale: Tensor | None = None
+    """fp32 (R or 1, M or 1, H or 1), of 8-bit values alone, by the values' own tokens: V = value · value_scale"""

@@ -98,8 +98,10 @@ class AttentionInputs:
     query_groups: Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> "AttentionInputs":
-        """The same inputs with query, keys and values in another dtype."""
-        sources = [s._replace(key=s.key.to(dtype), value=s.value.to(dtype)) for s in self.sources]
+        """The same inputs with query, keys and values in another dtype, but for those in 8 bits."""
+        sources = [
+            s._replace(key=s.key.to(dtype), value=s.value.to(dtype)) if s.key_scale is None else s for s in self.sources
+        ]
         return AttentionInputs(self.query.to(dtype), sources, self.query_groups)
 
 

@@ -51,7 +51,14 @@ class Part:
     shift: np.ndarray  # (H, M)
 
 
-def read(i: int, source: Source, b: int, query: np.ndarray, groups: np.ndarray | None, scale: float) -> Part | None:
+def numbers(x: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> np.ndarray:
+    """Keys or values; those in 8 bits as the query's dtype holds them, times their scales in fp32."""
+    return array(x if scale is None else (x.float() * scale[..., None]).to(dtype))
+
+
+def read(
+    i: int, source: Source, b: int, query: np.ndarray, groups: np.ndarray | None, scale: float, dtype: torch.dtype
+) -> Part | None:
     """None where the query row reads nothing of source i."""
     _, queries, heads, _ = query.shape
     rows, keys = source.key.shape[:2]
@@ -71,8 +78,9 @@ def read(i: int, source: Source, b: int, query: np.ndarray, groups: np.ndarray |
     if source.key_bias is not None:
         shift = shift + table_row(array(source.key_bias), row)
     alpha = scale * per_head(source.logit_scale, b, heads, 1.0)
-    value = array(source.value)[row]
-    return Part(i, row, array(source.key)[row], value[tokens], tokens, visible, alpha, shift)
+    key = numbers(source.key, source.key_scale, dtype)[row]
+    value = numbers(source.value, source.value_scale, dtype)[row]
+    return Part(i, row, key, value[tokens], tokens, visible, alpha, shift)
 
 
 @dataclass
@@ -103,7 +111,7 @@ def attention(query, sources, query_groups=None, scale=None, grad_out=None, grad
         for b in range(batch):
             for group in sorted({s.softmax_group for s in sources}):
                 members = [i for i, s in enumerate(sources) if s.softmax_group == group]
-                parts = [read(i, sources[i], b, q, groups, scale) for i in members]
+                parts = [read(i, sources[i], b, q, groups, scale, query.dtype) for i in members]
                 parts = [part for part in parts if part is not None]
                 lse[b] = -np.inf
                 if not parts:

@@ -60,6 +60,13 @@ class Draw:
     def one_or(self, n: int) -> int:
         return self.random.choice((1, n))
 
+    def eight_bits(self, like: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(R, M, H, D) of any bits, plain or a part of a wider tensor, and their scales."""
+        rows, tokens, *rest = like.shape
+        bits = torch.randint(256, (rows, tokens, 2, *rest), generator=self.generator, dtype=torch.uint8).view(dtype)
+        scale = self.tensor(*(self.one_or(n) for n in like.shape[:3]))
+        return own(bits[:, :, 1]) if self.often() else bits[:, :, 1].contiguous(), scale
+
 
 def drawn_attention(draw: Draw) -> tuple[tuple[int, ...], Arguments]:
     """(sizes of query, the arguments from query to class_start)"""

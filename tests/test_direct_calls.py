@@ -135,6 +135,8 @@ def attention(**changes):
         "class_start": torch.tensor([[0, 2, 6]], dtype=torch.int32),
         "softmax_group": [0, 1],
         "weight": [None] * 2,
+        "key_scale": [None] * 2,
+        "value_scale": [None] * 2,
         "scale": 0.3,
         "out": torch.empty(2, 6, 2, 8),
         "lse": None,
@@ -145,6 +147,10 @@ def attention(**changes):
 
 def int32(*rows):
     return torch.tensor(rows, dtype=torch.int32)
+
+
+BITS, SCALE = torch.zeros(2, 6, 2, 8, dtype=torch.int8), torch.ones(2, 6, 2)
+IN_8_BITS = {"key": [BITS] * 2, "value": [BITS] * 2, "key_scale": [SCALE] * 2, "value_scale": [SCALE] * 2}
 
 
 @pytest.mark.parametrize(
@@ -178,6 +184,18 @@ def int32(*rows):
         ({"out": torch.empty(2, 6, 2, 8, dtype=torch.half)}, "out: expected float32, got float16"),
         ({"out": torch.empty(2, 5, 2, 8)}, r"out: expected shape \(2, 6, 2, 8\), got \(2, 5, 2, 8\)"),
         ({"key": []}, "key: expected 1 to 16 entries, got 0"),
+        ({"key_scale": [None]}, "key_scale: expected 2 entries, got 1"),
+        (
+            {"key_scale": [SCALE, None]},
+            r"key_scale\[0\]: expected None beside a key of the query's dtype, got a tensor",
+        ),
+        ({"value_scale": [None, SCALE]}, r"value_scale\[1\]: expected None beside a key of the query's dtype"),
+        ({"key": [BITS] * 2}, r"value\[0\]: expected int8, got float32"),
+        ({**IN_8_BITS, "key_scale": [None] * 2}, r"key_scale\[0\]: expected a tensor beside an 8-bit key, got None"),
+        ({**IN_8_BITS, "value_scale": [None, SCALE]}, r"value_scale\[0\]: expected a tensor beside an 8-bit key"),
+        ({**IN_8_BITS, "key_scale": [SCALE[:, :5]] * 2}, r"key_scale\[0\]: expected shape \(2 or 1, 6 or 1, 2 or 1\)"),
+        ({**IN_8_BITS, "key_scale": [SCALE.double()] * 2}, r"key_scale\[0\]: expected float32, got float64"),
+        ({**IN_8_BITS, "key": [BITS.view(torch.uint8)] * 2}, r"key\[0\]: expected float32, got uint8"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )

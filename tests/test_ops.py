@@ -36,6 +36,8 @@ def op_arguments(case: AttentionCase, dtype=torch.float32) -> tuple:
         plan.class_start,
         [0] * count,
         [None],
+        [None] * count,
+        [None] * count,
         0.3,
         torch.full(query.shape, torch.nan, dtype=dtype),
         torch.full(query.shape[:3], torch.nan),

@@ -169,10 +169,28 @@ class Draw:
             source = source._replace(key_groups=self.bits(table_rows, keys))
         if self.rarely(f"key_bias[{i}]"):
             source = source._replace(key_bias=self.key_bias(table_rows, keys))
+        if not self.finite and self.rarely(f"8 bits[{i}]"):
+            source = self.in_8_bits(source, i)
         return source._replace(
             logit_scale=self.strength(f"logit_scale[{i}]", [(), (batch,), (batch, heads)]),
             logit_bias=self.strength(f"logit_bias[{i}]", [(), (batch,), (batch, heads)]),
         )
+
+    def in_8_bits(self, source: Source, i: int) -> Source:
+        """The source with any bits, NaN of e4m3 rarely, and with scales that now and then bring them to fp32's end."""
+        kind, fields = self(st.sampled_from([torch.int8, torch.float8_e4m3fn]), f"8 bits[{i}]: dtype"), {}
+        for name, x in (("key", source.key), ("value", source.value)):
+            gain = {torch.int8: 40.0, torch.float8_e4m3fn: 1.5}[kind]
+            numbers = (gain * self.randn(*x.shape)).clamp(-127, 127).to(kind)
+            if x.numel() and kind != torch.int8 and self.rarely(f"{name}[{i}]: not a number"):
+                numbers.view(-1)[self.below(x.numel(), 1)] = math.nan
+            scale = self.randn(*(self(st.sampled_from([1, n]), f"{name}_scale[{i}]") for n in x.shape[:3])) * 1.5 / gain
+            if self.seldom(f"{name}_scale[{i}]: extreme"):
+                scale = scale * {"key": 1e17, "value": 1e34}[name] if x.dtype != torch.float16 else scale * 100
+            if self.often(f"{name}[{i}]: heads first"):
+                numbers = numbers.transpose(1, 2).contiguous().transpose(1, 2)
+            fields |= {name: numbers, f"{name}_scale": scale}
+        return source._replace(**fields)
 
     def inputs(self) -> AttentionInputs:
         batch, queries = self(st.integers(0, 3), "batch"), self(st.integers(0, 70), "queries")

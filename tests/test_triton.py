@@ -378,6 +378,8 @@ def test_one_compilation_for_every_step_weight_and_grouping(device):
             None,
             groups,
             weights[: groups[-1] + 1],
+            [None] * 3,
+            [None] * 3,
             0.1 * (step + 1),
         )
         arguments, constants, _ = attention.launch_arguments(q, tables, torch.empty_like(q), None, 90)

@@ -14,7 +14,7 @@ import triton
 
 from lr_kernels.runtime.schemas import SCHEMAS
 from lr_kernels.triton import file_of
-from lr_kernels.triton.report import ARCHITECTURES, HEAD_DIMS, RELATED, Row, digest, read
+from lr_kernels.triton.report import ARCHITECTURES, EIGHT_BIT_KINDS, HEAD_DIMS, RELATED, Row, digest, read
 from lr_kernels.triton.tiles import SHARED_MEMORY
 
 ROOT = Path(__file__).parent.parent
@@ -59,6 +59,8 @@ def test_every_kernel_was_compiled_for_every_architecture(table):
         expected = {f"attention D{D} bf16 {kind}" for D in TESTED for kind in ("dense", "gathered", "grouped")}
         expected |= {"attention D64 fp16 gathered", "attention D64 fp32 gathered", "attention D64 bf16 gathered warped"}
         expected |= {f"attention D{D} bf16 gathered biased" for D in (40, 64)}
+        expected |= {f"attention D{D} bf16 dense int8" for D in TESTED}
+        expected |= {f"attention D64 bf16 {kind}" for kind in EIGHT_BIT_KINDS}
         expected |= {f"backward {part} D{D} bf16" for part in ("query", "source") for D in TESTED}
         expected |= {"token maps D40 bf16", "token maps D160 bf16", "step_blend K4 bf16", "step_blend K6 bf16 full"}
         expected |= {f"subject_mask_{part}" for part in ("mean", "smooth", "otsu")}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lr_kernels import Source, multi_source_attention, plan_attention
+from lr_kernels import Source, multi_source_attention, plan_attention, quantize
 from lr_kernels.attention.repeats import signature
 from lr_kernels.attention.tables import lay_out
 from lr_kernels.testing import CASES, attention_inputs
@@ -53,6 +53,11 @@ def inputs_of(case_id: str, seed: int, dtype=torch.bfloat16):
     return inputs.query, sources, inputs.query_groups, plan
 
 
+def in_8_bits(source, dtype):
+    (key, key_scale), (value, value_scale) = quantize(source.key, dtype), quantize(source.value, dtype)
+    return source._replace(key=key, value=value, key_scale=key_scale, value_scale=value_scale)
+
+
 def as_pointers(x):
     if isinstance(x, tuple):
         return tuple(map(as_pointers, x))
@@ -67,13 +72,17 @@ def laid_out(call, query, sources, plan):
     return arguments, constants, programs
 
 
+@pytest.mark.parametrize("dtype", [None, torch.int8, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize(
     "case_id", ["self", "shared-reference", "cfg-halves", "masked-67", "groups-3-masked", "warped-values", "key-bias",
                 "logit-scale-and-bias", "everything", "everything-grouped", "d37"],
 )  # fmt: skip
-def test_a_recorded_launch_takes_the_pointers_of_its_own_call(case_id, no_gpu):
+def test_a_recorded_launch_takes_the_pointers_of_its_own_call(case_id, dtype, no_gpu):
+    """dtype: of a first source in 8 bits."""
     one_group = BY_ID[case_id].softmax_groups is None
     query, sources, groups, plan = inputs_of(case_id, 0)
+    if dtype is not None:
+        sources[0] = in_8_bits(sources[0], dtype)
     call = recordable(query, sources, groups, None, one_group, plan)
     assert call is not None and call.recorded is None
     arguments, constants, programs = laid_out(call, query, sources, plan)
@@ -86,6 +95,8 @@ def test_a_recorded_launch_takes_the_pointers_of_its_own_call(case_id, no_gpu):
     assert not any(isinstance(x, torch.Tensor) for x in torch.utils._pytree.tree_leaves(launch.arguments)), "kept alive"
 
     query, sources, groups, plan = inputs_of(case_id, 1)
+    if dtype is not None:
+        sources[0] = in_8_bits(sources[0], dtype)
     again = recordable(query, sources, groups, None, one_group, plan)
     assert again.key == call.key and again.recorded is launch
     again.replay(query)
@@ -104,13 +115,15 @@ def variant(**changes):
     key = wide[:, :, :2] if about["strided"] else wide[:, :, :2].contiguous()
     value = key if about["alias"] else key.clone() if not about["strided"] else wide[:, :, 2:]
     source = Source(key, value, about["rows"], softmax_group=about.get("group", 0))
+    if "scaled" in about:
+        source = in_8_bits(source, about["scaled"])
     return recordable(query, [source], None, about["scale"], about["lse"], None)
 
 
 @pytest.mark.parametrize(
     "changes",
     [{"dtype": torch.float16}, {"tokens": 65}, {"keys": 63}, {"strided": True}, {"scale": 0.5}, {"lse": True},
-     {"alias": True}, {"rows": torch.tensor([1, 0], dtype=torch.int32)}],
+     {"alias": True}, {"scaled": torch.int8}, {"rows": torch.tensor([1, 0], dtype=torch.int32)}],
     ids=lambda c: next(iter(c)),
 )  # fmt: skip
 def test_what_decides_a_launch_is_in_the_key(changes, no_gpu):

@@ -38,12 +38,13 @@ int units_of(int d) {
 
 // Row-wise copy into units: fp32 values, or the 16-bit elements themselves, zeros after the last.
 template <class S, class C>
-LR_INLINE void pack_row(const S* from, int d, typename C::Unit* to) {
+LR_INLINE void pack_row(const StoredRow& row, int d, [[maybe_unused]] S* room, typename C::Unit* to) {
   if constexpr (std::is_same_v<C, Fp32>) {
-    to_floats(from, d, to);
+    to_floats(elements_of(row, d, room), d, to);
   } else {
     for (int u = d / 2; u < units_of<C>(d); ++u) to[u] = 0;
-    std::memcpy(to, from, d * sizeof(S));
+    const S* from = elements_of(row, d, reinterpret_cast<S*>(to));
+    if (row.storage == Storage::kElements) std::memcpy(to, from, d * sizeof(S));
   }
 }
 
@@ -77,19 +78,20 @@ LR_INLINE Vec load_as_float(const Pair* p) {
 // ---- one tile of queries ----
 
 // Scratch of one thread, laid out for a head_dim.
-template <class C>
+template <class S, class C>
 struct Scratch {
   std::vector<Slice<C>> slices;
   typename C::Unit *keys, *values, *p;
   float *bias, *factor, *scores;
-  int units;
+  S* room;         // for the 8-bit rows that are read together, as elements
+  int units, row;  // row: elements from one row of the room to the next
 
   static size_t slice_bytes(int d, bool several_groups) {
     const size_t channels = round_up(d, C::kChannels), rows = (several_groups ? 2 * channels : channels) + 2;
     return units_of<C>(d) * kSlice * sizeof(typename C::Unit) + rows * kSlice * sizeof(float);
   }
 
-  Scratch(int d, int count, bool several_groups) : slices(count), units(units_of<C>(d)) {
+  Scratch(int d, int count, bool several_groups) : slices(count), units(units_of<C>(d)), row(int(round_up(d, kLanes))) {
     lay_out(
         [&](Arena& arena) {
           const size_t channels = round_up(d, C::kChannels);
@@ -99,6 +101,7 @@ struct Scratch {
           arena.take(bias, C::kBlock + C::kKeys);
           arena.take(factor, kSlice);
           arena.take(scores, std::is_same_v<C, Bf16Tiles> ? 2 * C::kKeys * kSlice : 0);
+          arena.take(room, size_t(std::is_same_v<C, Bf16Tiles> ? C::kKeys : C::kPack) * row);
           for (Slice<C>& s : slices) {
             arena.take(s.query, size_t(units) * kSlice);
             arena.take(s.out, channels * kSlice);
@@ -116,7 +119,7 @@ class Attention {
  public:
   explicit Attention(const AttentionParams& params) : p(params), d(int(params.d)) {}
 
-  void run(const QueryTile& tile, Scratch<C>& scratch) const {
+  void run(const QueryTile& tile, Scratch<S, C>& scratch) const {
     const int slices = tile.slices();
     for (int s = 0; s < slices; ++s) load_queries(tile, s, scratch.slices[s]);
     KeyList list;
@@ -169,7 +172,7 @@ class Attention {
   const int d;
 
   template <bool kBiased>
-  void attend_slice(const Scratch<C>& x, int slice, const Block<C>& block, bool first) const {
+  void attend_slice(const Scratch<S, C>& x, int slice, const Block<C>& block, bool first) const {
 #if defined(__AMX_BF16__)
     if constexpr (std::is_same_v<C, Bf16Tiles>)
       return TileBlock(x.slices[slice], block, x.units, d, x.p, x.scores).attend(first);
@@ -218,7 +221,7 @@ class Attention {
 
   // The keys of the next block: short sources share one.
   struct KeyList {
-    const S *key[C::kBlock], *value[C::kBlock];
+    StoredRow key[C::kBlock], value[C::kBlock];
     Logits logits{};
     int count = 0;
     bool live = false;  // whether the group has had a key whose bias is not -inf
@@ -228,8 +231,8 @@ class Attention {
   static void append_keys(const VisibleKeys<S>& keys, int64_t k, int n, KeyList& list, float* biases) {
     for (int64_t i = k; i < k + n; ++i, ++list.count) {
       const int64_t token = keys.token(i);
-      list.key[list.count] = keys.key(token);
-      list.value[list.count] = keys.value(token);
+      list.key[list.count] = keys.stored_key(token);
+      list.value[list.count] = keys.stored_value(token);
       biases[list.count] = keys.log2_bias_of(token);
       list.live |= biases[list.count] != -INFINITY;
     }
@@ -237,22 +240,29 @@ class Attention {
 
   // The listed keys and values, packed: rows that lie a large power of two apart would meet in a few sets of the L1
   // cache.
-  Block<C> pack_block(const KeyList& list, Scratch<C>& scratch) const {
+  Block<C> pack_block(const KeyList& list, Scratch<S, C>& scratch) const {
     const int count = list.count, units = scratch.units;
-    for (int i = 0; i < count; ++i) pack_row<S, C>(list.key[i], d, scratch.keys + int64_t(i) * units);
+    for (int i = 0; i < count; ++i) pack_row<S, C>(list.key[i], d, scratch.room, scratch.keys + int64_t(i) * units);
     std::fill_n(scratch.keys + int64_t(count) * units, (round_up(count, C::kKeys) - count) * units, 0);
     std::fill(scratch.bias + count, scratch.bias + C::kBlock + C::kKeys, -INFINITY);
 #if defined(__AMX_BF16__)
     if constexpr (std::is_same_v<C, Bf16Tiles>) {
-      for (int i = 0; i < count; i += C::kKeys)
-        transpose_values([&](int j) { return reinterpret_cast<const uint16_t*>(list.value[i + j]); },
-                         std::min(count - i, C::kKeys), d, scratch.values + i / 2);
+      const S* row[C::kKeys];
+      for (int i = 0; i < count; i += C::kKeys) {
+        const int keys = std::min(count - i, C::kKeys);
+        for (int j = 0; j < keys; ++j) row[j] = elements_of(list.value[i + j], d, scratch.room + j * scratch.row);
+        transpose_values([&](int j) { return reinterpret_cast<const uint16_t*>(row[j]); }, keys, d,
+                         scratch.values + i / 2);
+      }
     }
 #endif
     if constexpr (!std::is_same_v<C, Bf16Tiles>) {
-      for (int i = 0; i < count; i += C::kPack)
-        pack_values<S, C>(list.value[i], i + 1 < count ? list.value[i + 1] : nullptr, d,
-                          scratch.values + int64_t(i / C::kPack) * d);
+      for (int i = 0; i < count; i += C::kPack) {
+        const S* even = elements_of(list.value[i], d, scratch.room);
+        const S* odd =
+            C::kPack == 1 || i + 1 == count ? nullptr : elements_of(list.value[i + 1], d, scratch.room + scratch.row);
+        pack_values<S, C>(even, odd, d, scratch.values + int64_t(i / C::kPack) * d);
+      }
     }
     return {reinterpret_cast<const char*>(scratch.keys),
             scratch.values,
@@ -266,7 +276,7 @@ class Attention {
   // Divides a slice's output by its sum and multiplies it by the weight of the softmax group. Where there are several
   // softmax groups, the product is added to `total`. Notes the queries whose results fp32 could not hold; `live` says
   // whether the softmax group has a key that its bias does not hide.
-  void finish_group(const QueryTile& tile, int slice, Scratch<C>& scratch, int group, bool live) const {
+  void finish_group(const QueryTile& tile, int slice, Scratch<S, C>& scratch, int group, bool live) const {
     Slice<C>& s = scratch.slices[slice];
     float* factor = scratch.factor;
     for (int lane = 0; lane < kSlice; ++lane) factor[lane] = s.sum[lane] == 0 ? 0.0f : 1.0f / s.sum[lane];
@@ -344,7 +354,7 @@ void attend(const AttentionParams& p, const Parallel& parallel) {
   for (int i = 0; i < p.sources; ++i) keys += p.source[i].m;
   const bool tiny = p.b * p.n * p.h * p.d * keys < (1 << 18);  // a second thread would cost more than it brings
   const int threads = tiny ? 1 : parallel.threads;
-  int slices = std::clamp<int>(kTileBytes / Scratch<C>::slice_bytes(int(p.d), p.softmax_groups > 1), 1, kMaxSlices);
+  int slices = std::clamp<int>(kTileBytes / Scratch<S, C>::slice_bytes(int(p.d), p.softmax_groups > 1), 1, kMaxSlices);
   // Four tiles per thread or more balance the load; tiles below four slices would pack each block for too few queries.
   while (slices > 4 && p.b * p.h * ((p.n + slices * kSlice - 1) / (slices * kSlice)) < 4 * threads) slices /= 2;
   slices = std::min<int>(slices, int((p.n + kSlice - 1) / kSlice));
@@ -363,7 +373,7 @@ void attend(const AttentionParams& p, const Parallel& parallel) {
     std::optional<TileSession> session;
     if (std::is_same_v<C, Bf16Tiles>) session.emplace();
 #endif
-    Scratch<C> scratch(int(job.p.d), job.slices, job.p.softmax_groups > 1);
+    Scratch<S, C> scratch(int(job.p.d), job.slices, job.p.softmax_groups > 1);
     const Attention<S, C> attention(job.p);
     // Tiles of one batch row and head follow each other: its keys stay in cache.
     const int64_t per_head = int64_t(job.tiles.size());

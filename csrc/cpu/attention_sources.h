@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "cpu/attention_block.h"
+#include "cpu/eight_bit.h"
 #include "params.h"
 
 namespace lr::LR_ISA {
@@ -79,10 +80,9 @@ struct VisibleKeys {
       index_ = source.key_index + tile.query_class * source.index_stride[0] + row * source.index_stride[1];
       count = source.key_count[tile.query_class * source.count_stride[0] + row * source.count_stride[1]];
     }
-    keys_ = static_cast<const S*>(source.key) + row * source.key_stride[0] + tile.h * source.key_stride[2];
-    values_ = static_cast<const S*>(source.value) + row * source.value_stride[0] + tile.h * source.value_stride[2];
-    key_stride_ = source.key_stride[1];
-    value_stride_ = source.value_stride[1];
+    keys_ = Rows(source.key, source.key_stride, source.key_scale, source.key_scale_stride, source.storage, row, tile.h);
+    values_ = Rows(source.value, source.value_stride, source.value_scale, source.value_scale_stride, source.storage,
+                   row, tile.h);
     if (source.value_index)
       moved_ = source.value_index + row * source.value_index_stride[0] + tile.b * source.value_index_stride[1];
     if (source.key_bias) bias = source.key_bias + row * source.bias_stride;
@@ -97,14 +97,36 @@ struct VisibleKeys {
   // The token of the i-th visible key; what follows is of a token.
   int64_t token(int64_t i) const { return index_ ? index_[i] : i; }
   int64_t value_token(int64_t token) const { return moved_ ? moved_[token] : token; }
-  const S* key(int64_t token) const { return keys_ + token * key_stride_; }
-  const S* value(int64_t token) const { return values_ + value_token(token) * value_stride_; }
+  StoredRow stored_key(int64_t token) const { return keys_[token]; }
+  StoredRow stored_value(int64_t token) const { return values_[value_token(token)]; }
+  // The same of a source that is not in 8 bits.
+  const S* key(int64_t token) const { return static_cast<const S*>(keys_[token].data); }
+  const S* value(int64_t token) const { return static_cast<const S*>(values_[value_token(token)].data); }
   float bias_of(int64_t token) const { return bias ? bias[token] : 0.0f; }
   float log2_bias_of(int64_t token) const { return bias ? to_log2(bias[token], shift) : shift; }  // with the shift
 
  private:
-  const S *keys_ = nullptr, *values_ = nullptr;
-  int64_t key_stride_ = 0, value_stride_ = 0;
+  // The keys, or the values, of one row and head.
+  struct Rows {
+    const char* data = nullptr;
+    const float* scale = nullptr;         // or null: 1
+    int64_t bytes = 0, scale_stride = 0;  // from token to token
+    Storage storage = Storage::kElements;
+
+    Rows() = default;
+    Rows(const void* all, const int64_t (&stride)[3], const float* scales, const int64_t (&step)[3], Storage kind,
+         int64_t row, int64_t h)
+        : scale_stride(step[1]), storage(kind) {
+      const int64_t size = kind == Storage::kElements ? sizeof(S) : 1;
+      data = static_cast<const char*>(all) + (row * stride[0] + h * stride[2]) * size;
+      bytes = stride[1] * size;
+      if (scales) scale = scales + row * step[0] + h * step[2];
+    }
+    StoredRow operator[](int64_t token) const {
+      return {data + token * bytes, scale ? scale[token * scale_stride] : 1.0f, storage};
+    }
+  };
+  Rows keys_, values_;
   const int32_t *index_ = nullptr, *moved_ = nullptr;
 };
 

@@ -69,11 +69,13 @@ class WideQuery {
   // False where a logit is NaN: so is the result, then.
   bool add_keys(const VisibleKeys<S>& keys, WideSoftmax& softmax) const {
     const double scale = p.scale * double(keys.logit_scale);
+    S room[kMaxHeadDim];
     for (int64_t i = 0; i < keys.count; ++i) {
       const int64_t token = keys.token(i);
-      const double logit = scale * score(keys.key(token)) + double(keys.logit_bias) + double(keys.bias_of(token));
+      const S* key = elements_of(keys.stored_key(token), d, room);
+      const double logit = scale * score(key) + double(keys.logit_bias) + double(keys.bias_of(token));
       if (std::isnan(logit)) return false;
-      softmax.add(logit, keys.value(token), d);
+      softmax.add(logit, elements_of(keys.stored_value(token), d, room), d);
     }
     return true;
   }

@@ -125,6 +125,7 @@ const char* attention_sm90_lacks(const AttentionParams& p) {
   if (unaligned(p.out, p.out_stride)) return "out whose rows are not at multiples of 16 bytes";
   for (int s = 0; s < p.sources; ++s) {
     const AttentionSource& x = p.source[s];
+    if (x.storage != Storage::kElements) return "8-bit key";
     if (unaligned(x.key, x.key_stride)) return "key whose rows are not at multiples of 16 bytes";
     if (unaligned(x.value, x.value_stride)) return "value whose rows are not at multiples of 16 bytes";
     if (x.key_stride[1] >> 30 || x.value_stride[1] >> 30) return "tokens that are 2 GiB or more apart";

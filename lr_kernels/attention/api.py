@@ -57,6 +57,10 @@ def multi_source_attention(
     visible to query (b, i) iff rows_s[b] >= 0, key_mask_s[j] and query_groups[b,i] & key_groups_s[j]. Nothing is
     concatenated, expanded or expressed as a dense mask: hidden keys cost nothing.
 
+    A source may hold its keys and values in 8 bits, as `quantize` makes them: K = key · key_scale and V = value ·
+    value_scale, multiplied in fp32 and rounded once to the query's dtype, block by block as they are read. On "cpu" the
+    result is bit for bit that of the same call on these K and V. Scales are finite; 0 and negative ones are allowed.
+
     Args:
         query: (B, N, H, D), fp32, fp16 or bf16 (the reference backend also float64); D 1 to 256.
         sources: 1 to 16 `Source`s. With several softmax groups their results are added, each with its weight.
@@ -65,7 +69,8 @@ def multi_source_attention(
         return_lse: also return the natural-log sum of exponentials, fp32 (B, N, H); needs a single softmax group.
         plan: from `plan_attention` for the same masks and groups; default: built here.
         backend: "auto", "cpu", "cuda", "triton" or "reference". "cuda" is for Hopper (compute capability 9.0), fp16 and
-            bf16, a head_dim that is a multiple of 8 and calls without gradients; there "auto" takes it before "triton".
+            bf16, a head_dim that is a multiple of 8, and calls without gradients and 8-bit keys; there "auto" takes it
+            before "triton".
             A named backend never falls back to another.
 
     Returns:
@@ -80,8 +85,8 @@ def multi_source_attention(
     Gradients: of query, key, value and key_bias on "cpu" and, without value_index, "triton" (P is computed again from
         the lse: no N x M memory; gradients of keys and values are summed in fp32 buffers of their shapes, in the same
         order every time); of every floating argument on "reference". "auto" takes "reference", with its N x M memory,
-        where a strength or weight requires a gradient, and for gradients of gradients, forward mode and torch.func's
-        transforms except vmap. No backend takes torch.vmap over a tensor of the call.
+        where a strength or weight requires a gradient or a source is in 8 bits, and for gradients of gradients, forward
+        mode and torch.func's transforms except vmap. No backend takes torch.vmap over a tensor of the call.
 
     Raises:
         ValueError, TypeError: an argument that does not fit, named with its source: `key[2]: expected …, got …`.

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from ..runtime.checks import FLOAT32_MAX, check_entries, check_memory, fail, has_shape, one_of
-from ..runtime.schemas import MAX_HEAD_DIM, MAX_SOURCES, MAX_TOKENS
+from ..runtime.schemas import EIGHT_BIT_LARGEST, MAX_HEAD_DIM, MAX_SOURCES, MAX_TOKENS
 from ..runtime.tensors import check_dense, is_plain, resolved, within_float32
 from ..source import Source
 from .plan import AttentionPlan, as_made, changed_mask, check_lists, check_masks, check_parts
 
 OP = "multi_source_attention"
 _REAL_TABLES = ("key_bias", "logit_scale", "logit_bias", "weight")
+_QUERY_DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16, torch.float64))
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -58,7 +59,7 @@ def _check(query: Tensor, sources: Sequence[Source], query_groups: Tensor | None
     if query.dim() != 4:
         fail(OP, "query", "shape (batch, tokens, heads, head_dim)", tuple(query.shape))
     batch, tokens, _, head_dim = query.shape
-    if not query.is_floating_point():
+    if query.dtype not in _QUERY_DTYPES:
         fail(OP, "query", "one of float32, float16, bfloat16, float64", query.dtype, error=TypeError)
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         fail(OP, "query", f"head_dim from 1 to {MAX_HEAD_DIM}", head_dim)
@@ -141,12 +142,16 @@ def _check_source(i: int, source: Source, query: Tensor, eager: bool) -> bool:
             fail(OP, f"{name}[{i}]", f"head_dim {head_dim}", shape[3])
         if shape[2] != heads:
             fail(OP, f"{name}[{i}]", f"{heads} heads", shape[2])
-        if x.dtype != query.dtype:
-            fail(OP, f"{name}[{i}]", str(query.dtype), x.dtype, "cast all tensors to one dtype", TypeError)
+        if x.dtype != query.dtype and x.dtype not in EIGHT_BIT_LARGEST:
+            _refuse_dtype(f"{name}[{i}]", x, query)
         if x.device != query.device:
             fail(OP, f"{name}[{i}]", str(query.device), x.device)
         if x.stride(3) != 1:
             _check_stride(f"{name}[{i}]", x, eager)
+    if source.value.dtype != source.key.dtype:
+        fail(OP, f"value[{i}]", f"{source.key.dtype} as key[{i}]", source.value.dtype, error=TypeError)
+    if source.key.dtype != query.dtype or source.key_scale is not None or source.value_scale is not None:
+        lazy |= _check_scales(i, source, query, eager)
     rows, keys = source.key.shape[:2]
     value_rows, values = source.value.shape[:2]
     if value_rows != rows or (source.value_index is None and values != keys):
@@ -182,6 +187,43 @@ def _check_source(i: int, source: Source, query: Tensor, eager: bool) -> bool:
     for name, strength in (("logit_scale", source.logit_scale), ("logit_bias", source.logit_bias)):
         if isinstance(strength, Tensor) and not has_shape(strength, (), (batch,), (batch, heads)):
             fail(OP, f"{name}[{i}]", f"a scalar, ({batch},) or ({batch}, {heads})", tuple(strength.shape))
+    return lazy
+
+
+def _refuse_dtype(name: str, x: Tensor, query: Tensor) -> None:
+    """TypeError for keys or values of a dtype that no source has."""
+    expected, hint = str(query.dtype), "cast all tensors to one dtype"
+    if x.dtype.itemsize == 1 and x.dtype != torch.bool:
+        expected, hint = ", ".join(map(str, (query.dtype, *EIGHT_BIT_LARGEST))), ""
+    fail(OP, name, expected, x.dtype, hint, TypeError)
+
+
+def _check_scales(i: int, source: Source, query: Tensor, eager: bool) -> bool:
+    """Every 8-bit key and value has a scale that fits, and no others have one; returns whether one of them is lazy."""
+    eight_bit, lazy = source.key.dtype in EIGHT_BIT_LARGEST, False
+    for name, x, scale in (("key", source.key, source.key_scale), ("value", source.value, source.value_scale)):
+        argument = f"{name}_scale[{i}]"
+        if scale is None:
+            if eight_bit:
+                fail(OP, argument, f"a tensor, since {name}[{i}] is {x.dtype}", None)
+            continue
+        if not isinstance(scale, Tensor):
+            fail(OP, argument, "a tensor or None", type(scale).__name__, error=TypeError)
+        if not eight_bit:
+            fail(
+                OP, argument, f"None, since {name}[{i}] is {x.dtype}", "a tensor", "only 8-bit keys and values have it"
+            )
+        if eager and not is_plain(scale):
+            check_dense(OP, argument, scale)
+            lazy = True
+        rows, tokens, heads = x.shape[:3]
+        sizes = scale.shape
+        if len(sizes) != 3 or not all(one_of(n, 1, most) for n, most in zip(sizes, (rows, tokens, heads))):
+            fail(OP, argument, f"shape ({rows} or 1, {tokens} or 1, {heads} or 1)", tuple(sizes))
+        if scale.dtype != torch.float32:
+            fail(OP, argument, "torch.float32", scale.dtype, error=TypeError)
+        if scale.device != query.device:
+            fail(OP, argument, str(query.device), scale.device)
     return lazy
 
 
@@ -235,8 +277,10 @@ def _check_value_index(i: int, source: Source, query: Tensor) -> None:
 
 
 def check_copies(query: Tensor, sources: Sequence[Source]) -> None:
-    """Refuse the copies that autocast makes of query, keys and values where they are beyond the memory."""
-    count = query.numel() + sum(s.key.numel() + s.value.numel() for s in sources)
+    """Refuse the copies that autocast makes of query, keys and values where they are beyond the memory; 8-bit ones it
+    leaves alone."""
+    cast = [x for s in sources for x in (s.key, s.value) if x.dtype not in EIGHT_BIT_LARGEST]
+    count = query.numel() + sum(x.numel() for x in cast)
     check_memory(OP, "query", 2 * count, query.device)
 
 
@@ -251,7 +295,8 @@ def check_reference_memory(query: Tensor, sources: Sequence[Source]) -> None:
     batch, tokens, heads, _ = query.shape
     pairs = batch * tokens * heads * sum(s.key.shape[1] for s in sources)
     size = 8 if query.dtype == torch.float64 else 4
-    check_memory(OP, "backend 'reference'", 3 * size * pairs, query.device)
+    numbers = sum(s.key.numel() + s.value.numel() for s in sources if s.key.dtype in EIGHT_BIT_LARGEST)
+    check_memory(OP, "backend 'reference'", 3 * size * pairs + 2 * size * numbers, query.device)
 
 
 def _check_table(name: str, table: Tensor, query: Tensor, rows: int, columns: int) -> None:

@@ -168,7 +168,8 @@ def _group_tables(tables: AttentionTables, members: list[int]) -> AttentionTable
     """The sources of one softmax group, without its weight."""
     per_source = AttentionTables._fields[: AttentionTables._fields.index("query_order")]
     chosen: dict[str, Any] = {name: [getattr(tables, name)[i] for i in members] for name in per_source}
-    return tables._replace(**chosen, softmax_group=[0] * len(members), weight=[None])
+    none = [None] * len(members)
+    return tables._replace(**chosen, softmax_group=[0] * len(members), weight=[None], key_scale=none, value_scale=none)
 
 
 def group_gradients(

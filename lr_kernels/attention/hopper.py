@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from ..runtime import ops
-from ..runtime.schemas import MAX_SOURCES
+from ..runtime.schemas import EIGHT_BIT_LARGEST, MAX_SOURCES
 from ..source import Source
 from .plan import AttentionPlan, as_made, changed_mask
 
@@ -52,7 +52,10 @@ def lacks(query: Tensor, sources: Sequence[Source], gradients: bool, on_hopper: 
         reasons.append(f"head_dim {query.shape[-1]}, which is no multiple of 8")
     tensors = {"query": query}
     for i, source in enumerate(sources):
-        tensors |= {f"key[{i}]": source.key, f"value[{i}]": source.value}
+        if source.key.dtype in EIGHT_BIT_LARGEST:
+            reasons.append(f"8-bit key[{i}]")
+        else:
+            tensors |= {f"key[{i}]": source.key, f"value[{i}]": source.value}
     for name, x in tensors.items():
         if not _aligned(x):
             reasons.append(f"{name} whose rows do not start at multiples of 16 bytes")
@@ -148,8 +151,10 @@ def _pack(
     for source, mask, bits_of_keys, index, count in zip(sources, masks, groups, key_index, key_count):
         if source.__class__ is not Source:
             return None
-        key, value, rows, key_mask, key_groups, bias, logit_scale, logit_bias, value_index, group, weight = source
-        if key_mask is not mask or key_groups is not bits_of_keys:
+        key, value, rows, key_mask, key_groups, bias, logit_scale, logit_bias, value_index, group, weight, *scales = (
+            source
+        )
+        if key_mask is not mask or key_groups is not bits_of_keys or scales != [None, None]:
             return None
         tensors += (key, value)
         bits = 0

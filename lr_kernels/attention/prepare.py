@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import reference
 from ..runtime import backends, modes, ops
 from ..runtime.checks import FLOAT32_MAX, check_memory, check_sequence, fail
-from ..runtime.schemas import MAX_SOURCES, AttentionTables
+from ..runtime.schemas import EIGHT_BIT_LARGEST, MAX_SOURCES, AttentionTables
 from ..source import Source
 from . import hopper
 from .checks import OP, check, check_copies, check_gradient_memory, check_reference_memory, check_types, resolve
@@ -139,6 +139,8 @@ def _lacking(sources: Sequence[Source]) -> dict[str, list[str]]:
     """What each kernel backend lacks of this call with gradients; the reference implements all."""
     cpu, triton = [], []
     for i, source in enumerate(sources):
+        if source.key.dtype in EIGHT_BIT_LARGEST:
+            cpu.append(f"gradients beside an 8-bit key[{i}]")
         for name in ("logit_scale", "logit_bias", "weight"):
             x = getattr(source, name)
             if isinstance(x, Tensor) and x.requires_grad:

@@ -56,6 +56,7 @@ def signature(
         tensors.append(source.value)
         given: tuple[Any, ...] = (
             source.rows, source.key_bias, source.logit_scale, source.logit_bias, source.value_index, source.weight,
+            source.key_scale, source.value_scale,
         )  # fmt: skip
         for x in given:
             key.append(x is None)

@@ -35,6 +35,8 @@ def lay_out(query: Tensor, sources: Sequence[Source], plan: AttentionPlan, scale
         plan.class_start,
         [groups.index(s.softmax_group) for s in sources],
         [_per_query(w, query) for w in weights],
+        [s.key_scale for s in sources],
+        [s.value_scale for s in sources],
         query.shape[3] ** -0.5 if scale is None else scale,
     )
 

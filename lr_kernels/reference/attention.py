@@ -62,6 +62,18 @@ def _row_of(table: Tensor, rows: Tensor) -> Tensor:
     return table[rows.clamp(min=0)] if table.shape[0] > 1 else table.expand(len(rows), *table.shape[1:])
 
 
+def dequantized(source: Source, dtype: torch.dtype) -> Source:
+    """The source with its keys and values as numbers of the query's dtype: those in 8 bits times their scale, in
+    float32, then rounded; in float64 nothing is rounded."""
+    wide = compute_dtype(dtype)
+
+    def numbers(x: Tensor, scale: Tensor | None) -> Tensor:
+        return x if scale is None else (x.to(wide) * scale.to(wide)[..., None]).to(dtype)
+
+    key, value = numbers(source.key, source.key_scale), numbers(source.value, source.value_scale)
+    return source._replace(key=key, value=value, key_scale=None, value_scale=None)
+
+
 @overload
 def multi_source_attention(
     query: Tensor,
@@ -99,10 +111,12 @@ def multi_source_attention(
 
     Shapes as in `lr_kernels.multi_source_attention`. An empty visible set gives out 0 and lse -inf. A NaN or Inf in a
     key or value reaches only the queries that see it. Where float32 cannot hold the logits or the sums, the query is
-    computed in float64; an lse beyond float32 is its largest or smallest number.
+    computed in float64; an lse beyond float32 is its largest or smallest number. A source in 8 bits is the source of
+    its `dequantized` keys and values, K = round(key · key_scale) and V = round(value · value_scale).
     """
     dtype = compute_dtype(query.dtype)
     scale = query.shape[3] ** -0.5 if scale is None else scale
+    sources = [dequantized(s, query.dtype) for s in sources]
     out, lse, held = _softmax_groups(query, sources, query_groups, scale, dtype)
     if dtype == torch.float32 and not held.all():
         wide, wide_lse, _ = _softmax_groups(query, sources, query_groups, scale, torch.float64)

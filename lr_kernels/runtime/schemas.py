@@ -7,6 +7,7 @@ Every op writes into preallocated outputs and returns nothing, so one no-op fake
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 MAX_TOKENS = 2**31 - 1
@@ -16,13 +17,15 @@ MAX_HEAD_DIM = 256
 MAX_PREDICTIONS = 6
 MAX_PARTS = 16
 """The most partial results that merge_attention_states joins."""
+EIGHT_BIT_LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+"""The dtypes in which a source may hold keys and values in 8 bits, and the largest number that `quantize` writes."""
 COLUMNS = ("a", "e", "sigma", "h", "p", "q", "c", "d", "s")
 """The columns after the weights g_0 … g_{K-1} of the predictions in step_blend's coefficient table; their meaning is in
 `reference.step_blend`."""
 
 # B batch rows of N tokens, S sources of R rows and M keys, C query classes (see plan.py), G softmax groups
 _ATTENTION_INPUTS = (
-    "Tensor query, Tensor[] key, Tensor[] value, "  # (B, N, H, D), S x (R, M, H, D)
+    "Tensor query, Tensor[] key, Tensor[] value, "  # (B, N, H, D), S x (R, M, H, D), forward also 8 bits
     "Tensor?[] rows, "  # int32 (B,)
     "Tensor?[] key_index, Tensor?[] key_count, "  # int32 (C or 1, R or 1, M), (C or 1, R or 1)
     "Tensor?[] value_index, "  # int32 (R or B or 1, M)
@@ -34,6 +37,7 @@ _ATTENTION_INPUTS = (
 SCHEMAS = {
     "multi_source_attention": f"({_ATTENTION_INPUTS}"
     "int[] softmax_group, Tensor?[] weight, "  # S numbers that ascend from 0 to G - 1, G x fp32 (B, N), strides free
+    "Tensor?[] key_scale, Tensor?[] value_scale, "  # fp32 (R or 1, M or 1, H or 1), strides free; beside 8-bit keys
     "float scale, Tensor(a!) out, Tensor(b!)? lse) -> ()",  # (B, N, H, D), fp32 or fp64 (B, N, H), which needs G = 1
     # of one softmax group without weight; out and lse (fp64) are those of the forward pass
     "multi_source_attention_backward": "(Tensor grad_out, Tensor? grad_lse, "  # (B, N, H, D), fp32 (B, N, H)
@@ -89,4 +93,6 @@ class AttentionTables(NamedTuple):
     class_start: Tensor | None
     softmax_group: Sequence[int]
     weight: Sequence[Tensor | None]
+    key_scale: Sequence[Tensor | None]
+    value_scale: Sequence[Tensor | None]
     scale: float

@@ -22,8 +22,10 @@ from . import tiles
 from .attention_arguments import (
     by_dimension,
     constants_of,
+    eight_bit_arguments,
     encode,
     in_units,
+    optional,
     query_order,
     source_arguments,
     strided_tables,
@@ -38,13 +40,13 @@ from .sources import query_tile
 @triton.jit(
     do_not_specialize=[
         "N", "H", "classes", "tiles_per_head", "with_rows", "with_index", "with_bias", "with_scale", "with_shift",
-        "with_value_index", "with_weight", "group_ends",
+        "with_value_index", "with_weight", "group_ends", "with_eight_bit", "with_float8",
         "query_b", "query_n", "query_h", "out_b", "out_n", "out_h", "lse_b", "lse_n", "lse_h", "order_b", "class_b",
     ]
 )  # fmt: skip
 def multi_source_attention_forward_kernel(
     query,  # (B, N, H, D)
-    key, value,  # S x (R, M, H, D)
+    key, value,  # S x (R, M, H, D); None where all sources are in 8 bits
     rows,  # S x int32 (B,); here and in all up to weight, None where no source has it
     key_index, key_count,  # S x int32 (C or 1, R or 1, M), S x int32 (C or 1, R or 1)
     value_index,  # S x int32 (R or B or 1, M)
@@ -63,8 +65,14 @@ def multi_source_attention_forward_kernel(
     group_ends,  # bit s: source s is the last of its softmax group; None: one group
     query_b, query_n, query_h, out_b, out_n, out_h,  # strides in units of UNIT elements
     lse_b, lse_n, lse_h, order_b, class_b,
+    key8, value8,  # S x int8 (R, M, H, D) of the sources in 8 bits; here and below, None without any
+    key_scale, value_scale,  # S x fp32 (R or 1, M or 1, H or 1)
+    key8_stride, value8_stride,  # (row, key, head) x S, in units of UNIT8 elements
+    key_scale_stride, value_scale_stride,  # (start, row, token, head) x S
+    with_eight_bit, with_float8,  # bit s: source s is in 8 bits; and they are e4m3, None where all are alike
     S: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     UNIT: tl.constexpr, NARROW: tl.constexpr, PER_PAIR: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    UNIT8: tl.constexpr, EIGHT_BIT: tl.constexpr,
 ):  # fmt: skip
     """Out and lse of one tile of queries of one head, over all sources."""
     # Which queries: one tile of BM queries of one class, one head
@@ -89,10 +97,12 @@ def multi_source_attention_forward_kernel(
         index_stride, count_stride, value_index_stride, bias_stride, scale_stride, shift_stride, weight_stride, scale,
         with_rows, with_index, with_bias, with_scale, with_shift, with_value_index, with_weight, group_ends,
         query_b, query_n, query_h, out_b, out_n, out_h, lse_b, lse_n, lse_h,
+        key8, value8, key_scale, value_scale, key8_stride, value8_stride, key_scale_stride, value_scale_stride,
+        with_eight_bit, with_float8,
     )  # fmt: skip
     again = attend_queries(
         call, first, end, b, h, c,
-        S, D, D0, D1, BM, BN, UNIT, NARROW, PER_PAIR, PRECISION, UPCAST, False,
+        S, D, D0, D1, BM, BN, UNIT, NARROW, PER_PAIR, PRECISION, UPCAST, UNIT8, EIGHT_BIT, False,
     )  # fmt: skip
     if again != 0:  # in small tiles: this walk must not take registers from the first
         tl.debug_barrier()  # other threads store the same results now
@@ -100,7 +110,7 @@ def multi_source_attention_forward_kernel(
         for start in range(first, last, 16):
             attend_queries(
                 call, start, last, b, h, c,
-                S, D, D0, D1, 16, 16, UNIT, False, True, PRECISION, UPCAST, True,
+                S, D, D0, D1, 16, 16, UNIT, False, True, PRECISION, UPCAST, UNIT8, EIGHT_BIT, True,
             )  # fmt: skip
 
 
@@ -111,6 +121,11 @@ def _value_index_strides(indices: tuple[Tensor, ...] | None, key: Sequence[Tenso
     by_row = [x.shape[0] == k.shape[0] for x, k in zip(indices, key)]
     steps = [strides(x, 0)[0] for x in indices]
     return tuple(encode(x if r == wanted else 0 for x, r in zip(steps, by_row)) for wanted in (True, False))
+
+
+def _plain(tensors: Sequence[Tensor], scales: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """The keys, or values, in place of those in 8 bits any other: no program reads them."""
+    return optional([x if scale is None else None for x, scale in zip(tensors, scales)])[0]
 
 
 def multi_source_attention_triton(query: Tensor, *arguments: Any) -> None:
@@ -141,35 +156,41 @@ def launch_arguments(
     B, N, H, D = query.shape
     key, value, groups = tables.key, tables.value, tables.softmax_group
     S = len(key)
-    sources, order = source_arguments(tables), query_order(tables)
+    sources, order, eight = source_arguments(tables), query_order(tables), eight_bit_arguments(tables)
     value_index, _, with_value_index = tables_of(tables.value_index)
     weights, weight_strides, with_weight = strided_tables([tables.weight[g] for g in groups])
     grouped = groups[0] != groups[-1]
     group_ends = sum(1 << s for s in range(S) if s == S - 1 or groups[s + 1] != groups[s]) if grouped else None
     per_pair = sources.bias is not None or sources.scales is not None or not tables.scale > 0
-    biased = per_pair or sources.shifts is not None or value_index is not None
+    biased = per_pair or sources.shifts is not None or value_index is not None or eight.formats > 0
     kind = "grouped" if grouped else "biased" if biased else "dense" if sources.lists is None else "gathered"
-    unit, units = in_units(query, out, *key, *value)
+    plain_key, plain_value = key, value
+    if eight.formats:
+        plain_key, plain_value = (_plain(x, tables.key_scale) for x in (key, value))
+    unit, units = in_units(query, out, *plain_key, *plain_value)
     query_strides, out_strides, *source_strides = units
-    tile = tiles.attention_tile(arch, D, query.dtype, kind, B * N * H)
+    plain = len(plain_key)  # S, or 0 where all sources are in 8 bits
+    tile = tiles.attention_tile(arch, D, query.dtype, kind, B * N * H, eight.formats > 0)
     if query.element_size() == 2 and arch != tiles.INTERPRETER:
-        if unit == 1 or any(x.data_ptr() % 16 for x in (query, *key, *value)):
+        if 1 in (unit, eight.unit) or any(x.data_ptr() % 16 for x in (query, *key, *value)):
             tile = tiles.unaligned_tile(arch, D)
     tiles_per_head = triton.cdiv(N, tile.BM) + order.classes - 1
     arguments = (
-        query, tuple(key), tuple(value), sources.rows, sources.lists, sources.counts, value_index, sources.bias,
-        sources.scales, sources.shifts, weights, order.order, order.starts, out, lse,
+        query, tuple(plain_key) or None, tuple(plain_value) or None, sources.rows, sources.lists, sources.counts,
+        value_index, sources.bias, sources.scales, sources.shifts, weights, order.order, order.starts, out, lse,
         sources.keys_of_source, sources.rows_of_source,
         None if value_index is None else encode(v.shape[1] for v in value),
-        by_dimension(source_strides[:S]), by_dimension(source_strides[S:]),
+        by_dimension(source_strides[:plain]) or None, by_dimension(source_strides[plain:]) or None,
         sources.index_strides, sources.count_strides, _value_index_strides(value_index, key), sources.bias_strides,
         sources.scale_strides, sources.shift_strides, weight_strides,
         N, H, order.classes, tiles_per_head, tables.scale,
         *sources.bits, with_value_index or None, with_weight or None, group_ends,
         *query_strides, *out_strides, *((0, 0, 0) if lse is None else strides(lse, 0, 1, 2)), *order.strides,
+        *eight[:-2],
     )  # fmt: skip
     constants = {
         "S": S, **constants_of(tile, D, unit, query.dtype), "PER_PAIR": per_pair,
+        "UNIT8": eight.unit, "EIGHT_BIT": eight.formats,
         "NARROW": all(x.shape[1] * x.stride(1) < 2**31 for x in (*key, *value)),
     }  # fmt: skip
     return arguments, constants, B * H * tiles_per_head
@@ -178,7 +199,7 @@ def launch_arguments(
 def _check(query: Tensor, tables: AttentionTables, out: Tensor, lse: Tensor | None) -> None:
     """The arguments of multi_source_attention."""
     call = Call("multi_source_attention", query, "query")
-    attention_inputs(call, query, tables)
+    attention_inputs(call, query, tables, eight_bit=True)
     batch, tokens, heads, _ = query.shape
     groups = list(tables.softmax_group)
     call.lists(len(tables.key), softmax_group=groups)

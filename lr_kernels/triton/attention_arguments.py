@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..runtime.schemas import AttentionTables
+from ..runtime.schemas import EIGHT_BIT_LARGEST, AttentionTables
 from .launch import INTERPRETED, dense_last, dot_precision, strides
 from .tiles import Tile
 
@@ -32,14 +32,17 @@ def tables_of(tensors: Sequence[Tensor | None], *dims: int) -> tuple[tuple[Tenso
     return pointers, tuple(encode(x) for x in zip(*(strides(x, *dims) for x in pointers))), bits
 
 
-def strided_tables(tensors: Sequence[Tensor | None]) -> tuple[tuple[Tensor, ...] | None, tuple | None, int]:
-    """`optional` of fp32 (B, n) of any strides, and encoded (start, stride of B, stride of n). Triton would compile
-    anew for pointers off a 16-byte boundary, so a slice of a schedule is passed from the boundary before it on."""
+def strided_tables(
+    tensors: Sequence[Tensor | None], dims: int = 2
+) -> tuple[tuple[Tensor, ...] | None, tuple | None, int]:
+    """`optional` of fp32 tables of any strides, and encoded (start, strides of the `dims` dimensions). Triton would
+    compile anew for pointers off a 16-byte boundary, so a slice of a schedule is passed from the boundary before it on.
+    """
     pointers, bits = optional(tensors)
     if not pointers:
         return None, None, bits
     starts = [int(x.storage_offset()) % 4 for x in pointers]
-    places = zip(*((start, *strides(x, 0, 1)) for start, x in zip(starts, pointers)))
+    places = zip(*((start, *strides(x, *range(dims))) for start, x in zip(starts, pointers)))
     pointers = tuple(_from_boundary(x, start) if start else x for start, x in zip(starts, pointers))
     return pointers, tuple(encode(x) for x in places), bits
 
@@ -89,6 +92,53 @@ def source_arguments(tables: AttentionTables) -> SourceArguments:
         encode(k.shape[1] for k in tables.key), encode(k.shape[0] for k in tables.key),
         index_strides, count_strides, bias_strides, scale_strides, shift_strides,
         (with_rows, with_index, with_bias, with_scale, with_shift),
+    )  # fmt: skip
+
+
+class EightBitArguments(NamedTuple):
+    """The sources of a call whose keys and values are in 8 bits, as the forward kernel takes them; None without any."""
+
+    key: Pointers = None
+    """as int8, whatever the bits mean"""
+    value: Pointers = None
+    key_scale: Pointers = None
+    value_scale: Pointers = None
+    key_strides: Strides = None
+    value_strides: Strides = None
+    key_scale_strides: Strides = None
+    value_scale_strides: Strides = None
+    sources: int | None = None
+    """Bit s: source s is in 8 bits"""
+    float8: int | None = None
+    """Bit s: they are e4m3 numbers; None where all 8-bit sources are alike"""
+    formats: int = 0
+    """1: some are int8, 2: some are e4m3, 3: both"""
+    unit: int = 16
+    """of the strides, in elements"""
+
+
+_NO_EIGHT_BITS = EightBitArguments()
+
+
+def eight_bit_arguments(tables: AttentionTables) -> EightBitArguments:
+    """The 8-bit sources of a call, whose scales have any strides."""
+    if all(x is None for x in tables.key_scale):
+        return _NO_EIGHT_BITS
+    found = [(s, k) for s, k in enumerate(tables.key) if k.dtype in EIGHT_BIT_LARGEST]
+    float8 = sum(1 << s for s, k in found if k.dtype == torch.float8_e4m3fn)
+
+    def as_bits(tensors: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], int]:
+        return optional([x.view(torch.int8) if x.dtype in EIGHT_BIT_LARGEST else None for x in tensors])
+
+    key, sources = as_bits(tables.key)
+    value, _ = as_bits(tables.value)
+    unit, steps = in_units(*key, *value)
+    key_scale, key_scale_strides, _ = strided_tables(tables.key_scale, 3)
+    value_scale, value_scale_strides, _ = strided_tables(tables.value_scale, 3)
+    formats = (float8 != sources) + 2 * (float8 != 0)
+    return EightBitArguments(
+        key, value, key_scale, value_scale, by_dimension(steps[: len(key)]), by_dimension(steps[len(key) :]),
+        key_scale_strides, value_scale_strides, sources, float8 if formats == 3 else None, formats, unit,
     )  # fmt: skip
 
 

@@ -307,7 +307,8 @@ def multi_source_attention_backward_triton(
 ) -> None:
     """Arguments as in the schema `multi_source_attention_backward` of runtime/schemas.py, without value_index."""
     *fields, scale, out, lse, grad_query, grad_key, grad_value, grad_key_bias = arguments
-    tables = AttentionTables._make([*fields, [0] * len(grad_key), [None], scale])
+    none = [None] * len(fields[0])
+    tables = AttentionTables._make([*fields, [0] * len(grad_key), [None], none, none, scale])
     _check(grad_out, grad_lse, query, tables, out, lse, grad_query, grad_key, grad_value, grad_key_bias)
     # Early return for trivial cases
     if query.numel() == 0:

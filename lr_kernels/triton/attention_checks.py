@@ -9,18 +9,20 @@ from torch import Tensor
 
 from ..runtime.calls import Call
 from ..runtime.checks import fail
-from ..runtime.schemas import MAX_HEAD_DIM, MAX_SOURCES, MAX_TOKENS, AttentionTables
+from ..runtime.schemas import EIGHT_BIT_LARGEST, MAX_HEAD_DIM, MAX_SOURCES, MAX_TOKENS, AttentionTables
 
 
-def attention_inputs(call: Call, query: Tensor, tables: AttentionTables) -> None:
-    """The arguments that both directions of attention have: query, the sources and the order of the queries."""
+def attention_inputs(call: Call, query: Tensor, tables: AttentionTables, eight_bit: bool = False) -> None:
+    """The arguments that both directions of attention have: query, the sources and the order of the queries. eight_bit:
+    whether sources may be in 8 bits."""
     batch, tokens, heads, head_dim = call.input("query", query, ("batch", "tokens", "heads", "head_dim"))
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         fail(call.op, "query", f"head_dim from 1 to {MAX_HEAD_DIM}", head_dim)
     count, classes, integers = len(tables.key), 1, torch.int32
     call.require(1 <= count <= MAX_SOURCES, "key", f"1 to {MAX_SOURCES} entries", count)
     names = ("value", "rows", "key_index", "key_count", "value_index", "key_bias", "logit_scale", "logit_bias")
-    call.lists(count, **{name: getattr(tables, name) for name in names})
+    scales = ("key_scale", "value_scale")
+    call.lists(count, **{name: getattr(tables, name) for name in (*names, *scales)})
     order, starts = tables.query_order, tables.class_start
     call.require((order is None) == (starts is None), "class_start", "a tensor beside query_order", "one alone")
     if order is not None and starts is not None:
@@ -28,11 +30,19 @@ def attention_inputs(call: Call, query: Tensor, tables: AttentionTables) -> None
         classes = call.input("class_start", starts, ((batch, 1), "classes + 1"), 1, integers)[1] - 1
         call.require(classes >= 1, "class_start", "at least 2 entries", classes + 1)
     for i in range(count):
-        rows, keys = call.input(f"key[{i}]", tables.key[i], (*tables.key[i].shape[:2], heads, head_dim))[:2]
+        key = tables.key[i]
+        scaled = eight_bit and key.dtype in EIGHT_BIT_LARGEST
+        dtype = key.dtype if scaled else None
+        rows, keys = call.input(f"key[{i}]", key, (*key.shape[:2], heads, head_dim), 1, dtype)[:2]
         moved = tables.value_index[i]
         values = call.input(
-            f"value[{i}]", tables.value[i], (rows, "values" if moved is not None else keys, heads, head_dim)
+            f"value[{i}]", tables.value[i], (rows, "values" if moved is not None else keys, heads, head_dim), 1, dtype
         )
+        for name, x, tokens in (("key", tables.key_scale[i], keys), ("value", tables.value_scale[i], values[1])):
+            expected = f"a tensor beside an 8-bit {name}" if scaled else f"None beside a {name} of the query's dtype"
+            call.require((x is not None) == scaled, f"{name}_scale[{i}]", expected, "the other")
+            if x is not None:
+                call.input(f"{name}_scale[{i}]", x, ((rows, 1), (tokens, 1), (heads, 1)), 0, torch.float32)
         if max(rows, keys, values[1]) > MAX_TOKENS:
             fail(call.op, f"key[{i}]", f"at most {MAX_TOKENS} rows, keys and values", (rows, keys, values[1]))
         table, index, number = tables.rows[i], tables.key_index[i], tables.key_count[i]

@@ -11,6 +11,7 @@ from .sources import (
     INF,
     LOG2E,
     MAX,
+    dequantized,
     key_entries,
     key_list,
     key_tokens,
@@ -42,9 +43,10 @@ def _attend_tile(
     q0, q1, acc0, acc1, top, total,  # (BM, D0), (BM, D1), (BM, D0), (BM, D1), (BM,), (BM, 8)
     key, value, tokens, value_tokens, ok,  # pointers at (row, 0, head, 0); (BN,) to read; (BN,) which of them exist
     key_stride, value_stride, alpha, shift,  # shift: scalar, or (1, BN)
+    eight_bit,  # of a source in 8 bits: pointers to the scales of its keys and values, their strides, whether e4m3
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr,
     NARROW: tl.constexpr, PER_PAIR: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    LOG2_UNITS: tl.constexpr, WEIGHT: tl.constexpr,
+    LOG2_UNITS: tl.constexpr, WEIGHT: tl.constexpr, EIGHT_BIT: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Add one tile of keys and values to the running softmax of BM queries; alpha, shift and top are in units of
     LOG2_UNITS log2."""
@@ -56,13 +58,20 @@ def _attend_tile(
         k_at = key + (tokens.to(tl.int64) * key_stride)[:, None] * UNIT
         v_at = value + (value_tokens.to(tl.int64) * value_stride)[:, None] * UNIT
     W0: tl.constexpr = D0 if D1 > 0 else D
-    k0 = load_tile(k_at + c0[None, :], ok, c0, W0, D0, False, UPCAST)
+    k0 = load_tile(k_at + c0[None, :], ok, c0, W0, D0, False, UPCAST and EIGHT_BIT == 0)
+    if EIGHT_BIT > 0:
+        k_scale, v_scale, k_step, v_step, float8 = eight_bit
+        k_scale = tl.load(k_scale + tokens.to(tl.int64) * k_step)
+        v_scale = tl.load(v_scale + value_tokens.to(tl.int64) * v_step)
+        k0 = dequantized(k0, k_scale, float8, DTYPE, EIGHT_BIT, UPCAST)
     s = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
     if D1 > 0:
         c1 = tl.arange(0, D1)
-        k1 = load_tile(k_at + (D0 + c1)[None, :], ok, c1, D - D0, D1, False, UPCAST)
+        k1 = load_tile(k_at + (D0 + c1)[None, :], ok, c1, D - D0, D1, False, UPCAST and EIGHT_BIT == 0)
+        if EIGHT_BIT > 0:
+            k1 = dequantized(k1, k_scale, float8, DTYPE, EIGHT_BIT, UPCAST)
         s = tl.dot(q1, tl.trans(k1), s, input_precision=PRECISION)
-    v0 = load_tile(v_at + c0[None, :], ok, c0, W0, D0, False, UPCAST)
+    v0 = load_tile(v_at + c0[None, :], ok, c0, W0, D0, False, UPCAST and EIGHT_BIT == 0)
     if PER_PAIR:  # bias per key, or an alpha that may be negative: one instruction more per pair
         t = tl.fma(s, alpha, shift)
         if MASKED:
@@ -78,11 +87,15 @@ def _attend_tile(
     shrink = tl.exp2((top - new_top) * LOG2_UNITS)
     # 8 partial sums per row stay inside a thread, which halves the shuffles of the loop
     total = total * shrink[:, None] + tl.sum(tl.reshape(p, (BM, BN // 8, 8)), 1)
+    if EIGHT_BIT > 0:
+        v0 = dequantized(v0, v_scale, float8, DTYPE, EIGHT_BIT, UPCAST)
     p = p.to(v0.dtype)
     acc0 = tl.dot(p, v0, acc0 * shrink[:, None], input_precision=PRECISION)
     if D1 > 0:
         c1 = tl.arange(0, D1)
-        v1 = load_tile(v_at + (D0 + c1)[None, :], ok, c1, D - D0, D1, False, UPCAST)
+        v1 = load_tile(v_at + (D0 + c1)[None, :], ok, c1, D - D0, D1, False, UPCAST and EIGHT_BIT == 0)
+        if EIGHT_BIT > 0:
+            v1 = dequantized(v1, v_scale, float8, DTYPE, EIGHT_BIT, UPCAST)
         acc1 = tl.dot(p, v1, acc1 * shrink[:, None], input_precision=PRECISION)
     return acc0, acc1, new_top, total
 
@@ -123,11 +136,68 @@ def _rows_not_finite(x):
 
 
 @triton.jit
+def _attend_source(
+    q0, q1, acc0, acc1, top, total,
+    key, value, key_index, index, index_count, value_list, value_count, last, key_bias, bias, bias_count,
+    on, query_ok, count, key_stride, value_stride, alpha, beta, eight_bit,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr,
+    NARROW: tl.constexpr, PER_PAIR: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    LOG2_UNITS: tl.constexpr, WEIGHT: tl.constexpr, EIGHT_BIT: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr,
+    TO_UNITS: tl.constexpr,
+):  # fmt: skip
+    """Add `count` keys of one source to the running softmax, a tile at a time.
+
+    Whole tiles, then the keys that are left: a loop of at most one turn, since straight code reads the tiles of shared
+    memory at constant addresses, which ptxas 12.8 (Triton 3.6) gets wrong in tiles below 128 bytes a row.
+    """
+    whole = 0 if WIDE else count // BN * BN
+    entries = key_entries(key_index, index, on, index_count)
+    if not WIDE:
+        for j in tl.range(0, whole, BN):
+            at = j + on
+            tokens = key_tokens(key_index, entries, at, index_count)
+            entries = key_entries(key_index, index, at + BN, index_count)
+            value_tokens = _value_tokens(value_list, tokens, at, value_count, last)
+            shift = _key_shift(key_bias, bias, tokens, at, bias_count, beta, TO_UNITS)
+            acc0, acc1, top, total = _attend_tile(
+                q0, q1, acc0, acc1, top, total, key, value, tokens, value_tokens, query_ok,
+                key_stride, value_stride, alpha, shift, eight_bit,
+                D, D0, D1, BM, BN, UNIT, NARROW, PER_PAIR, False, PRECISION, UPCAST, LOG2_UNITS, WEIGHT,
+                EIGHT_BIT, DTYPE,
+            )  # fmt: skip
+    for j in tl.range(whole, count, BN):
+        at = tl.minimum(j + on, count - 1)  # past the end the last key again, of weight 0
+        tokens = key_tokens(key_index, key_entries(key_index, index, at, index_count), at, index_count)
+        value_tokens = _value_tokens(value_list, tokens, at, value_count, last)
+        shift = _key_shift(key_bias, bias, tokens, at, bias_count, beta, TO_UNITS)
+        acc0, acc1, top, total = _attend_tile(
+            q0, q1, acc0, acc1, top, total, key, value, tokens, value_tokens, j + on < count,
+            key_stride, value_stride, alpha, shift, eight_bit,
+            D, D0, D1, BM, BN, UNIT, NARROW, PER_PAIR, True, PRECISION, UPCAST, LOG2_UNITS, WEIGHT,
+            EIGHT_BIT, DTYPE,
+        )  # fmt: skip
+    return acc0, acc1, top, total
+
+
+@triton.jit
+def _rows_of(tokens, stride, s, row, h64, S: tl.constexpr, UNIT: tl.constexpr):
+    """Pointer to the first key, or value, of source s at this row and head."""
+    return pick(tokens, s, S) + (row * pick_int(stride[0], s, S) + h64 * pick_int(stride[2], s, S)) * UNIT
+
+
+@triton.jit
+def _scales_of(scales, stride, s, row, h64, S: tl.constexpr):
+    """Pointer to the scale of the first key, or value, of source s at this row and head."""
+    place = pick_int(stride[0], s, S) + row * pick_int(stride[1], s, S) + h64 * pick_int(stride[3], s, S)
+    return pick(scales, s, S) + place
+
+
+@triton.jit
 def attend_queries(
     call, first, end, b, h, c,
     S: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     UNIT: tl.constexpr, NARROW: tl.constexpr, PER_PAIR: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    WIDE: tl.constexpr,
+    UNIT8: tl.constexpr, EIGHT_BIT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Up to BM queries of class c, from place `first` of the order to `end`, walk over their visible keys of all
     sources and store output and lse -> not 0 if numbers left fp32 and the walk must be done again, WIDE."""
@@ -137,6 +207,8 @@ def attend_queries(
         index_stride, count_stride, value_index_stride, bias_stride, scale_stride, shift_stride, weight_stride, scale,
         with_rows, with_index, with_bias, with_scale, with_shift, with_value_index, with_weight, group_ends,
         query_b, query_n, query_h, out_b, out_n, out_h, lse_b, lse_n, lse_h,
+        key8, value8, key_scale, value_scale, key8_stride, value8_stride, key_scale_stride, value_scale_stride,
+        with_eight_bit, with_float8,
     ) = call  # fmt: skip
     DTYPE: tl.constexpr = query.dtype.element_ty
     # fp16 has no room for smaller weights and queries, and no need: its values and scores stay far inside fp32. 2^-16
@@ -199,37 +271,38 @@ def attend_queries(
         if key_bias is not None:
             bias_count = tl.where(((with_bias >> s) & 1) != 0, count, 0)
             bias = pick(key_bias, s, S) + row * pick_int(bias_stride[0], s, S)
-        k_n = pick_int(key_stride[1], s, S)
-        v_n = pick_int(value_stride[1], s, S)
-        k = pick(key, s, S)
-        k += (row * pick_int(key_stride[0], s, S) + h64 * pick_int(key_stride[2], s, S)) * UNIT
-        v = pick(value, s, S)
-        v += (row * pick_int(value_stride[0], s, S) + h64 * pick_int(value_stride[2], s, S)) * UNIT
         keys += count
 
-        # Whole tiles, then the keys that are left: a loop of at most one turn, since straight code reads the tiles of
-        # shared memory at constant addresses, which ptxas 12.8 (Triton 3.6) gets wrong in tiles below 128 bytes a row
-        whole = 0 if WIDE else count // BN * BN
-        entries = key_entries(key_index, index, on, index_count)
-        if not WIDE:
-            for j in tl.range(0, whole, BN):
-                at = j + on
-                tokens = key_tokens(key_index, entries, at, index_count)
-                entries = key_entries(key_index, index, at + BN, index_count)
-                value_tokens = _value_tokens(value_list, tokens, at, value_count, last)
-                shift = _key_shift(key_bias, bias, tokens, at, bias_count, beta, TO_UNITS)
-                acc0, acc1, top, total = _attend_tile(
-                    q0, q1, acc0, acc1, top, total, k, v, tokens, value_tokens, query_ok, k_n, v_n, alpha, shift,
-                    D, D0, D1, BM, BN, UNIT, NARROW, PER_PAIR, False, PRECISION, UPCAST, LOG2_UNITS, WEIGHT,
-                )  # fmt: skip
-        for j in tl.range(whole, count, BN):
-            at = tl.minimum(j + on, count - 1)  # past the end the last key again, of weight 0
-            tokens = key_tokens(key_index, key_entries(key_index, index, at, index_count), at, index_count)
-            value_tokens = _value_tokens(value_list, tokens, at, value_count, last)
-            shift = _key_shift(key_bias, bias, tokens, at, bias_count, beta, TO_UNITS)
-            acc0, acc1, top, total = _attend_tile(
-                q0, q1, acc0, acc1, top, total, k, v, tokens, value_tokens, j + on < count, k_n, v_n, alpha, shift,
-                D, D0, D1, BM, BN, UNIT, NARROW, PER_PAIR, True, PRECISION, UPCAST, LOG2_UNITS, WEIGHT,
+        # A source is plain or in 8 bits, so that one of these two walks has no keys
+        if EIGHT_BIT > 0:
+            count8 = tl.where(((with_eight_bit >> s) & 1) != 0, count, 0)
+            count -= count8
+            float8 = False
+            if EIGHT_BIT == 3:
+                float8 = ((with_float8 >> s) & 1) != 0
+            eight_bit = (
+                _scales_of(key_scale, key_scale_stride, s, row, h64, S),
+                _scales_of(value_scale, value_scale_stride, s, row, h64, S),
+                pick_int(key_scale_stride[2], s, S), pick_int(value_scale_stride[2], s, S), float8,
+            )  # fmt: skip
+            acc0, acc1, top, total = _attend_source(
+                q0, q1, acc0, acc1, top, total,
+                _rows_of(key8, key8_stride, s, row, h64, S, UNIT8),
+                _rows_of(value8, value8_stride, s, row, h64, S, UNIT8), key_index, index, index_count,
+                value_list, value_count, last, key_bias, bias, bias_count, on, query_ok, count8,
+                pick_int(key8_stride[1], s, S), pick_int(value8_stride[1], s, S), alpha, beta, eight_bit,
+                D, D0, D1, BM, BN, UNIT8, NARROW, PER_PAIR, PRECISION, UPCAST, LOG2_UNITS, WEIGHT,
+                EIGHT_BIT, DTYPE, WIDE, TO_UNITS,
+            )  # fmt: skip
+        if key is not None:
+            acc0, acc1, top, total = _attend_source(
+                q0, q1, acc0, acc1, top, total,
+                _rows_of(key, key_stride, s, row, h64, S, UNIT),
+                _rows_of(value, value_stride, s, row, h64, S, UNIT), key_index, index, index_count,
+                value_list, value_count, last, key_bias, bias, bias_count, on, query_ok, count,
+                pick_int(key_stride[1], s, S), pick_int(value_stride[1], s, S), alpha, beta, None,
+                D, D0, D1, BM, BN, UNIT, NARROW, PER_PAIR, PRECISION, UPCAST, LOG2_UNITS, WEIGHT,
+                0, DTYPE, WIDE, TO_UNITS,
             )  # fmt: skip
 
         if group_ends is not None:

@@ -30,11 +30,14 @@ RELATED = (86, 120)
 """Architectures that take the tiles of sm_80; attention alone is compiled for them. sm_89 gets the same code as
 sm_86."""
 HEAD_DIMS = (40, 64, 80, 128, 160)
+EIGHT_BIT = {"int8": torch.int8, "e4m3": torch.float8_e4m3fn}
+"""Of all sources but the first, where their names are among the features."""
+EIGHT_BIT_KINDS = ("gathered e4m3", "gathered biased int8 e4m3", "grouped int8")
 PROCESSES = 2
 
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 _TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.bool: "i1"}
-_TYPES |= {torch.int64: "i64", torch.uint8: "u8", torch.float64: "fp64"}
+_TYPES |= {torch.int64: "i64", torch.uint8: "u8", torch.float64: "fp64", torch.int8: "i8"}
 
 
 class Row(NamedTuple):
@@ -68,6 +71,8 @@ def rows(head_dims: Sequence[int], architectures: Sequence[int]) -> list[Row]:
         jobs += [(attention_row, arch, 64, dtype, "gathered") for dtype in (torch.float16, torch.float32)]
         jobs += [(attention_row, arch, D, bf16, "gathered biased") for D in (40, 64)]
         jobs += [(attention_row, arch, 64, bf16, "gathered warped")]
+        jobs += [(attention_row, arch, D, bf16, "dense int8") for D in head_dims]
+        jobs += [(attention_row, arch, 64, bf16, kind) for kind in EIGHT_BIT_KINDS]
         jobs += [(backward_rows, arch, D, bf16) for D in head_dims]
         jobs += [(example_rows, arch)]
     for arch in (x for x in RELATED if x in architectures):
@@ -103,9 +108,12 @@ def attention_case(head_dim: int, dtype: torch.dtype, features: str) -> tuple[Te
         return [x if feature in features else None] * S
 
     gathered, grouped = "gathered" in features, "grouped" in features
+    key = [like, *(like.to(EIGHT_BIT[x]) for x in features.split() if x in EIGHT_BIT)]
+    key += [key[-1]] * (S - len(key))
+    scale = [None if x is like else torch.empty(B, N, H, device="meta") for x in key]
     return like, AttentionTables(
-        key=[like] * S,
-        value=[like] * S,
+        key=key,
+        value=key,
         rows=[lists[0, 0, :B]] * S,
         key_index=where("gathered", lists),
         key_count=where("gathered", lists[:, :, 0]),
@@ -117,6 +125,8 @@ def attention_case(head_dim: int, dtype: torch.dtype, features: str) -> tuple[Te
         class_start=lists[0] if gathered else None,
         softmax_group=[0, 0, 1] if grouped else [0] * S,
         weight=[per_token] * 2 if grouped else [None],
+        key_scale=scale,
+        value_scale=scale,
         scale=head_dim**-0.5,
     )
 

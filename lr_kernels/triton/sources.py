@@ -56,6 +56,33 @@ def load_parts(at, ok, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UPCA
 
 
 @triton.jit
+def dequantized(x, scale, float8, DTYPE: tl.constexpr, EIGHT_BIT: tl.constexpr, UPCAST: tl.constexpr):
+    """(tokens, columns) in 8 bits, given as int8, times the scale of each token, as numbers of DTYPE.
+
+    EIGHT_BIT: 1 for int8, 2 for e4m3, 3 where the run-time value float8 says which.
+    """
+    y = x.to(tl.float32)
+    if EIGHT_BIT >= 2:  # by the bits alone, for cards without such numbers
+        bits = x.to(tl.int32)
+        magnitude = (bits & 0x7F) << 20
+        z = (magnitude | ((bits & 0x80) << 24)).to(tl.float32, bitcast=True) * (2.0**120)  # another exponent bias
+        z = tl.where(magnitude == (0x7F << 20), float("nan"), z)
+        if EIGHT_BIT == 2:
+            y = z
+        else:
+            y = tl.where(float8, z, y)
+    y = y * scale[:, None]
+    if not UPCAST:
+        y = y.to(DTYPE)
+    elif DTYPE == tl.bfloat16:  # the interpreter would cut the last bits off
+        bits = y.to(tl.int32, bitcast=True)
+        y = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+    else:
+        y = y.to(DTYPE).to(tl.float32)
+    return y
+
+
+@triton.jit
 def to_log2(x):
     """Natural-log weight -> log2 units. What is finite stays finite: finfo.min must not turn into -inf."""
     y = tl.minimum(x * LOG2E, MAX, propagate_nan=tl.PropagateNan.ALL)

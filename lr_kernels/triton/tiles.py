@@ -43,11 +43,13 @@ class Tiles(NamedTuple):
     """where a source has an index list"""
     biased: tuple[int, int, int, int]
     """where the softmax needs one instruction more per pair (key_bias, logit_scale, a scale that is not positive) or a
-    shift per source (logit_bias), or values have indices of their own"""
+    shift per source (logit_bias), values have indices of their own, or a source is in 8 bits"""
     grouped: tuple[int, int, int, int]
     """with several softmax groups"""
     few: tuple[int, int, int, int] | None = None
     """dense or gathered with so few queries that the tiles above would leave multiprocessors idle; None: the same"""
+    eight_bit: tuple[int, int, int, int] | None = None
+    """with a source in 8 bits, where the tiles of `biased` and `grouped` would need too much shared memory then"""
 
 
 _Table = TypeVar("_Table", bound=tuple)
@@ -73,8 +75,10 @@ _MMA = (  # sm_80, 86, 89, 120: queries live in registers; with fewer than 16 a 
     Tiles(79, (64, 16), (128, 64, 8, 2), _C, _C, _C),  # gathered at 128 x 64: 20 spills
     Tiles(80, (64, 16), (128, 64, 8, 2), _B, _B, _C),
     Tiles(128, (128, 0), _C, _H, _H, _H),
-    Tiles(160, (128, 32), _H, _H, _H, _H),
-    Tiles(256, (256, 0), (64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), _F),  # 3 stages: too much for sm_86, 89, 120
+    Tiles(160, (128, 32), _H, _H, _H, _H, eight_bit=(64, 32, 8, 2)),
+    Tiles(  # 3 stages: too much for sm_86, 89, 120
+        256, (256, 0), (64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), _F, eight_bit=(32, 32, 8, 2)
+    ),
 )
 _G = (64, 64, 4, 3)
 _HOPPER = (  # 4 warps of 128 x 64 leave room for 2 programs per SM up to D 64; above, 8 warps hide the latency
@@ -187,10 +191,12 @@ FEW_QUERIES = 2**15
 """Queries, over all rows and heads: 128 of them for each of two programs on every multiprocessor of an H200."""
 
 
-def attention_tile(arch: int, head_dim: int, dtype: torch.dtype, kind: str, queries: int) -> Tile:
+def attention_tile(
+    arch: int, head_dim: int, dtype: torch.dtype, kind: str, queries: int, eight_bit: bool = False
+) -> Tile:
     """The tile of an architecture (major * 10 + minor) for a kind that `Tiles` names.
 
-    queries: of all rows and heads.
+    queries: of all rows and heads. eight_bit: whether a source is in 8 bits.
     """
     if kind in FORCED:
         return FORCED[kind]
@@ -199,7 +205,7 @@ def attention_tile(arch: int, head_dim: int, dtype: torch.dtype, kind: str, quer
     table = _of_family(arch, dtype, _FLOAT32, _BLACKWELL, _HOPPER, _MMA)
     tiles = next(t for t in table if t.head_dim >= head_dim)
     few = tiles.few if queries < FEW_QUERIES and kind in ("dense", "gathered") else None
-    BM, BN, warps, stages = few or getattr(tiles, kind)
+    BM, BN, warps, stages = few or (tiles.eight_bit if eight_bit else None) or getattr(tiles, kind)
     return Tile(BM, BN, warps, stages, *tiles.columns)
 
 
