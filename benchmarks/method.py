@@ -110,8 +110,10 @@ def summary_by_attribute(rows: list[dict]) -> dict:
     return report
 
 
-def summary(rows: list[dict], of_sets: list[dict], subjects: tuple[str, ...]) -> dict:
-    """Means with intervals per stage, paired differences in all and per subject."""
+def summary(
+    rows: list[dict], of_sets: list[dict], subjects: tuple[str, ...], pairs: tuple[tuple[str, str], ...] = PAIRS
+) -> dict:
+    """Means with intervals per stage, paired differences of `pairs` in all and per subject."""
     groups = [(row["subject"], row["seed"]) for row in rows]
 
     def column(name: str, subject: str | None = None) -> list[float]:
@@ -126,7 +128,7 @@ def summary(rows: list[dict], of_sets: list[dict], subjects: tuple[str, ...]) ->
             found[name] = bootstrap_interval(values)
         stages[stage] = {name: _rounded(values) for name, values in found.items()}
     differences = {}
-    for first, second in PAIRS:
+    for first, second in pairs:
         for name in measures:
             both = [f"{first} {name}", f"{second} {name}"]
             entry = {"all": _rounded(paired_difference(*map(column, both), groups))}

@@ -1,15 +1,19 @@
 """ReferenceBank: reading it is attending to the reference in the same batch; a file keeps it; stale is refused."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from tiny_pipelines import NOISE, PROMPTS, SHARED, banked, fresh, run, seeded
 
 from lr_kernels import Source, multi_source_attention
 from lr_kernels.diffusers import CustomAttnProcessor, install_processors, select_layers
-from lr_kernels.diffusers.processors.bank import ReferenceBank
+from lr_kernels.diffusers.processors.bank import KeyValueBank, ReferenceBank
 
 TIMESTEPS = (900, 500, 100)
+EIGHT_BITS = [torch.int8, torch.float8_e4m3fn]
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +53,17 @@ def read(unet, bank, step=1):
         return predict(unet, *inputs(2, 2), TIMESTEPS[step])
 
 
+def addresses(bank):
+    return [x.data_ptr() for held in bank._buffers().values() for x in held]
+
+
+def dequantized(bank, plain):
+    """The plain bank, with the numbers that the 8-bit one stands for."""
+    for name, (eight, scale) in bank._stored.items():
+        plain._stored[name][0].copy_(eight.float() * scale[..., None])
+    return plain
+
+
 def in_one_batch(unet, step=1, foreground=None):
     """The reference as the last row of the batch, read by the two others."""
 
@@ -83,7 +98,7 @@ def test_only_the_foreground_is_read(unet):
     mask[:, 2:6, 2:8] = True
     bank.foreground = mask
     torch.testing.assert_close(read(unet, bank), in_one_batch(unet, foreground=mask))
-    for stored in bank._stored.values():  # what is hidden has no effect
+    for (stored,) in bank._stored.values():  # what is hidden has no effect
         side = int(stored.shape[3] ** 0.5)
         hidden = torch.nn.functional.adaptive_avg_pool2d(mask[:, None].float(), side).flatten() < 0.5
         stored[:, :, :, hidden] = torch.nan
@@ -145,12 +160,12 @@ def test_the_file_gives_the_same_bits(unet, tmp_path):
 def test_memory_is_what_the_docstring_says_and_bounded(unet):
     bank = filled(unet)
     channels = {8 * 8: 32, 4 * 4: 64}
-    step = sum(2 * x.shape[2] * channels[x.shape[2]] * 4 for x in bank._buffers().values())
+    step = sum(2 * x.shape[2] * channels[x.shape[2]] * 4 for (x,) in bank._buffers().values())
     assert bank.nbytes == (len(TIMESTEPS) + 1) * step
-    addresses = [x.data_ptr() for x in bank._buffers().values()]
+    before = addresses(bank)
     for i in range(3):
         read(unet, bank, i)
-    assert bank.nbytes == (len(TIMESTEPS) + 1) * step and [x.data_ptr() for x in bank._buffers().values()] == addresses
+    assert bank.nbytes == (len(TIMESTEPS) + 1) * step and addresses(bank) == before
     with pytest.raises(ValueError, match="limit: expected a bank within 50000 bytes"):
         filled(unet, limit=50_000)
 
@@ -175,6 +190,8 @@ def test_a_stale_bank_is_refused_by_name(unet):
     ("use", "message"),
     [(lambda bank: bank.read(3).__enter__(), "step: expected 0 to 2"),
      (lambda bank: ReferenceBank(TIMESTEPS, storage="disk"), "storage: expected one of"),
+     (lambda bank: ReferenceBank(TIMESTEPS, dtype=torch.bfloat16), "dtype: expected one of None, torch.int8, torch.fl"),
+     (lambda bank: ReferenceBank(TIMESTEPS, dtype="int8"), "dtype: expected one of None, torch.int8, .*got 'int8'"),
      (lambda bank: setattr(bank, "foreground", torch.ones(8, 8)), "foreground: expected bool"),
      (lambda bank: ReferenceBank(TIMESTEPS).save("x"), "all 3 steps extracted"),
      (lambda bank: bank.read("a").__enter__(), "step: expected 0 to 2, got 'a'"),
@@ -227,3 +244,111 @@ def test_one_step_at_a_time_is_read_or_extracted(unet):
             with outer(0), inner(1):
                 pass
         assert bank.mode is None
+
+
+@pytest.mark.parametrize("dtype", EIGHT_BITS)
+@pytest.mark.parametrize("storage", ["device", "cpu"])
+def test_a_bank_in_8_bits_is_the_bank_of_the_numbers_it_stands_for(unet, dtype, storage):
+    bank = filled(unet, dtype=dtype, storage=storage)
+    bank.foreground = np.tile(np.arange(8) > 2, (1, 8, 1))
+    before = addresses(bank)
+    expected = dequantized(bank, filled(unet))
+    expected.foreground = bank.foreground
+    for step in range(3):
+        assert torch.equal(read(unet, bank, step), read(unet, expected, step))
+    assert bank.dtype == dtype and addresses(bank) == before
+    exact = read(unet, filled(unet))
+    assert not torch.equal(read(unet, filled(unet, dtype=dtype)), exact)
+    torch.testing.assert_close(read(unet, filled(unet, dtype=dtype)), exact, atol=0.05, rtol=0)  # the same picture
+
+
+@pytest.mark.parametrize("head_dim", [40, 64, 80, 128])
+@pytest.mark.fault(number=44)
+def test_8_bits_take_half_the_bytes_of_bf16_and_the_scales(head_dim):
+    """1/2 + 2 / head_dim: 0.55, 0.53125, 0.525 and 0.515625."""
+    banks = {dtype: KeyValueBank([2, 1], dtype=dtype) for dtype in (None, *EIGHT_BITS)}
+    keys = torch.randn(2, 3, 16, 4, head_dim, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for bank in banks.values():
+        for step in (0, 1):
+            with bank.extract(step):
+                bank.layer("layer").write(*keys)
+    for dtype in EIGHT_BITS:
+        assert banks[dtype].nbytes / banks[None].nbytes == 1 / 2 + 2 / head_dim
+        assert banks[dtype].rows_held == 3 and banks[dtype].layer_names == ["layer"]
+    with pytest.raises(ValueError, match=f"limit: expected a bank within 100 bytes, got {banks[torch.int8].nbytes} "):
+        with (limited := KeyValueBank([2, 1], dtype=torch.int8, limit=100)).extract(0):
+            limited.layer("layer").write(*keys)
+
+
+@pytest.mark.parametrize("dtype", EIGHT_BITS)
+def test_a_file_in_8_bits_gives_the_same_bits(unet, dtype, tmp_path):
+    bank = filled(unet, dtype=dtype)
+    bank.save(tmp_path / "bank.safetensors")
+    for storage in ("device", "cpu"):
+        again = ReferenceBank.load(tmp_path / "bank.safetensors", storage=storage)
+        assert again.dtype == dtype and again.nbytes == bank.nbytes
+        assert torch.equal(read(unet, again), read(unet, bank))
+    layers = select_layers(unet, "self")
+    with install_processors(layers, again.processors(layers)), again.extract(0):
+        predict(unet, *inputs(1, 4), TIMESTEPS[0])  # whose keys are in 8 bits too
+    assert again.nbytes == bank.nbytes and not torch.equal(read(unet, again, 0), read(unet, bank, 0))
+
+
+def test_a_bank_in_8_bits_serves_models_of_every_precision(unet):
+    bank, layers = filled(unet, dtype=torch.int8), select_layers(unet, "self")
+    try:
+        with install_processors(layers, bank.processors(layers)), bank.read(1):
+            found = predict(unet.to(torch.bfloat16), *(x.bfloat16() for x in inputs(2, 2)), TIMESTEPS[1])
+            with pytest.raises(ValueError, match="bank: expected built for"):
+                predict(unet, *(x.bfloat16() for x in inputs(2, 2, side=16)), TIMESTEPS[1])
+    finally:
+        unet.to(torch.float32)
+    assert found.dtype == torch.bfloat16 and found.isfinite().all()
+
+
+def test_keys_that_8_bits_cannot_hold_are_refused():
+    bank, key = KeyValueBank([1], dtype=torch.int8), torch.ones(1, 4, 2, 8)
+    message = r"KeyValueBank: bank: expected a pass without gradients, .*extract under torch.no_grad\(\)"
+    with pytest.raises(NotImplementedError, match=message), bank.extract(0):
+        bank.layer("layer").write(key, key.clone().requires_grad_())
+    with pytest.raises(ValueError, match="quantize: x: expected finite numbers"), bank.extract(0):
+        bank.layer("layer").write(key / 0, key)
+
+
+@pytest.mark.parametrize("dtype", EIGHT_BITS)
+def test_images_with_banks_in_8_bits_are_those_of_the_numbers_they_stand_for(dtype):
+    """Of references and of contexts, through the whole pipeline."""
+    pipe = fresh()
+    bank = banked(pipe, dtype=dtype, storage="cpu")
+    kept = {"context_storage": "cpu", "context_dtype": dtype}
+    layout = pipe.layout(PROMPTS, "a ball", ("sks", "ball"), latents=NOISE, **SHARED, **kept)
+    contexts = layout.contexts.bank
+    assert bank.dtype == contexts.dtype == dtype
+
+    def images(references, contexts):
+        given = replace(layout, contexts=replace(layout.contexts, bank=contexts))
+        arguments = {**SHARED, "layout": given, "reference_bank": references, "generator": seeded()}
+        return pipe.retouch(PROMPTS, None, None, ("sks", "ball"), **arguments).latents
+
+    plain = pipe.layout(PROMPTS, "a ball", ("sks", "ball"), latents=NOISE, context_storage="cpu", **SHARED)
+    expected = images(dequantized(bank, banked(pipe)), dequantized(contexts, plain.contexts.bank))
+    assert torch.equal(images(bank, contexts), expected)
+    arguments = {**SHARED, "reference_bank": bank, "context_dtype": dtype, "latents": NOISE}
+    found = pipe(PROMPTS, "a ball", None, None, ("sks", "ball"), **arguments)
+    assert found.rows["retouch"] == 3 * 2 * len(PROMPTS)  # the targets alone: both banks were read
+    assert torch.equal(found.latents, expected)
+
+
+def test_the_contexts_limit_counts_8_bits_and_scales():
+    pipe = fresh()
+    layers = 3 * 64 * (16 + 2 * 4) + 4 * 16 * (32 + 2 * 4)  # tokens, channels, heads' scales
+    needed = 2 * 4 * (3 + 1) * layers  # key and value, rows, steps and the buffer of one
+    run(pipe, context_dtype=torch.int8, context_limit=needed)
+    with pytest.raises(ValueError, match=f"context_limit: expected at least {needed} bytes"):
+        run(pipe, context_dtype=torch.int8, context_limit=needed - 1)
+    with pytest.raises(ValueError, match=r"context_dtype: expected one of None, torch\.int8"):
+        run(pipe, context_dtype=torch.float16)
+    with pytest.raises(ValueError, match="context_dtype: expected None without a context_storage"):
+        run(pipe, context_dtype=torch.int8, context_storage=None)
+    with pytest.raises(ValueError, match=r"ReferenceBank: dtype: expected one of None, torch\.int8"):
+        banked(pipe, dtype=torch.float16)

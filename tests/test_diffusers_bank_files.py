@@ -18,6 +18,8 @@ ABOUT = {
     "model": "tiny",
 }
 FOREGROUND = torch.ones(3, 4, 4, dtype=torch.bool)
+SCALE = torch.rand(2, 2, 3, 16, 2, generator=torch.Generator().manual_seed(1))
+IN_8_BITS = {LAYER: (50 * STORED).clamp(-127, 127).to(torch.int8), f"{LAYER}.scale": SCALE}
 
 
 def load(folder, tensors=None, model=None, **about):
@@ -34,8 +36,9 @@ def test_a_right_file_is_read(tmp_path):
     assert bank.shows == (0, 0, 1) and bank.words == [["dog"], ["cat"]]
     assert torch.equal(bank.foreground, FOREGROUND) and bank.layer_names == [LAYER] and bank.rows_held == 3
     with bank.read(1):
-        key, value = bank.layer(LAYER).read(STORED[1, 0])
-        assert torch.equal(torch.stack([key, value]), STORED[1])
+        kept = bank.layer(LAYER).read(STORED[1, 0])
+        assert torch.equal(torch.stack([kept.key, kept.value]), STORED[1])
+        assert kept.key_scale is kept.value_scale is None
 
 
 def test_fields_that_older_files_lack_are_not_known(tmp_path):
@@ -82,7 +85,8 @@ def test_metadata_that_is_not_a_banks_is_named(tmp_path, name, text):
         (STORED.long(), "a floating dtype"),
         (STORED > 0, "a floating dtype"),
         (STORED.to(torch.complex64), "a floating dtype"),
-        (STORED.to(torch.float8_e4m3fn), "a floating dtype"),
+        (STORED.to(torch.uint8), "a floating dtype"),
+        (STORED.to(torch.float8_e5m2), "a floating dtype"),
     ],
 )
 def test_tensors_that_are_not_keys_and_values_are_named(tmp_path, stored, expected):
@@ -162,3 +166,63 @@ def test_paths_and_devices_that_are_none_are_named(tmp_path):
         bank.save(tmp_path / "none" / "bank")
     with pytest.raises(ValueError, match="ReferenceBank: device: expected a device of this machine, got 'foo'"):
         ReferenceBank.load(tmp_path / "bank", device="foo")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_a_right_file_in_8_bits_is_read(tmp_path, dtype):
+    eight = IN_8_BITS[LAYER].to(dtype)
+    bank = load(tmp_path, IN_8_BITS | {LAYER: eight})
+    with bank.read(1):
+        kept = bank.layer(LAYER).read(STORED[1, 0])
+    assert torch.equal(torch.stack([kept.key, kept.value]).view(torch.uint8), eight[1].view(torch.uint8))
+    assert torch.equal(torch.stack([kept.key_scale, kept.value_scale]), SCALE[1])
+    assert bank.dtype == dtype and bank.layer_names == [LAYER] and bank.rows_held == 3
+
+
+def changed(x, value, dtype=None):
+    """The tensor, contiguous, with one number replaced."""
+    x = x.clone() if dtype is None else x.to(dtype)
+    x[1, 0, 2, 3] = value
+    return x
+
+
+@pytest.mark.parametrize(
+    ("scale", "expected"),
+    [
+        (None, r"torch.float32 \(2, 2, 3, 16, 2\) in .*, since keys and values are torch.int8, got none"),
+        (SCALE.double(), "torch.float32 .*, got torch.float64"),
+        (SCALE.half(), "torch.float32 .*, got torch.float16"),
+        (SCALE.long(), "torch.float32 .*, got torch.int64"),
+        (SCALE > 0, "torch.float32 .*, got torch.bool"),
+        (SCALE[:1], r"torch.float32 \(2, 2, 3, 16, 2\) .*, got torch.float32 \(1, 2"),
+        (SCALE[:, :1], r"torch.float32 .*, got torch.float32 \(2, 1"),
+        (SCALE[:, :, :2], "torch.float32 .*, got"),
+        (SCALE[:, :, :, :1], "torch.float32 .*, got"),
+        (SCALE[..., :1], "torch.float32 .*, got"),
+        (SCALE[..., None], "torch.float32 .*, got"),
+        (SCALE[0, 0, 0, 0, 0], r"torch.float32 .*, got torch.float32 \(\)"),
+        (SCALE[:0], "torch.float32 .*, got"),
+        (changed(SCALE, float("nan")), "finite scales of 0 or more in .*, got others"),
+        (changed(SCALE, float("inf")), "finite scales of 0 or more"),
+        (changed(SCALE, -1.0), "finite scales of 0 or more"),
+    ],
+)
+def test_scales_that_do_not_fit_are_named(tmp_path, scale, expected):
+    scale = None if scale is None else scale.contiguous()
+    with pytest.raises(ValueError, match=f"lr_kernels.ReferenceBank: {LAYER}.scale: expected {expected}"):
+        load(tmp_path, IN_8_BITS | {f"{LAYER}.scale": scale})
+
+
+def test_scales_without_8_bits_and_8_bits_without_scales_are_named(tmp_path):
+    with pytest.raises(ValueError, match=f"ReferenceBank: {LAYER}.scale: expected none, .* are torch.float32"):
+        load(tmp_path, IN_8_BITS | {LAYER: STORED})
+    with pytest.raises(ValueError, match=r"ReferenceBank: z\.scale: expected keys and values z beside it in .*, got n"):
+        load(tmp_path, IN_8_BITS | {"z.scale": SCALE.clone()})
+    with pytest.raises(ValueError, match=r"ReferenceBank: z\.scale: expected torch\.float32"):
+        load(tmp_path, IN_8_BITS | {"z": IN_8_BITS[LAYER].clone()})
+    with pytest.raises(ValueError, match=r"ReferenceBank: z: expected torch\.int8 as the other layers"):
+        load(tmp_path, IN_8_BITS | {"z": STORED})
+    with pytest.raises(ValueError, match="ReferenceBank: layers: expected keys and values of at least one layer"):
+        load(tmp_path, IN_8_BITS | {LAYER: None})
+    with pytest.raises(ValueError, match=f"ReferenceBank: {LAYER}: expected finite keys and values"):
+        load(tmp_path, IN_8_BITS | {LAYER: changed(IN_8_BITS[LAYER], float("nan"), torch.float8_e4m3fn)})

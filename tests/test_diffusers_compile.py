@@ -138,18 +138,18 @@ def test_a_retouch_compiles_without_break_or_recompile(reading):
         follows_eager(prepare, ("inactive", "sharing"), "regional")
 
 
-def banks(foreground: bool) -> dict[int, ReferenceBank]:
-    found = {size: ReferenceBank(TIMESTEPS) for size in SIZES}
+def banks(foreground: bool, dtype: torch.dtype | None = None) -> dict[int, ReferenceBank]:
+    found = {size: ReferenceBank(TIMESTEPS, dtype=dtype) for size in SIZES}
     for size, bank in found.items():
         bank.foreground = square(size) if foreground else None
     return found
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("way", "dtype"), [("wrapped", None), ("regional", None), ("regional", torch.int8)])
 @pytest.mark.fault(number=29)
-def test_a_bank_compiles_without_break_or_recompile(way):
+def test_a_bank_compiles_without_break_or_recompile(way, dtype):
     def prepare(unet):
-        held, layers = banks(foreground=True), select_layers(unet, "self")
+        held, layers = banks(foreground=True, dtype=dtype), select_layers(unet, "self")
 
         def call(model, size, mode, step):
             bank = held[size]
@@ -162,13 +162,14 @@ def test_a_bank_compiles_without_break_or_recompile(way):
     follows_eager(prepare, ("extract", "cached"), way)
 
 
+@pytest.mark.parametrize("dtype", [None, torch.float8_e4m3fn])
 @pytest.mark.fault(number=29)
-def test_retouch_with_a_bank():
+def test_retouch_with_a_bank(dtype):
     """The references' rows, two halves of them, come from banks filled without compilation."""
     batch = RetouchBatch(1, True, True, banked=True)
 
     def prepare(unet):
-        held, layers = banks(foreground=False), select_layers(unet, "self")
+        held, layers = banks(foreground=False, dtype=dtype), select_layers(unet, "self")
         for size, bank in held.items():
             for step in range(STEPS):
                 with install_processors(layers, bank.processors(layers)), bank.extract(step):

@@ -16,6 +16,7 @@ from tiny_models import TOLERANCE, components, components_xl, distance, tiny_con
 from tiny_pipelines import IMAGES, MASK, NOISE, PROMPTS, SHARED, STEPS, attention, banked, fresh, run, seeded
 from torch.nn import functional as F
 
+from lr_kernels import Source
 from lr_kernels.diffusers import MultiSourceAttnProcessor, RetouchBatch, route
 from lr_kernels.diffusers.processors.unet import AttentionState
 from lr_kernels.diffusers.subjects.foreground import foreground, grown, without_specks
@@ -40,7 +41,7 @@ def test_contexts_in_a_bank_are_read_by_hand(banked_references, guided):
             self.x = x
 
         def read(self, key):
-            return self.x[0], self.x[1]
+            return Source(*self.x)
 
     state = AttentionState(sharing=True, routings={24: route(batch, masks, seen, (4, 6))})
     processor = MultiSourceAttnProcessor(state, Held(references) if banked_references else None, Held(contexts))

@@ -19,26 +19,37 @@ def active_adapters(models: Sequence[nn.Module]) -> set[str]:
     return _active(_layers(models))
 
 
-def check_free(op: str, models: Sequence[nn.Module]) -> None:
-    """RuntimeError while another call has the models' adapters off."""
-    _check_free(op, _layers(models))
+def check_free(op: str, models: Sequence[nn.Module], model: str = "unet") -> None:
+    """RuntimeError, which names the component `model`, while another call has the models' adapters off."""
+    _check_free(op, _layers(models), model)
 
 
 @contextmanager
-def adapters_off(op: str, models: Sequence[nn.Module], names: Sequence[str] | None = None) -> Iterator[None]:
+def adapters_off(
+    op: str,
+    models: Sequence[nn.Module],
+    names: Sequence[str] | None = None,
+    *,
+    argument: str = "adapters",
+    model: str = "unet",
+) -> Iterator[None]:
     """While it lasts the models are without the active adapters of these names; None: without any.
 
+    Args:
+        op: the function that messages name. argument: what the names are called there. model: the component whose
+            adapters they are.
+
     Raises:
-        ValueError: a name that is not active, adapters that are fused.
+        ValueError: a name that is not active, adapters that are fused. RuntimeError: another call has them off.
     """
     layers = _layers(models)
-    _check_free(op, layers)
+    _check_free(op, layers, model)
     active = _active(layers)
     off = active if names is None else set(names)
     if off - active or (names is not None and not off):
-        fail(op, "adapters", f"some of the active ones, {sorted(active)}", sorted(off))
+        fail(op, argument, f"some of the active ones, {sorted(active)}", sorted(off))
     if any(layer.merged for layer in layers):
-        fail(op, "adapters", "adapters that are not fused", "fused ones", "call unfuse_lora() first")
+        fail(op, argument, "adapters that are not fused", "fused ones", "call unfuse_lora() first")
     before = [(layer, layer._active_adapter) for layer in layers]
     _busy.update(map(id, layers))
     try:
@@ -56,10 +67,10 @@ def _active(layers: Sequence[Any]) -> set[str]:
     return {name for layer in layers if not layer.disable_adapters for name in layer.active_adapters}
 
 
-def _check_free(op: str, layers: Sequence[nn.Module]) -> None:
+def _check_free(op: str, layers: Sequence[nn.Module], model: str) -> None:
     if _busy.intersection(map(id, layers)):
         hint = "models that pipelines share serve one call at a time"
-        fail(op, "unet", "a model that no other call is using", "one whose adapters are off", hint, RuntimeError)
+        fail(op, model, "a model that no other call is using", "one whose adapters are off", hint, RuntimeError)
 
 
 def _layers(models: Sequence[nn.Module]) -> list[Any]:

@@ -49,7 +49,7 @@ class ContextRecorder:
     Args:
         timesteps: of the schedule. weights: (steps,) of the personalized model.
         tokens: the subjects in the n prompts. latent_size: (height, width).
-        layers: whose keys and values are kept at the steps `share`; storage None: none are.
+        layers: whose keys and values are kept at the steps `share`; storage None: none are. dtype: of `KeyValueBank`.
         rows: of the model's batch: n, with guidance 2n.
     """
 
@@ -66,6 +66,7 @@ class ContextRecorder:
         *,
         storage: str | None,
         limit: int | None,
+        dtype: torch.dtype | None = None,
         backend: str = "auto",
     ):
         self.share, self.tokens = share, tokens
@@ -78,8 +79,9 @@ class ContextRecorder:
         self._layers, self._processors = {}, {}
         if storage is not None and len(share):
             if limit is not None:
-                _check_limit(unet, layers, latent_size, rows * (len(share) + 1), limit)
-            self.bank = KeyValueBank(timesteps[share.start : share.stop], storage=storage, limit=limit)
+                _check_limit(unet, layers, latent_size, rows * (len(share) + 1), dtype, limit)
+            steps = timesteps[share.start : share.stop]
+            self.bank = KeyValueBank(steps, storage=storage, limit=limit, dtype=dtype)
             self._layers, self._processors = dict(layers), self.bank.processors(layers, self._state)
         self._maps = SubjectMaps(unet, self._state, latent_size, self._processors)
         self._found: list[Tensor] = []
@@ -126,11 +128,19 @@ class ContextRecorder:
 
 
 def _check_limit(
-    unet: UNet2DConditionModel, layers: Mapping[str, Attention], size: tuple[int, int], rows: int, limit: int
+    unet: UNet2DConditionModel,
+    layers: Mapping[str, Attention],
+    size: tuple[int, int],
+    rows: int,
+    dtype: torch.dtype | None,
+    limit: int,
 ) -> None:
     """Refuse a bank that holds so many rows, over all steps and in its buffers, before any step runs."""
-    tokens = {name: math.prod(layer_grid(layer_scale(unet, name), *size)) for name in layers}
-    needed = sum(2 * rows * tokens[name] * layer.inner_kv_dim * unet.dtype.itemsize for name, layer in layers.items())
+    needed = 0
+    for name, layer in layers.items():
+        tokens = math.prod(layer_grid(layer_scale(unet, name), *size))
+        scales = 0 if dtype is None else layer.heads * torch.float32.itemsize
+        needed += 2 * rows * tokens * (layer.inner_kv_dim * (dtype or unet.dtype).itemsize + scales)
     if needed > limit:
         hint = "choose fewer retouch_layers, a lower precision or context_storage=None, which computes them again"
         fail(OP, "context_limit", f"at least {needed} bytes, which the contexts' keys and values take", limit, hint)

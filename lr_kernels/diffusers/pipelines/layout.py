@@ -45,6 +45,7 @@ class LayoutStage(PersonalizedPipeline):
         retouch_layers: Sequence[int | str] | None = None,
         context_storage: str | None = None,
         context_limit: int | None = None,
+        context_dtype: torch.dtype | None = None,
         control_image: Image | list[Image] | None = None,
         control_scale: float = 1.0,
         generator: Generator = None,
@@ -78,7 +79,8 @@ class LayoutStage(PersonalizedPipeline):
             with_references=False,
         )
         if request.tokens is None:
-            refuse("there are no subject_tokens", context_storage=context_storage, context_limit=context_limit)
+            given = {"context_limit": context_limit, "context_dtype": context_dtype}
+            refuse("there are no subject_tokens", context_storage=context_storage, **given)
         output = lay_out(self, request)
         self.maybe_free_model_hooks()
         return output
@@ -185,5 +187,6 @@ def _recorder(pipe: PersonalizedPipeline, request: Request, rows: int) -> Contex
         rows,
         storage=settings.context_storage if cached and same_rows else None,
         limit=settings.context_limit,
+        dtype=settings.context_dtype,
         backend=settings.backend,
     )

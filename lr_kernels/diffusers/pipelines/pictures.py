@@ -17,7 +17,7 @@ from ...runtime.checks import check_choice, fail
 from ..processors.routing import token_mask
 
 OP = "LayoutRetouch"
-
+"""The function that messages name unless another one is given."""
 FITS = ("crop", "pad", "squeeze")
 """How a picture of another aspect ratio is brought to a size: its longer side is cut around the middle, its border
 colours are repeated around it, or it is squeezed."""
@@ -43,6 +43,8 @@ Size = tuple[int, int]
 """height and width"""
 Span = tuple[float, float]
 """start and end of what is shown along one side of a picture, in its pixels"""
+Place = tuple[str, str]
+"""the function and the argument that messages name"""
 
 
 def preprocess(
@@ -54,6 +56,7 @@ def preprocess(
     normalize: bool = True,
     opaque: bool = False,
     name: str = "image",
+    op: str = OP,
 ) -> Tensor:
     """Images of any kind and size -> fp32 (n, 3, height, width).
 
@@ -69,7 +72,7 @@ def preprocess(
         fit: one of `FITS`, for images of another aspect ratio.
         opaque: the opacity is left out, and colours are what they are beneath it, as diffusers reads control images.
         normalize: False leaves the numbers as they are, in [0, 1], as ControlNets take them.
-        name: of the argument in messages.
+        name, op: of the argument and of the function in messages.
 
     Returns:
         In [-1, 1], on the device of the first image; the very numbers of diffusers' `VaeImageProcessor` for images that
@@ -81,14 +84,14 @@ def preprocess(
     """
     several: list[Any] = list(images) if isinstance(images, (list, tuple)) else [images]
     if not several:
-        fail(OP, name, "at least one image", "none")
-    check_choice(OP, "fit", fit, FITS)
+        fail(op, name, "at least one image", "none")
+    check_choice(op, "fit", fit, FITS)
     names = [name if len(several) == 1 else f"{name}[{i}]" for i in range(len(several))]
-    read = [_read(image, opaque, each) for image, each in zip(several, names)]
+    read = [_read(image, opaque, (op, each)) for image, each in zip(several, names)]
     signed = [each for x, each in zip(read, names) if isinstance(x, Tensor) and bool(x.min() < -UNDERSHOOT)]
     if signed and normalize:
         told = f"negative numbers, so it is taken to be in [-1, 1] ({', '.join(signed)})"
-        warnings.warn(f"lr_kernels.{OP}: {name}: {told}; clip what is meant to be in [0, 1]", stacklevel=2)
+        warnings.warn(f"lr_kernels.{op}: {name}: {told}; clip what is meant to be in [0, 1]", stacklevel=2)
     batches = []
     for image, x in zip(several, read):
         pixels = _fitted(x, (height, width), fit)
@@ -104,6 +107,7 @@ def as_mask(
     device: torch.device,
     name: str = "reference_mask",
     picture: Image | None = None,
+    op: str = OP,
 ) -> Tensor:
     """A mask of any kind and size -> bool (1, *size), True on the subject. May be empty.
 
@@ -120,6 +124,7 @@ def as_mask(
         fit: one of `FITS`, as for the image that the mask belongs to; a mask of the latents' own aspect ratio stays
             whole with each. What is padded is not of the subject.
         picture: what the mask belongs to. None: not compared.
+        name, op: of the argument and of the function in messages.
 
     Raises:
         ValueError: a shape, a range of numbers, a mode or a fit that is none of these, NaN or Inf; a mask that has
@@ -127,14 +132,15 @@ def as_mask(
         where it is nowhere half transparent. TypeError: neither an image, an array nor a tensor, or one of other things
         than real numbers.
     """
-    check_choice(OP, "fit", fit, FITS)
-    x = _mask_planes(mask, name)
+    place = op, name
+    check_choice(op, "fit", fit, FITS)
+    x = _mask_planes(mask, place)
     if mask is picture and not _is_cutout(x):
-        fail(OP, name, "a mask, or a picture that is transparent around the subject", "the picture, which is opaque")
+        fail(*place, "a mask, or a picture that is transparent around the subject", "the picture, which is opaque")
     subject = _subject(x)
     given = subject.shape[0], subject.shape[1]
     if picture is not None:
-        _check_proportions(given, _sides(picture), size, name)
+        _check_proportions(given, _sides(picture), size, place)
     rows, columns = _shown(given, size, fit)
     down, across = _overlaps(rows, subject.shape[0], size[0]), _overlaps(columns, subject.shape[1], size[1])
     covered = (down @ subject.double() @ across.T).round(
@@ -149,57 +155,67 @@ def one_by_one(images: Image | Sequence[Image | None]) -> list[Image]:
     return [part for image in several for part in (image if getattr(image, "ndim", 0) == 4 else [image])]
 
 
+def masks_one_by_one(masks: Any) -> list[Image]:
+    """Masks of several images as a list: a list, an array (n, h, w, C), or (n, h, w) with a width that is no number of
+    channels, a tensor (n, h, w) or (n, C, h, w); anything else is one mask."""
+    if isinstance(masks, (list, tuple)):
+        return list(masks)
+    shape = tuple(getattr(masks, "shape", ()))
+    batched = 4 if len(shape) == 3 and shape[-1] in (1, 3, 4) and not isinstance(masks, Tensor) else 3
+    return list(masks) if len(shape) >= batched else [masks]
+
+
 # Reading
 
 
-def _read(image: Image, opaque: bool, name: str) -> PIL.Image.Image | Tensor:
+def _read(image: Image, opaque: bool, place: Place) -> PIL.Image.Image | Tensor:
     """A PIL image of mode RGB, or of mode F with white at 1; arrays and tensors as floating (n, 3 or 1, h, w)."""
     if isinstance(image, PIL.Image.Image):
-        return _read_pil(image, opaque, name)
-    x = _planes(image, name)
+        return _read_pil(image, opaque, place)
+    x = _planes(image, place)
     if _is_floating(image):
-        _check_unit(x, name)
+        _check_unit(x, place)
     else:
-        x = x / _white_of(image, x, name)
+        x = x / _white_of(image, x, place)
     if x.shape[1] != 4:
         return x
     colours, opacity = x.split((3, 1), 1)
     return colours if opaque else colours * opacity + (1 - opacity)
 
 
-def _upright(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
+def _upright(image: PIL.Image.Image, place: Place) -> PIL.Image.Image:
     """The image turned as its EXIF orientation says, in a mode that PIL converts."""
     try:
         image.load()
     except (OSError, ValueError, SyntaxError) as error:  # a file that is cut short, closed or damaged
-        fail(OP, name, "an image that PIL can read", str(error))
+        fail(*place, "an image that PIL can read", str(error))
     image = ImageOps.exif_transpose(image)
     return image.convert("LA") if image.mode == "La" else image
 
 
-def _read_pil(image: PIL.Image.Image, opaque: bool, name: str) -> PIL.Image.Image:
-    image = _upright(image, name)
+def _read_pil(image: PIL.Image.Image, opaque: bool, place: Place) -> PIL.Image.Image:
+    image = _upright(image, place)
     if _is_number_mode(image):
         array = np.asarray(image)
-        x = _planes(array, name)
-        return PIL.Image.fromarray((x / _white_of(array, x, name))[0, 0].float().numpy())
+        x = _planes(array, place)
+        return PIL.Image.fromarray((x / _white_of(array, x, place))[0, 0].float().numpy())
     if image.has_transparency_data and not opaque:
         image = image.convert("RGBA")
         image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
-def _mask_planes(mask: Image, name: str) -> Tensor:
+def _mask_planes(mask: Image, place: Place) -> Tensor:
     """The planes of a mask, (C, h, w) in [0, 1]: 1 of brightness, 3 of colours, or 4 with opacity."""
     if isinstance(mask, PIL.Image.Image):
-        mask = _mask_array(mask, name)
+        mask = _mask_array(mask, place)
     else:
         while getattr(mask, "ndim", 0) > 2 and 1 in mask.shape:
             mask = mask.squeeze(tuple(mask.shape).index(1))
         if isinstance(mask, (np.ndarray, Tensor)) and mask.ndim not in (2, 3):
-            fail(OP, name, "shape (height, width)", tuple(mask.shape), "several masks are a list")
-    x = _planes(mask, name, "shape (height, width), or also 3 or 4 channels")[0].cpu()
-    return x / _smallest_white(x, name)
+            fail(*place, "shape (height, width)", tuple(mask.shape), "several masks are a list")
+    x = _planes(mask, place, "shape (height, width), or also 3 or 4 channels")[0].cpu()
+    return x / _smallest_white(x, place)
 
 
 def _is_cutout(x: Tensor) -> bool:
@@ -215,9 +231,9 @@ def _subject(x: Tensor) -> Tensor:
     return x[0] > 0.5
 
 
-def _mask_array(mask: PIL.Image.Image, name: str) -> np.ndarray:
+def _mask_array(mask: PIL.Image.Image, place: Place) -> np.ndarray:
     """The planes of a PIL image's mask as an array: (h, w), (h, w, 3), or (h, w, 4) with opacity."""
-    mask = _upright(mask, name)
+    mask = _upright(mask, place)
     if _is_number_mode(mask):
         return np.asarray(mask)
     if mask.has_transparency_data:
@@ -229,12 +245,14 @@ def _mask_array(mask: PIL.Image.Image, name: str) -> np.ndarray:
 
 
 def _planes(
-    image: np.ndarray | Tensor, name: str, expected: str = "shape (height, width), with 1, 3 or 4 channels or without"
+    image: np.ndarray | Tensor,
+    place: Place,
+    expected: str = "shape (height, width), with 1, 3 or 4 channels or without",
 ) -> Tensor:
     """The numbers of an array or a tensor, finite, as floating (n, C, h, w)."""
     if isinstance(image, np.ndarray):
         if image.dtype.kind not in "buif":
-            fail(OP, name, "numbers or booleans", f"an array of {image.dtype}", error=TypeError)
+            fail(*place, "numbers or booleans", f"an array of {image.dtype}", error=TypeError)
         double = image.dtype.kind == "f" and image.dtype.itemsize >= 8
         x = torch.from_numpy(
             np.array(image, np.float64 if double else np.float32)
@@ -243,18 +261,18 @@ def _planes(
         hint = "an array has its channels last"
     elif isinstance(image, Tensor):
         if image.is_complex():
-            fail(OP, name, "real numbers or booleans", image.dtype, error=TypeError)
+            fail(*place, "real numbers or booleans", image.dtype, error=TypeError)
         x = image.to(torch.promote_types(image.dtype, torch.float32))
         hint = "a tensor has its channels before height and width"
     else:
         hint = "open a file with PIL.Image.open" if isinstance(image, (str, PathLike)) else ""
-        fail(OP, name, "a PIL image, an array or a tensor", type(image).__name__, hint, TypeError)
+        fail(*place, "a PIL image, an array or a tensor", type(image).__name__, hint, TypeError)
     while 2 <= x.dim() < 4:
         x = x[None]
     if x.dim() != 4 or x.shape[1] not in (1, 3, 4) or x.numel() == 0:
-        fail(OP, name, expected, tuple(image.shape), hint)
+        fail(*place, expected, tuple(image.shape), hint)
     if not bool(x.isfinite().all()):
-        fail(OP, name, "finite numbers", "NaN or Inf")
+        fail(*place, "finite numbers", "NaN or Inf")
     return x
 
 
@@ -278,7 +296,7 @@ def _sides(image: Image) -> Size:
     return tuple(image.shape[-3:-1] if channels_last else image.shape[-2:])
 
 
-def _check_proportions(mask: Size, picture: Size, latents: Size, name: str) -> None:
+def _check_proportions(mask: Size, picture: Size, latents: Size, place: Place) -> None:
     def fits(sides: Size) -> bool:
         return abs(math.log(mask[0] * sides[1] / (mask[1] * sides[0]))) < PROPORTIONS
 
@@ -289,39 +307,40 @@ def _check_proportions(mask: Size, picture: Size, latents: Size, name: str) -> N
     if turned:
         hint = "a mask is turned as its picture is shown: make it of PIL.ImageOps.exif_transpose(photo)"
     wanted, got = (f"{h} x {w}" for h, w in (picture, mask))
-    fail(OP, name, f"the proportions of its picture, {wanted}", got, f"both height x width; {hint}")
+    fail(*place, f"the proportions of its picture, {wanted}", got, f"both height x width; {hint}")
 
 
 # Ranges
 
 
-def _check_unit(x: Tensor, name: str) -> None:
+def _check_unit(x: Tensor, place: Place) -> None:
     """Raise unless numbers are in [0, 1], or in [-1, 1] where they can be, but for an overshoot."""
     low, high = (float(end) for end in x.detach().aminmax())
     lowest = -1 if x.shape[1] != 4 else 0
     if high > 1 + OVERSHOOT or low < lowest - OVERSHOOT:
         hint = "divide numbers of 0 to 255 by 255; latents are no images"
-        fail(OP, name, "floating numbers in [0, 1]", f"numbers from {low:g} to {high:g}", hint)
+        fail(*place, "floating numbers in [0, 1]", f"numbers from {low:g} to {high:g}", hint)
 
 
-def _white_of(image: np.ndarray | Tensor, x: Tensor, name: str) -> int:
+def _white_of(image: np.ndarray | Tensor, x: Tensor, place: Place) -> int:
     """The number that is white, by the dtype of an image if it says it, else by its numbers x."""
     by_dtype = {"bool": 1, "uint8": 255, "uint16": 65535}
     dtype = image.dtype.name if isinstance(image, np.ndarray) else str(image.dtype).removeprefix("torch.")
     if dtype not in by_dtype:
-        return _smallest_white(x, name)
+        return _smallest_white(x, place)
     white, highest = by_dtype[dtype], float(x.max())
     if 0 < highest < white / NEARLY_BLACK:
         told = f"its largest number is {highest:g} where {dtype} has {white} for white, so it is nearly black"
-        warnings.warn(f"lr_kernels.{OP}: {name}: {told}; scale it, or pass floating numbers in [0, 1]", stacklevel=2)
+        hint = "scale it, or pass floating numbers in [0, 1]"
+        warnings.warn(f"lr_kernels.{place[0]}: {place[1]}: {told}; {hint}", stacklevel=2)
     return white
 
 
-def _smallest_white(x: Tensor, name: str) -> int:
+def _smallest_white(x: Tensor, place: Place) -> int:
     low, high = (float(end) for end in x.detach().aminmax())
     fitting = [white for white in WHITES if high <= white * (1 + OVERSHOOT)]
     if not fitting or low < -OVERSHOOT:
-        fail(OP, name, "numbers from 0 to 1, 255 or 65535", f"numbers from {low:g} to {high:g}")
+        fail(*place, "numbers from 0 to 1, 255 or 65535", f"numbers from {low:g} to {high:g}")
     return fitting[0]
 
 

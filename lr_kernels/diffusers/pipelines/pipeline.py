@@ -62,6 +62,7 @@ class LayoutRetouch(LayoutStage, RetouchStage):
         targets_from: str = "renoise",
         context_storage: str | None = "device",
         context_limit: int | None = None,
+        context_dtype: torch.dtype | None = None,
         mask_blending: bool = False,
         mask_threshold: float | str = "otsu",
         return_maps: bool = False,
@@ -120,7 +121,8 @@ class LayoutRetouch(LayoutStage, RetouchStage):
             context_storage: where the keys and values of the layouts stay from the layout stage on: "device" or "cpu"
                 (copied step by step). None: they are computed again, in rows of the retouch stage's batch; so they are
                 where contexts_from is not "trajectory", and with "swap".
-            context_limit: bytes that they may take.
+            context_limit: bytes that they may take. context_dtype: torch.int8 or torch.float8_e4m3fn keep them in 8
+                bits, about half the bytes of bf16; None: in the model's dtype.
             mask_blending: adaptive mask blending. False: the layout's mask throughout. True: it moves to the target's
                 own mask, and outside of both masks the latents are the layout's.
             mask_threshold: of `subject_mask`.

@@ -20,7 +20,7 @@ from .component_checks import check_controlnet, check_models, check_vae
 from .components import PersonalizedPipeline, noise_like
 from .contexts import Contexts
 from .output import LayoutRetouchOutput
-from .pictures import Image, as_mask, one_by_one, preprocess
+from .pictures import Image, as_mask, masks_one_by_one, one_by_one, preprocess
 from .prompts import Prompts, as_list, check_prompts
 from .schedule import DEFAULT_SWITCH, Solver, blend_weights, check_scheduler, step_in_schedule
 from .settings import OP, Generator, Settings, one_or, refuse
@@ -297,7 +297,7 @@ def _banked_references(
     wanted = count * (2 if guided else 1)
     if bank.rows_held != wanted:
         stale(f"{wanted} rows, {'with' if guided else 'without'} guidance", bank.rows_held)
-    if bank.dtype != pipe.attention_dtype:
+    if not bank.serves(pipe.attention_dtype):
         stale(pipe.attention_dtype, bank.dtype)
     if tuple(bank.foreground.shape[1:]) != tuple(size):
         stale(f"latents of {tuple(size)}", tuple(bank.foreground.shape[1:]))
@@ -329,7 +329,7 @@ def _layout_masks(
         fail(OP, "layout_mask", f"a list of the masks of each of {subjects} subjects", got)
     found = []
     for given in per_subject:
-        given = _masks_of_images(given)
+        given = masks_one_by_one(given)
         if len(given) not in (1, images):
             fail(OP, "layout_mask", f"{one_or(images)} masks, as there are images", len(given))
         names = ["layout_mask"] if len(given) == 1 else [f"layout_mask[{i}]" for i in range(len(given))]
@@ -339,16 +339,6 @@ def _layout_masks(
     empty_only = 0, 1  # a given mask is not doubted
     warn_of_implausible(stacked, "layout", "so says layout_mask", empty_only)
     return stacked
-
-
-def _masks_of_images(masks: Any) -> list[Image]:
-    """One mask, or those of several images: a list, an array (n, h, w, C), or (n, h, w) with a width that is no number
-    of channels, a tensor (n, h, w) or (n, C, h, w)."""
-    if isinstance(masks, (list, tuple)):
-        return list(masks)
-    shape = tuple(getattr(masks, "shape", ()))
-    batched = 4 if len(shape) == 3 and shape[-1] in (1, 3, 4) and not isinstance(masks, Tensor) else 3
-    return list(masks) if getattr(masks, "ndim", 0) >= batched else [masks]
 
 
 def _masks(masks: Image | list[Image | None] | None, references: int) -> list[Image | None]:

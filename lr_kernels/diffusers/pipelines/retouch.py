@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,6 +57,7 @@ class RetouchStage(PersonalizedPipeline):
         mask_threshold: float | str = "otsu",
         storage: str = "device",
         limit: int | None = None,
+        dtype: torch.dtype | None = None,
         backend: str = "auto",
         **stock: object,
     ) -> ReferenceBank:
@@ -63,7 +65,7 @@ class RetouchStage(PersonalizedPipeline):
 
         Pass it as `reference_bank` to any number of calls with the same size and number of steps, the same range of
         steps and layers or a part of them, with or without guidance and with the same `stock` as here; `save` keeps it
-        for other processes. Arguments as in `__call__`, and storage, limit as in `ReferenceBank`.
+        for other processes. Arguments as in `__call__`, and storage, limit, dtype as in `ReferenceBank`.
         """
         request = build_request(
             self,
@@ -78,7 +80,7 @@ class RetouchStage(PersonalizedPipeline):
             reference_subjects=reference_subjects,
             with_layout=False,
         )
-        bank = fill_bank(self, request, storage, limit)
+        bank = fill_bank(self, request, storage=storage, limit=limit, dtype=dtype)
         self.maybe_free_model_hooks()
         return bank
 
@@ -286,22 +288,22 @@ def _retouched(pipe: PersonalizedPipeline, request: Request, contexts: Contexts 
     )
 
 
-def fill_bank(pipe: PersonalizedPipeline, request: Request, storage: str, limit: int | None) -> ReferenceBank:
-    """Run the references alone through every step that shares."""
+def fill_bank(pipe: PersonalizedPipeline, request: Request, **options: Any) -> ReferenceBank:
+    """Run the references alone through every step that shares; options are those of `ReferenceBank`."""
     share, settings = request.share, request.settings
     if not len(share):
         fail(OP, "retouch_end", f"above retouch_start, {share.start}", share.stop)
     with pipe.in_stage("references", settings.retouch_guidance):
-        return _filled_bank(pipe, request, storage, limit)
+        return _filled_bank(pipe, request, options)
 
 
-def _filled_bank(pipe: PersonalizedPipeline, request: Request, storage: str, limit: int | None) -> ReferenceBank:
+def _filled_bank(pipe: PersonalizedPipeline, request: Request, options: dict[str, Any]) -> ReferenceBank:
     share, references = request.share, request.references
-    costs = Costs(pipe._execution_device)
-    rows = _rows(pipe, request, None)
     steps = slice(share.start, share.stop)
     signals = request.solver.signals[steps]
-    bank = ReferenceBank(request.solver.timesteps[steps], signals=signals, storage=storage, limit=limit)
+    bank = ReferenceBank(request.solver.timesteps[steps], signals=signals, **options)
+    costs = Costs(pipe._execution_device)
+    rows = _rows(pipe, request, None)
     bank.foreground = _masks(pipe, request, None, rows, costs).references
     bank.shows, bank.words = references.shows, request.subjects
     trajectory = renoise(rows.references, rows.reference_noise, request.solver, start=share.start)
@@ -360,7 +362,7 @@ def _serves(contexts: Contexts, request: Request, dtype: torch.dtype) -> bool:
     first, kept = contexts.bank_start, len(bank.timesteps)
     rows = len(contexts.latents) * (2 if request.retouch_guided else 1)
     steps = request.share.start >= first and request.share.stop <= first + kept
-    steps = steps and bank.dtype == dtype
+    steps = steps and bank.serves(dtype)
     return steps and set(request.layers) <= set(bank.layer_names) and bank.rows_held == rows
 
 

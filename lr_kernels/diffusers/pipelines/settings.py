@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...runtime.checks import check_choice, check_integer, check_number, fail, plain_number
 from ..processors.bank import STORAGES
+from ..processors.bank_values import EIGHT_BITS
 from .pictures import FITS
 from .schedule import Blend
 
@@ -41,6 +42,7 @@ class Settings:
     targets_from: str = "renoise"
     context_storage: str | None = "device"
     context_limit: int | None = None
+    context_dtype: torch.dtype | None = None
     mask_blending: bool = False
     mask_threshold: float | str = "otsu"
     reference_fit: str = "crop"
@@ -62,6 +64,9 @@ class Settings:
         check_choice(OP, "contexts_from", self.contexts_from, (None, *CONTEXTS_FROM))
         check_choice(OP, "targets_from", self.targets_from, TARGETS_FROM)
         check_choice(OP, "context_storage", self.context_storage, (None, *STORAGES))
+        check_choice(OP, "context_dtype", self.context_dtype, (None, *EIGHT_BITS))
+        if self.context_dtype is not None and self.context_storage is None:
+            fail(OP, "context_dtype", "None without a context_storage", self.context_dtype)
         check_choice(OP, "reference_fit", self.reference_fit, FITS)
         check_choice(OP, "output_type", self.output_type, OUTPUT_TYPES)
         steps = check_integer(OP, "num_inference_steps", self.num_inference_steps, 1, "a positive integer")

@@ -14,11 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...attention.api import multi_source_attention
+from ...attention.eight_bit import quantize
 from ...attention.plan import AttentionPlan, plan_attention
 from ...runtime.checks import check_choice, check_integer, fail
 from ...source import Source
-from .bank_files import FIELDS, check_stored, read_field
-from .bank_values import MAX_TIMESTEP, as_bias, as_foreground, as_table, check_file, check_numbers
+from .bank_files import FIELDS, SCALE, read_field, stored_layers
+from .bank_values import EIGHT_BITS, MAX_TIMESTEP, as_bias, as_foreground, as_table, check_file, check_numbers
 from .install import layer_grid
 from .routing import token_mask
 from .unet import AttentionState, StockAttnProcessor, refuse_mask
@@ -30,13 +31,13 @@ fp32 by different formulas."""
 
 
 class BankLayer:
-    """The buffer of one layer: keys and values of the step that is extracted or read."""
+    """The buffers of one layer: keys and values of the step that is extracted or read; `dtype`: that of 8-bit ones."""
 
-    def __init__(self, name: str, op: str):
-        self.name = name
+    def __init__(self, name: str, op: str, dtype: torch.dtype | None = None):
+        self.name, self.dtype = name, dtype
         self._op = op
-        self.buffer: Tensor | None = None
-        """(2, rows, tokens, heads, head_dim): keys, values"""
+        self.buffers: tuple[Tensor, ...] = ()
+        """keys and values (2, rows, tokens, heads, head_dim); in 8 bits also their scales, (2, rows, tokens, heads)"""
         self.written: tuple[Tensor, Tensor] | None = None
         """keys and values of the last pass that extracted"""
 
@@ -44,32 +45,42 @@ class BankLayer:
         """Hold keys and values (rows, tokens, heads, head_dim) until `keep`."""
         self.written = key, value
 
-    def keep(self) -> Tensor:
-        """Copy what was written into the buffer. This happens outside the layer's pass, whose compiled graph would
-        otherwise depend on the buffer."""
+    def keep(self) -> tuple[Tensor, ...]:
+        """Copy what was written into the buffers. This happens outside the layer's pass, whose compiled graph would
+        otherwise depend on them."""
         assert self.written is not None
-        key, value = self.written
-        self.written = None
-        if self.buffer is None:
+        written, self.written = self.written, None
+        if self.buffers:
+            self.check_fit(written[0], rows=True)
+        if self.dtype is not None and any(x.requires_grad for x in written):
+            got, hint = "keys and values that require one", "extract under torch.no_grad()"
+            fail(self._op, "bank", "a pass without gradients, which 8 bits do not have", got, hint, NotImplementedError)
+        key, value = ((x,) if self.dtype is None else quantize(x, self.dtype) for x in written)
+        if not self.buffers:
             with torch.inference_mode(False):  # later passes may write where this one is one of inference mode
-                self.buffer = key.new_empty(2, *key.shape)
-        self.check_fit(key, rows=True)
-        self.buffer[0].copy_(key)
-        self.buffer[1].copy_(value)
-        return self.buffer
+                self.buffers = tuple(x.new_empty(2, *x.shape) for x in key)
+        for buffer, *parts in zip(self.buffers, key, value):
+            for half, x in zip(buffer, parts):
+                half.copy_(x)
+        return self.buffers
 
-    def read(self, key: Tensor) -> tuple[Tensor, Tensor]:
+    def read(self, key: Tensor) -> Source:
         """The kept keys and values, for a layer whose own keys are these."""
-        if self.buffer is None:
+        if not self.buffers:
             fail(self._op, "bank", f"layer {self.name} among those extracted", "nothing of it", "call extract()")
         self.check_fit(key, rows=False)
-        return self.buffer[0], self.buffer[1]
+        kept = self.buffers[0]
+        if self.dtype is None:
+            return Source(kept[0], kept[1])
+        scale = self.buffers[1]
+        return Source(kept[0], kept[1], key_scale=scale[0], value_scale=scale[1])
 
     def check_fit(self, key: Tensor, rows: bool) -> None:
-        """Refuse keys of other sizes, precision or device than those that the bank was built for."""
-        assert self.buffer is not None
-        first = 0 if rows else 1
-        built, got = ((*x.shape[first:], x.dtype, x.device) for x in (self.buffer[0], key))
+        """Refuse keys of other sizes, precision or device than those that the bank was built for. Keys in 8 bits are
+        read in any precision."""
+        first, kept = 0 if rows else 1, self.buffers[0][0]
+        precision = kept.dtype if self.dtype is None else key.dtype
+        built, got = ((*x.shape[first:], y, x.device) for x, y in ((kept, precision), (key, key.dtype)))
         if built != got:
             fail(self._op, "bank", f"built for {built}", f"{got} in {self.name}", "call reset()")
 
@@ -85,18 +96,22 @@ class KeyValueBank:
 
     The layers touch one buffer each, whose address never changes (it can be captured in a CUDA graph); `extract` copies
     it to the storage after the UNet has run, `read` from it before. Bytes: 2 x rows x tokens x channels x element
-    size, per layer and step, plus one step of buffers; `nbytes` counts them. The pass that extracts a step holds it
-    once more.
+    size, per layer and step, plus one step of buffers; `nbytes` counts them. With 8 bits the element size is 1, and
+    each row, token and head has 2 scales of 4 bytes: of bf16's bytes they take 1/2 + 2 / head_dim. The pass that
+    extracts a step holds it once more, in the model's dtype.
 
     Args:
         timesteps: of the schedule, in its order. signals: how much of the latents is signal at each, see
             `Solver.signals`; None: not known, and timesteps alone say which step a bank has.
         storage: where all steps are: "device", that of the model, or "cpu": pinned memory, copied step by step.
         limit: bytes that the storage may take.
+        dtype: torch.int8 or torch.float8_e4m3fn keep keys and values in 8 bits (`lr_kernels.quantize`), which a model
+            of any dtype reads. None: in their own dtype.
 
     Raises:
         ValueError: other timesteps or signals than finite numbers, at least one, from 0 to 1e6 and from 0 to 1; a step
-            that is extracted or read while another is.
+            that is extracted or read while another is; keys that are not finite, where they are kept in 8 bits.
+        NotImplementedError: keys in 8 bits that require a gradient.
     """
 
     def __init__(
@@ -106,8 +121,10 @@ class KeyValueBank:
         signals: Sequence[float] | None = None,
         storage: str = "device",
         limit: int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         check_choice(self._op, "storage", storage, STORAGES)
+        check_choice(self._op, "dtype", dtype, (None, *EIGHT_BITS))
         if limit is not None:
             check_integer(self._op, "limit", limit, 0, "a number of bytes, or None")
         numbers = check_numbers(self._op, "timesteps", timesteps, MAX_TIMESTEP)
@@ -118,6 +135,7 @@ class KeyValueBank:
         self.storage, self.limit = storage, limit
         self.mode: str | None = None
         """None: the layers are stock; "extract": they write their keys and values; "cached": they read the bank's"""
+        self._eight_bits = dtype
         self._layers: dict[str, BankLayer] = {}
         self.reset()
 
@@ -127,9 +145,9 @@ class KeyValueBank:
 
     def reset(self) -> None:
         """Forget everything stored."""
-        self._stored: dict[str, Tensor] = {}  # (steps, 2, rows, tokens, heads, head_dim)
+        self._stored: dict[str, tuple[Tensor, ...]] = {}  # as the layer's buffers, with the steps first
         for layer in self._layers.values():
-            layer.buffer = layer.written = None
+            layer.buffers, layer.written = (), None
         self._filled: set[int] = set()
 
     def processors(
@@ -139,16 +157,16 @@ class KeyValueBank:
         return {name: BankAttnProcessor(self, self.layer(name), state) for name in layers}
 
     def layer(self, name: str) -> BankLayer:
-        """The buffer of a layer; empty until it is extracted."""
-        return self._layers.setdefault(name, BankLayer(name, self._op))
+        """The buffers of a layer; empty until it is extracted."""
+        return self._layers.setdefault(name, BankLayer(name, self._op, self._eight_bits))
 
-    def _buffers(self) -> dict[str, Tensor]:
-        return {name: layer.buffer for name, layer in self._layers.items() if layer.buffer is not None}
+    def _buffers(self) -> dict[str, tuple[Tensor, ...]]:
+        return {name: layer.buffers for name, layer in self._layers.items() if layer.buffers}
 
     @property
     def nbytes(self) -> int:
-        """The bytes that storage and buffers take."""
-        return sum(x.nbytes for x in (*self._stored.values(), *self._buffers().values()))
+        """The bytes that storage and buffers take, with scales."""
+        return sum(x.nbytes for held in (*self._stored.values(), *self._buffers().values()) for x in held)
 
     @property
     def layer_names(self) -> list[str]:
@@ -158,12 +176,16 @@ class KeyValueBank:
     @property
     def dtype(self) -> torch.dtype | None:
         """The dtype of the keys and values; None while the bank is empty."""
-        return next((x.dtype for x in self._buffers().values()), None)
+        return next((x.dtype for x, *_ in self._buffers().values()), None)
+
+    def serves(self, dtype: torch.dtype) -> bool:
+        """Whether a model that computes its attention in this dtype can read the bank."""
+        return self.dtype in (dtype, *EIGHT_BITS)
 
     @property
     def rows_held(self) -> int:
         """How many rows every layer has; 0 while the bank is empty."""
-        return next((x.shape[1] for x in self._buffers().values()), 0)
+        return next((x.shape[1] for x, *_ in self._buffers().values()), 0)
 
     def steps_of(self, timesteps: Sequence[float] | Tensor, signals: Sequence[float] | None = None) -> range:
         """The bank's steps of timesteps that follow each other, at these noise levels where both are known.
@@ -199,10 +221,11 @@ class KeyValueBank:
             got = f"it first in step {step}" if name in written else f"a pass without it in step {step}"
             fail(self._op, "bank", f"layer {name} in every step", got, "call reset()")
         for name, layer in written.items():
-            buffer = layer.keep()
+            buffers = layer.keep()
             if name not in self._stored:
-                self._stored[name] = self._allocate(name, buffer)
-            self._stored[name][step].copy_(buffer, non_blocking=True)
+                self._stored[name] = self._allocate(name, buffers)
+            for stored, buffer in zip(self._stored[name], buffers):
+                stored[step].copy_(buffer, non_blocking=True)
         self._filled.add(step)
 
     @contextlib.contextmanager
@@ -211,8 +234,9 @@ class KeyValueBank:
         step = self._check_step(step)
         if step not in self._filled:
             fail(self._op, "step", f"one that was extracted, {sorted(self._filled)}", step, "call extract() first")
-        for name, current in self._buffers().items():
-            current.copy_(self._stored[name][step], non_blocking=True)
+        for name, buffers in self._buffers().items():
+            for stored, buffer in zip(self._stored[name], buffers):
+                buffer.copy_(stored[step], non_blocking=True)
         with self._in_mode("cached"):
             yield
 
@@ -233,23 +257,24 @@ class KeyValueBank:
             fail(self._op, "step", "one step at a time", f"{step} within another", "leave the other with block first")
         return step
 
-    def _allocate(self, name: str, current: Tensor) -> Tensor:
-        needed = self.nbytes + len(self.timesteps) * current.nbytes
+    def _allocate(self, name: str, buffers: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        steps = len(self.timesteps)
+        needed = self.nbytes + steps * sum(x.nbytes for x in buffers)
         if self.limit is not None and needed > self.limit:
             fail(self._op, "limit", f"a bank within {self.limit} bytes", f"{needed} with layer {name}",
                  "choose fewer layers or steps, or a lower precision")  # fmt: skip
-        shape = (len(self.timesteps), *current.shape)
         with torch.inference_mode(False):
             if self.storage == "device":
-                return current.new_empty(shape)
-            return torch.empty(shape, dtype=current.dtype, pin_memory=torch.cuda.is_available())
+                return tuple(x.new_empty(steps, *x.shape) for x in buffers)
+            pinned = torch.cuda.is_available()
+            return tuple(torch.empty(steps, *x.shape, dtype=x.dtype, pin_memory=pinned) for x in buffers)
 
 
 class ReferenceBank(KeyValueBank):
     """Keys and values of references, as a `KeyValueBank`, with what readers need to know of them.
 
     Args:
-        timesteps, signals, storage, limit: of `KeyValueBank`.
+        timesteps, signals, storage, limit, dtype: of `KeyValueBank`.
     """
 
     def __init__(
@@ -259,6 +284,7 @@ class ReferenceBank(KeyValueBank):
         signals: Sequence[float] | None = None,
         storage: str = "device",
         limit: int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self._rows: Tensor | None = None
         self._strength: Tensor | None = None
@@ -266,7 +292,7 @@ class ReferenceBank(KeyValueBank):
         """the subject that each reference shows; None unless the pipeline made the bank"""
         self.words: list[list[str]] | None = None
         """the words of each subject; None unless the pipeline made the bank"""
-        super().__init__(timesteps, signals=signals, storage=storage, limit=limit)
+        super().__init__(timesteps, signals=signals, storage=storage, limit=limit, dtype=dtype)
 
     def reset(self) -> None:
         """Forget keys, values, foreground and plans."""
@@ -294,7 +320,7 @@ class ReferenceBank(KeyValueBank):
         self._strength = None if strength is None else as_bias("ReferenceBank", strength, self._device())
 
     def _device(self) -> torch.device:
-        return next((x.device for x in self._buffers().values()), torch.device("cpu"))
+        return next((x.device for x, *_ in self._buffers().values()), torch.device("cpu"))
 
     @property
     def foreground(self) -> Tensor | None:
@@ -310,7 +336,7 @@ class ReferenceBank(KeyValueBank):
     def read(self, step: int) -> Iterator[None]:
         """While it lasts every self-attention layer also reads the foreground of the references at this step."""
         with super().read(step):
-            for current in self._buffers().values():
+            for current, *_ in self._buffers().values():
                 tokens, count = current.shape[2], len(self._tables())
                 if self._foreground is not None and (tokens, count) not in self._plans:
                     mask = token_mask(self._foreground, self._grid(tokens))
@@ -323,13 +349,13 @@ class ReferenceBank(KeyValueBank):
 
     def sources(self, layer: BankLayer, key: Tensor) -> tuple[list[Source], AttentionPlan | None]:
         """The bank as sources beside a layer's own keys, and the plan of all."""
-        key_value, tables = layer.read(key), self._tables()
+        kept, tables = layer.read(key), self._tables()
         strength, biases = self.strength, [self.strength] * len(tables)
         if strength is not None and strength.dim() == 2:
             biases = list(strength.unbind())
             if len(biases) != len(tables):
                 fail("ReferenceBank", "strength", f"(), (B,) or ({len(tables)}, B) as rows", tuple(strength.shape))
-        found = [Source(*key_value, rows, logit_bias=bias) for rows, bias in zip(tables, biases)]
+        found = [kept._replace(rows=rows, logit_bias=bias) for rows, bias in zip(tables, biases)]
         if self._foreground is None:
             return found, None
         if len(self._foreground) not in (1, self.rows_held):
@@ -364,7 +390,11 @@ class ReferenceBank(KeyValueBank):
             fail("ReferenceBank", "timesteps", "falling ones, as of a schedule", self.timesteps)
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # copies into pinned memory may be under way
-        tensors = {name: x.cpu().contiguous() for name, x in self._stored.items()}
+        tensors = {
+            f"{name}{suffix}": x.cpu().contiguous()
+            for name, held in self._stored.items()
+            for suffix, x in zip(("", SCALE), held)
+        }
         if self._foreground is not None:
             tensors["foreground"] = self._foreground.cpu().contiguous()
         about = {name: json.dumps(getattr(self, name)) for name in FIELDS} | {"model": model}
@@ -406,15 +436,16 @@ class ReferenceBank(KeyValueBank):
         found = about.get("model", "")
         if model not in (None, found):
             fail("ReferenceBank", "model", repr(model), repr(found), "the bank belongs to another model")
-        bank = cls(timesteps, signals=signals, storage=storage)
+        foreground = tensors.pop("foreground", None)
+        layers = stored_layers(path, tensors, len(timesteps))
+        dtype = next(iter(layers.values()))[0].dtype
+        bank = cls(timesteps, signals=signals, storage=storage, dtype=dtype if dtype in EIGHT_BITS else None)
         bank.shows, bank.words = None if shows is None else tuple(shows), words
         if timesteps != sorted(timesteps, reverse=True):
             fail("ReferenceBank", "timesteps", f"falling ones in {path}", timesteps)
-        foreground = tensors.pop("foreground", None)
-        check_stored(path, tensors, len(timesteps))
-        for name, x in tensors.items():
-            bank._stored[name] = x.to(device) if storage == "device" else x
-            bank.layer(name).buffer = torch.empty(x.shape[1:], dtype=x.dtype, device=device)
+        for name, held in layers.items():
+            bank._stored[name] = tuple(x.to(device) for x in held) if storage == "device" else held
+            bank.layer(name).buffers = tuple(torch.empty(x.shape[1:], dtype=x.dtype, device=device) for x in held)
         rows = bank.rows_held
         # A pipeline keeps its references once as the unconditional half and once as the conditional one.
         counts = (rows, rows // 2) if rows % 2 == 0 else (rows,)

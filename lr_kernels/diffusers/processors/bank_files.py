@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...runtime.checks import fail
 from ...runtime.platform import KERNEL_DTYPES
-from .bank_values import MAX_TIMESTEP
+from .bank_values import EIGHT_BITS, MAX_TIMESTEP
 
 
 def _list_of(valid: Callable[[object], bool]) -> Callable[[object], bool]:
@@ -28,6 +28,9 @@ FIELDS: dict[str, tuple[bool, Callable[[object], bool], str]] = {
 }
 """The fields of a bank's file beside its tensors, in JSON: whether a field may be null or missing, its check, and what
 it has to be in words."""
+SCALE = ".scale"
+"""Ends the name of the tensor with a layer's scales, which keys and values in 8 bits have: fp32 (steps, 2, rows,
+tokens, heads)."""
 
 
 def read_field(path: str | PathLike, about: Mapping[str, str], name: str) -> list | None:
@@ -44,18 +47,46 @@ def read_field(path: str | PathLike, about: Mapping[str, str], name: str) -> lis
     return value
 
 
-def check_stored(path: str | PathLike, tensors: Mapping[str, Tensor], steps: int) -> None:
-    """ValueError unless these are the keys and values of every step, of the same rows and dtype in all layers."""
-    if not tensors:
+def stored_layers(path: str | PathLike, tensors: Mapping[str, Tensor], steps: int) -> dict[str, tuple[Tensor, ...]]:
+    """The keys and values of every layer, and in 8 bits their scales, of a file's tensors. ValueError unless all layers
+    have the same rows and dtype at every step."""
+    layers = {name: x for name, x in tensors.items() if not name.endswith(SCALE)}
+    if not layers:
         fail("ReferenceBank", "layers", f"keys and values of at least one layer in {path}", "none")
-    first = next(iter(tensors.values()))
+    first = next(iter(layers.values()))
     rows = first.shape[2] if first.dim() == 6 else 1
-    for name, x in tensors.items():
+    for name, x in layers.items():
         if x.dim() != 6 or tuple(x.shape[:3]) != (steps, 2, rows) or x.numel() == 0:
             expected = f"({steps} steps, 2, {rows} rows, tokens, heads, head_dim) in {path}"
             fail("ReferenceBank", name, expected, tuple(x.shape))
-        if x.dtype not in (*KERNEL_DTYPES, torch.float64) or x.dtype != first.dtype:
-            expected = f"{first.dtype} as the other layers" if x.dtype != first.dtype else "a floating dtype"
+        if x.dtype not in (*KERNEL_DTYPES, torch.float64, *EIGHT_BITS) or x.dtype != first.dtype:
+            expected = f"{first.dtype} as the other layers" if x.dtype != first.dtype else "a floating dtype, or 8 bits"
             fail("ReferenceBank", name, f"{expected} in {path}", x.dtype)
-        if not bool(x.isfinite().all()):
+        if not _is_finite(x):
             fail("ReferenceBank", name, f"finite keys and values in {path}", "NaN or infinity")
+    for name in sorted(tensors.keys() - layers.keys()):
+        if (layer := name.removesuffix(SCALE)) not in layers:
+            fail("ReferenceBank", name, f"keys and values {layer} beside it in {path}", "none")
+        if first.dtype not in EIGHT_BITS:
+            fail("ReferenceBank", name, f"none, since keys and values are {first.dtype} in {path}", "a tensor")
+    if first.dtype not in EIGHT_BITS:
+        return {name: (x,) for name, x in layers.items()}
+    return {name: (x, _checked_scale(path, name + SCALE, tensors.get(name + SCALE), x)) for name, x in layers.items()}
+
+
+def _checked_scale(path: str | PathLike, name: str, scale: Tensor | None, of: Tensor) -> Tensor:
+    """The scales of 8-bit keys and values. ValueError unless they fit them."""
+    expected = f"torch.float32 {tuple(of.shape[:5])} in {path}, since keys and values are {of.dtype}"
+    if scale is None:
+        fail("ReferenceBank", name, expected, "none")
+    if scale.dtype != torch.float32 or scale.shape != of.shape[:5]:
+        fail("ReferenceBank", name, expected, f"{scale.dtype} {tuple(scale.shape)}")
+    if not bool((scale.isfinite() & (scale >= 0)).all()):
+        fail("ReferenceBank", name, f"finite scales of 0 or more in {path}", "others")
+    return scale
+
+
+def _is_finite(x: Tensor) -> bool:
+    if x.dtype == torch.float8_e4m3fn:  # has no infinities, and torch does not look for its NaN, the bytes 7f and ff
+        return not bool(((x.view(torch.uint8) & 0x7F) == 0x7F).any())
+    return bool(x.isfinite().all())

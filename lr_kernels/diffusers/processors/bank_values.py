@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from ...runtime.checks import check_number, entries_of, fail, plain_number
+from ...runtime.schemas import EIGHT_BIT_LARGEST
 
 MAX_TIMESTEP = 1e6
+EIGHT_BITS = tuple(EIGHT_BIT_LARGEST)
+"""The dtypes of 8-bit keys and values, which have scales: see `lr_kernels.quantize`."""
 
 
 def check_numbers(op: str, name: str, values: Sequence[float] | Tensor, high: float) -> list[float]:

@@ -19,8 +19,6 @@ OWN, BACKGROUND, FOREGROUND = 1, 2, 4
 """Group bits: rows that attend to themselves, a target's surroundings, its subject (FOREGROUND << s of subject s)."""
 MAX_SUBJECTS = 6
 
-KeyValue = tuple[Tensor, Tensor]
-
 
 @dataclass(frozen=True)
 class RetouchBatch:
@@ -110,15 +108,15 @@ class Routing(NamedTuple):
     plan: AttentionPlan
 
     def sources(
-        self, key: Tensor, value: Tensor, references: KeyValue | None = None, contexts: KeyValue | None = None
+        self, key: Tensor, value: Tensor, references: Source | None = None, contexts: Source | None = None
     ) -> list[Source]:
         """The layer's own key and value (size, N, H, D), and those of the banks, through the row tables."""
-        held = {"batch": (key, value), "references": references, "contexts": contexts}
+        held = {"batch": Source(key, value), "references": references, "contexts": contexts}
         found = []
         for where, rows, groups in zip(self.held, self.rows, self.key_groups):
-            pair = held[where]
-            assert pair is not None, f"the bank of {where} is not there"
-            found.append(Source(*pair, rows, key_groups=groups))
+            source = held[where]
+            assert source is not None, f"the bank of {where} is not there"
+            found.append(source._replace(rows=rows, key_groups=groups))
         return found
 
     def attend(
@@ -126,8 +124,8 @@ class Routing(NamedTuple):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        references: KeyValue | None = None,
-        contexts: KeyValue | None = None,
+        references: Source | None = None,
+        contexts: Source | None = None,
         *,
         backend: str = "auto",
     ) -> Tensor:
@@ -198,8 +196,8 @@ class Swap(NamedTuple):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        references: KeyValue | None = None,
-        contexts: KeyValue | None = None,
+        references: Source | None = None,
+        contexts: Source | None = None,
         *,
         backend: str = "auto",
     ) -> Tensor:

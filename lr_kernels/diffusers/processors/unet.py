@@ -15,7 +15,10 @@ from torch.nn import functional as F
 
 from ...attention.token_maps import attention_with_token_maps
 from ...runtime.checks import fail
-from .routing import KeyValue, Routing, Swap
+from ...source import Source
+from .routing import Routing, Swap
+
+KeyValue = tuple[Tensor, Tensor]
 
 
 @dataclass
@@ -279,7 +282,7 @@ def asked(function: Callable[..., Tensor | None]) -> tuple[str, ...]:
 class Buffer(Protocol):
     """The keys and values that a bank keeps of one layer."""
 
-    def read(self, key: Tensor) -> KeyValue:
+    def read(self, key: Tensor) -> Source:
         """Keys and values of this step, for a layer whose own keys are these."""
 
 
@@ -366,3 +369,11 @@ def refuse_mask(processor: str) -> None:
     """NotImplementedError for an attention mask while a processor is active."""
     hint = "leave the mask out, or make the processor inactive"
     fail(processor, "attention_mask", "None while the processor is active", "a tensor", hint, NotImplementedError)
+
+
+def refuse_context_parallelism(processor: object) -> None:
+    """NotImplementedError where the tokens that an active processor attends to lie on several devices."""
+    if getattr(processor, "_parallel_config", None) is not None:
+        hint = "run the model on one device, or with the stock processors"
+        fail(type(processor).__name__, "_parallel_config", "None while the processor is active", "context parallelism",
+             hint, NotImplementedError)  # fmt: skip
