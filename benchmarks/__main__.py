@@ -1,8 +1,9 @@
 """`python -m benchmarks`: the kernels against their peers; one Markdown table, and a CSV if asked.
 
 Cases: attention (self-attention of a retouch step in the layers of SD1.5 and SDXL), backward (training through it),
-each other operator by its name, or all of them as "operators", retouch (all self-attention of a retouch step of SD1.5),
-unet (that whole step: ten minutes), sweep (time over tokens, visible share and sources, for the plot).
+each other operator by its name, or all of them as "operators", references (cached references of a transformer),
+backend (diffusers' attention backend, alone and in whole models), retouch (all self-attention of a retouch step of
+SD1.5), unet (that whole step: ten minutes), sweep (time over tokens, visible share and sources, for the plot).
 """
 
 import argparse
@@ -17,14 +18,14 @@ require("bench", "tqdm")
 
 from tqdm import tqdm
 
-from . import attention, backward, harness, operators, retouch, sweep, table
+from . import attention, backend, backward, harness, operators, references, retouch, sweep, table
 from .target import Target
 
-CASES = ("attention", "backward", *operators.SMALL, "retouch", "unet", "sweep")
+CASES = ("attention", "backward", *operators.SMALL, "references", "backend", "retouch", "unet", "sweep")
 FLEX_LAYERS = ("sd32", "xl32")
 SMALL_LAYERS = ("sd32", "sd16", "xl32")
 SWEEP_REPEATS = 3
-"""At most so many rounds of the cases sweep, retouch and unet, whose calls take seconds each."""
+"""At most so many rounds of the cases whose calls take seconds each."""
 ERROR_LIMIT = 1.5
 """How large our error may be, as a multiple of SDPA's."""
 
@@ -37,7 +38,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtypes", nargs="+", choices=list(harness.DTYPES), default=list(harness.DTYPES))
     shares = list(attention.VISIBLE)
     parser.add_argument("--visible", nargs="+", choices=shares, default=shares, help="of attention")
-    parser.add_argument("--repeats", type=int, default=7, help="median of so many rounds (3 in sweep, retouch, unet)")
+    parser.add_argument("--repeats", type=int, default=7, help="median of so many rounds (3 where calls take seconds)")
     parser.add_argument("--threads", type=int, help="default: torch's")
     parser.add_argument("--naive", action="store_true", help="also the explicit softmax, which stores all N x M scores")
     parser.add_argument("--flex", action="store_true", help=f"also FlexAttention, in {', '.join(FLEX_LAYERS)}")
@@ -72,6 +73,9 @@ def groups(options: argparse.Namespace) -> list[tuple[Callable[[], list[harness.
             else:
                 found += problems(options.dtypes)
     rounds = [(build, options.repeats) for build in found]
+    for name, case in (("references", references), ("backend", backend)):
+        if name in options.cases:
+            rounds += [(build, min(SWEEP_REPEATS, options.repeats)) for build in case.problems(options.dtypes)]
     if "retouch" in options.cases:
         rounds += [(build, min(SWEEP_REPEATS, options.repeats)) for build in retouch.problems(options.dtypes)]
     if "unet" in options.cases:

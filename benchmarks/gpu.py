@@ -1,9 +1,9 @@
 """`python -m benchmarks.gpu PART … --out FOLDER`: the kernels on a GPU against what is used there today.
 
 Parts: attention (a retouch step's self-attention), rows (one reference read by 1, 4 and 16 rows), lse (also returned),
-backward, layer, unet (gpu_unet.py), operators (all others), ceilings (what the card's copies and products reach). Each
-writes FOLDER/PART.csv, a row per contender; who cannot run is there with the reason. With --dry the same code runs on a
-CPU at toy sizes, kernels interpreted, and nothing is timed.
+backward, references (cached ones of a transformer), layer, unet (gpu_unet.py), operators (all others), ceilings (what
+the card's copies and products reach). Each writes FOLDER/PART.csv, a row per contender; who cannot run is there with
+the reason. With --dry the same code runs on a CPU at toy sizes, kernels interpreted, and nothing is timed.
 
 ms is the GPU's own time: the calls are enqueued behind a kernel that waits, so that how long Python takes does not
 count; host_us is how long the call itself took. ours_is_faster is relative to the row of the contender lr_kernels, in
@@ -32,8 +32,9 @@ from lr_kernels.info import versions
 
 from . import attention as layers
 from . import gpu_peers, gpu_unet, operators
-from .gpu_attention import BACKENDS, Case, contenders
-from .harness import OURS, NotRun, commit
+from . import references as cached
+from .gpu_attention import BACKENDS, ONE_CALL, Case, contenders
+from .harness import OURS, NotRun, Problem, commit
 from .table import write_csv
 from .target import Target
 
@@ -222,7 +223,7 @@ def ceilings(timer: Timer) -> Iterator[dict[str, str]]:
 
 
 def of_unet(part: Callable[[str, bool], Iterator[dict[str, str]]]) -> Callable[[Timer], Iterator[dict[str, str]]]:
-    def rows_of(timer: Timer) -> Iterator[dict[str, str]]:
+    def found(timer: Timer) -> Iterator[dict[str, str]]:
         try:
             import diffusers  # noqa: F401
         except ImportError as reason:
@@ -231,7 +232,7 @@ def of_unet(part: Callable[[str, bool], Iterator[dict[str, str]]]) -> Callable[[
         for row in part(DEVICE, DRY):
             yield {**dict.fromkeys(("layer", "visible", "rows", *FIGURES), ""), **row}
 
-    return rows_of
+    return found
 
 
 def rows(timer: Timer) -> Iterator[dict[str, str]]:
@@ -246,19 +247,30 @@ def backward(timer: Timer) -> Iterator[dict[str, str]]:
             yield from attention_case(layer, "bf16", visible, 2, timer, training=True)
 
 
+def rows_of(problem: Problem, timer: Timer) -> Iterator[dict[str, str]]:
+    about = {key: getattr(problem, key) for key in ("op", "layer", "model", "shape", "dtype")}
+    about |= {"visible": "", "rows": ""}
+    calls = {name: contender.call for name, contender in problem.contenders.items()}
+    with torch.no_grad():
+        yield from compare(about, problem.flops, calls, problem.error, timer)
+
+
 def small_operators(timer: Timer) -> Iterator[dict[str, str]]:
     for problems in operators.SMALL.values():
         for build in problems(("bf16",) if DRY else ("bf16", "fp32"), TARGET):
             for problem in build():
-                about = {key: getattr(problem, key) for key in ("op", "layer", "model", "shape", "dtype")}
-                about |= {"visible": "", "rows": ""}
-                calls = {name: contender.call for name, contender in problem.contenders.items()}
-                with torch.no_grad():
-                    yield from compare(about, problem.flops, calls, problem.error, timer)
+                yield from rows_of(problem, timer)
+
+
+def references(timer: Timer) -> Iterator[dict[str, str]]:
+    backend, part = ("triton", cached.TEXT) if DRY else ("auto", 1)
+    for count in cached.REFERENCES:
+        yield from rows_of(cached.layer(count, "bf16", ONE_CALL, part=part, device=DEVICE, backend=backend), timer)
 
 
 PARTS = {
     "ceilings": ceilings, "attention": attention, "rows": rows, "lse": lse, "backward": backward,
+    "references": references,
     "layer": of_unet(gpu_unet.layer), "unet": of_unet(gpu_unet.unet), "operators": small_operators,
 }  # fmt: skip
 

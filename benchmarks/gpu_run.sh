@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command on a bare machine with torch, triton and, for some peers, wheels of its own:
 #   benchmarks/gpu_run.sh [--dry] [PART ...]
-# Parts: build tests sanitizer tiles ceilings attention rows lse backward layer unet operators report (default: all,
+# Parts: build tests sanitizer tiles ceilings attention rows lse backward references layer unet operators report
+# (default: all,
 # about 9 minutes, and some more with the wheels below, whose kernels are compiled at their first call).
 # Results go to $OUT (default: a dated folder under benchmarks/results): a CSV and a log per part, and parts.csv, which
 # says of every part whether it ran, how long it took, and why not. --dry: for a machine without a GPU. Kernels are
@@ -27,7 +28,7 @@ PARTS=()
 for argument in "$@"; do
   if [ "$argument" = --dry ]; then DRY=(--dry); else PARTS+=("$argument"); fi
 done
-[ ${#PARTS[@]} -gt 0 ] || PARTS=(build tests sanitizer tiles ceilings attention rows lse backward layer unet operators report)
+[ ${#PARTS[@]} -gt 0 ] || PARTS=(build tests sanitizer tiles ceilings attention rows lse backward references layer unet operators report)
 mkdir -p "$OUT"
 echo "part,status,seconds,reason" > "$OUT/parts.csv"
 
@@ -85,7 +86,7 @@ for part in "${PARTS[@]}"; do
       fi ;;
     attention | backward)  # FlashAttention-4 compiles 20 and 10 kernels for some seconds each
       run "$part" 420 "$PYTHON" -m benchmarks.gpu "$part" "${DRY[@]}" --out "$OUT" ;;
-    ceilings | rows | lse | layer | unet | operators)
+    ceilings | rows | lse | references | layer | unet | operators)
       run "$part" 240 "$PYTHON" -m benchmarks.gpu "$part" "${DRY[@]}" --out "$OUT" ;;
     report)
       if ! "$PYTHON" -c "import matplotlib" 2> /dev/null; then not_run report "matplotlib is missing"; continue; fi

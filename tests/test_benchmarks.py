@@ -99,7 +99,7 @@ def test_the_gpu_script_runs_dry(tmp_path):
     """Without a GPU, at toy sizes: every contender is called, nothing is timed, and the CSV says so."""
     root = Path(__file__).parent.parent
     environment = {**os.environ, "OUT": str(tmp_path), "PYTHON": sys.executable}
-    ran = ("tests", "ceilings", "lse", "layer", "unet", "tiles", "operators", "report")
+    ran = ("tests", "ceilings", "lse", "references", "layer", "unet", "tiles", "operators", "report")
     command = [str(root / "benchmarks" / "gpu_run.sh"), "--dry", *ran, "sanitizer"]
     subprocess.run(command, env=environment, check=True, capture_output=True)
     with (tmp_path / "parts.csv").open() as file:

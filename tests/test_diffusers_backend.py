@@ -23,19 +23,26 @@ from diffusers.models.attention_dispatch import (
     attention_backend,
     dispatch_attention_fn,
 )
+from diffusers.models.attention_processor import (
+    FusedJointAttnProcessor2_0,
+    JointAttnProcessor2_0,
+    SD3IPAdapterJointAttnProcessor2_0,
+)
+from model_changes import add_lora
 
 from lr_kernels import Source, multi_source_attention
 from lr_kernels.diffusers import (
     CustomAttnProcessor,
-    CustomSD3AttnProcessor,
     attention_layers,
     backend,
     install_processors,
-    joint_attention,
     joint_attention_layers,
     select_layers,
 )
 from lr_kernels.diffusers.backend import register_attention_backend, use_attention_backend
+from lr_kernels.diffusers.processors import joint
+from lr_kernels.diffusers.processors.joint import joint_processors
+from lr_kernels.testing import assert_matches
 
 
 def flux():
@@ -243,13 +250,6 @@ def cogvideox():
 
 def test_what_serves_the_others_is_named_and_does():
     """Each message names functions; they are those called here, and the model's numbers stay."""
-    model, inputs = sd3()
-    with pytest.raises(ValueError, match=r"joint_attention_layers\(model\) with CustomSD3AttnProcessor"):
-        use_attention_backend(model).__enter__()
-    expected, layers = run(model, inputs), joint_attention_layers(model)
-    with install_processors(layers, {name: CustomSD3AttnProcessor(joint_attention) for name in layers}):
-        torch.testing.assert_close(run(model, inputs), expected)
-
     model, inputs = pixart()
     with pytest.raises(ValueError, match=r"PixArt.*attention_layers\(model, 'self'\) with CustomAttnProcessor"):
         use_attention_backend(model).__enter__()
@@ -267,10 +267,93 @@ def test_what_serves_the_others_is_named_and_does():
         use_attention_backend(cogvideox()).__enter__()
 
 
+@pytest.fixture
+def joint_calls(monkeypatch):
+    """How often SD3's attention ran in ours."""
+    seen = []
+    original = joint.multi_source_attention
+    monkeypatch.setattr(joint, "multi_source_attention", lambda *a, **k: seen.append(a[0]) or original(*a, **k))
+    return seen
+
+
+def test_sd3_has_our_processors_meanwhile_and_everything_is_as_before_afterwards(joint_calls):
+    model, inputs = sd3()
+    expected, before = run(model, inputs), model.attn_processors
+    with use_attention_backend(model) as given:
+        assert given is model
+        found = run(model, inputs)
+    assert len(joint_calls) == 2
+    assert_matches(found, expected, run(model.double(), {n: x.double() for n, x in inputs.items()}))
+    assert model.attn_processors == before
+    assert torch.equal(run(model.float(), inputs), expected) and len(joint_calls) == 2
+
+
+@pytest.mark.fault(number=36)
+def test_sd3_is_as_before_after_an_exception_and_other_models_are_left_alone(joint_calls):
+    (model, inputs), (other, _) = sd3(), sd3()
+    before = model.attn_processors
+    with pytest.raises(KeyError), use_attention_backend(model):
+        run(other, inputs)
+        assert not joint_calls
+        raise KeyError
+    assert model.attn_processors == before
+    last = model.transformer_blocks[-1].attn
+    last.set_processor(FusedJointAttnProcessor2_0())  # the first layer could be served
+    with pytest.raises(NotImplementedError):
+        use_attention_backend(model).__enter__()
+    assert type(model.transformer_blocks[0].attn.processor) is JointAttnProcessor2_0
+
+
+@pytest.mark.fault(number=16)
+def test_sd3_with_fused_projections_or_an_ip_adapter_is_refused_by_name():
+    model, inputs = sd3()
+    model.fuse_qkv_projections()
+    fused = run(model, inputs)
+    with pytest.raises(NotImplementedError, match=r"blocks.0.attn: .* got FusedJointAttn.*unfuse_qkv_projections"):
+        use_attention_backend(model).__enter__()
+    assert torch.equal(run(model, inputs), fused)
+    model.unfuse_qkv_projections()
+    with use_attention_backend(model):
+        torch.testing.assert_close(run(model, inputs), fused)
+    model.transformer_blocks[1].attn.set_processor(SD3IPAdapterJointAttnProcessor2_0(32, 32, 8, 16))
+    with pytest.raises(NotImplementedError, match=r"blocks.1.attn: .* got SD3IPAdapter.*unload_ip_adapter"):
+        use_attention_backend(model).__enter__()
+
+
+def test_a_layer_of_sd3_with_a_function_of_ones_own_keeps_it():
+    model, inputs = sd3()
+
+    def mean(text, image):
+        return tuple(x.value.mean(1, keepdim=True).expand_as(x.query) for x in (text, image))
+
+    layers = joint_attention_layers(model)
+    one = dict([next(iter(layers.items()))])
+    with install_processors(one, joint_processors(one, mean)):
+        expected = run(model, inputs)
+        with use_attention_backend(model):
+            torch.testing.assert_close(run(model, inputs), expected)
+        assert torch.equal(run(model, inputs), expected)
+    with install_processors(layers, joint_processors(layers, mean)), use_attention_backend(model):
+        assert all(layer.processor.attention is mean for layer in layers.values())
+
+
+def test_sd3_keeps_its_lora_and_compiles_whole():
+    models = [sd3()[0] for _ in range(2)]
+    for model in models:
+        add_lora(model)
+    models[1].fuse_lora()
+    inputs = sd3()[1]
+    expected = run(models[1], inputs)
+    with use_attention_backend(models[0]):
+        torch.testing.assert_close(run(models[0], inputs), expected)
+        compiled = torch.compile(models[0], fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(run(compiled, inputs), expected)
+
+
 def test_installing_where_it_cannot_serve_names_what_does():
     model, _ = sd3()
     layers = attention_layers(model, "self")
-    with pytest.raises(ValueError, match="layers: expected at least one layer, got none; SD3 and Flux have joint"):
+    with pytest.raises(ValueError, match="layers: expected at least one layer, got none; Flux, Flux2, SD3 and Q"):
         install_processors(layers, {})
     model, _ = wan()
     layers = {"blocks.0.attn1": model.blocks[0].attn1}

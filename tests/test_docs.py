@@ -7,7 +7,13 @@ import pytest
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["docs/attention-backend.md", "docs/own-method.md", "docs/layout-and-retouch.md", "hf_kernel/README.md"]
+PAGES = [
+    "docs/attention-backend.md",
+    "docs/references.md",
+    "docs/own-method.md",
+    "docs/layout-and-retouch.md",
+    "hf_kernel/README.md",
+]
 
 
 def page_text(page: str) -> str:

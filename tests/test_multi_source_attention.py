@@ -41,7 +41,14 @@ def right_call(draw: Draw) -> Arguments:
     weights = [draw.tensor(*shape[:2]) if draw.rarely() else None for _ in range(groups[-1] + 1)]
     lse = torch.empty(shape[:3], dtype=draw.random.choice((torch.float32, torch.float64)))
     out = torch.empty(shape, dtype=inputs[0].dtype)
-    return [*inputs, groups, weights, 0.3, out, lse if groups[-1] == 0 and draw.often() else None]
+    lse = lse if groups[-1] == 0 and draw.often() else None
+    scales: list[list] = [[None] * len(groups) for _ in range(2)]
+    for i in range(len(groups)):
+        if draw.rarely():
+            dtype = draw.random.choice((torch.int8, torch.float8_e4m3fn))
+            for kind, scale in zip(inputs[1:3], scales):
+                kind[i], scale[i] = draw.eight_bits(kind[i], dtype)
+    return [*inputs, groups, weights, *scales, 0.3, out, lse]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

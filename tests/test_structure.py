@@ -30,6 +30,10 @@ ALLOWED = {
     "diffusers.processors": {"runtime", "source", "attention"},
     "diffusers.subjects": {"runtime", "source", "attention", "features", "diffusers.processors"},
     "diffusers.pipelines": {"runtime", "denoising", "diffusers.processors", "diffusers.subjects"},
+    "diffusers.dit": {
+        "runtime", "source", "attention", "denoising", "features", "diffusers.processors", "diffusers.subjects",
+        "diffusers.pipelines",
+    },
     "diffusers.methods": {
         "runtime", "attention", "presets", "diffusers.processors", "diffusers.subjects", "diffusers.pipelines",
     },

@@ -6,6 +6,29 @@ require("diffusers")
 
 from . import methods
 from .backend import register_attention_backend, use_attention_backend
+from .dit.cached.bank import TransformerReferenceBank
+from .dit.cached.extract import extract_references
+from .dit.cached.flux2 import MultiSourceFlux2KVAttnProcessor, MultiSourceFlux2KVParallelSelfAttnProcessor
+from .dit.cached.glm_image import MultiSourceGlmImageAttnProcessor
+from .dit.cached.install import use_cached_references
+from .dit.cached.qwen_image21 import MultiSourceQwenImage21AttnProcessor, MultiSourceQwenImage21FlexAttnProcessor
+from .dit.cached.wan_animate2 import MultiSourceWanAnimate2AttnProcessor
+from .dit.chara_consist.attention import FrameRouting, Points, chara_consist_attention, match_points, route_frame
+from .dit.chara_consist.driver import CharaConsist, merge_weights, prompt_words
+from .dit.chara_consist.processor import CharaConsistFluxAttnProcessor
+from .dit.flux.attention import (
+    FluxRetouchProcessor,
+    JointRouting,
+    offset_rotary,
+    retouch_layers,
+    retouch_processors,
+    route_joint,
+)
+from .dit.flux.output import FluxLayoutRetouchOutput
+from .dit.flux.pipeline import FluxLayoutRetouchPipeline
+from .dit.flux.settings import FluxSettings
+from .dit.ip_adapter import MultiSourceFluxIPAdapterAttnProcessor, use_ip_adapter_masks
+from .dit.regions import Regions, regional_joint_attention
 from .guider import StepBlendGuidance
 from .methods.features import noised_rows, reference_adain, shared_group_norms
 from .methods.sharing import sharing
@@ -29,10 +52,15 @@ from .processors.install import (
     select_layers,
 )
 from .processors.joint import (
+    CustomFlux2AttnProcessor,
+    CustomFlux2ParallelSelfAttnProcessor,
     CustomFluxAttnProcessor,
+    CustomQwenImageAttnProcessor,
     CustomSD3AttnProcessor,
+    Tokens,
     joint_attention,
     joint_attention_layers,
+    joint_processors,
     shared_joint_attention,
 )
 from .processors.routing import BACKGROUND, FOREGROUND, OWN, RetouchBatch, Routing, Swap, route, swap, token_mask
@@ -46,16 +74,36 @@ __all__ = [
     "OWN",
     "AttentionState",
     "BankAttnProcessor",
+    "CharaConsist",
+    "CharaConsistFluxAttnProcessor",
     "CustomAttnProcessor",
+    "CustomFlux2AttnProcessor",
+    "CustomFlux2ParallelSelfAttnProcessor",
     "CustomFluxAttnProcessor",
+    "CustomQwenImageAttnProcessor",
     "CustomSD3AttnProcessor",
+    "FluxLayoutRetouchOutput",
+    "FluxLayoutRetouchPipeline",
+    "FluxRetouchProcessor",
+    "FluxSettings",
+    "FrameRouting",
     "Installation",
+    "JointRouting",
     "LayoutRetouch",
     "LayoutRetouchOutput",
     "MultiSourceAttnProcessor",
+    "MultiSourceFlux2KVAttnProcessor",
+    "MultiSourceFlux2KVParallelSelfAttnProcessor",
+    "MultiSourceFluxIPAdapterAttnProcessor",
+    "MultiSourceGlmImageAttnProcessor",
+    "MultiSourceQwenImage21AttnProcessor",
+    "MultiSourceQwenImage21FlexAttnProcessor",
+    "MultiSourceWanAnimate2AttnProcessor",
     "PersonalizedStableDiffusionPipeline",
     "PersonalizedStableDiffusionXLPipeline",
+    "Points",
     "ReferenceBank",
+    "Regions",
     "RetouchBatch",
     "Routing",
     "StableDiffusionLayoutRetouchPipeline",
@@ -65,22 +113,36 @@ __all__ = [
     "SubjectMasks",
     "Swap",
     "TokenMapAttnProcessor",
+    "Tokens",
+    "TransformerReferenceBank",
     "attention_layers",
     "blend_weights",
+    "chara_consist_attention",
     "ddim_table",
+    "extract_references",
     "find_subjects",
     "install_processors",
     "invert",
     "joint_attention",
     "joint_attention_layers",
+    "joint_processors",
     "layer_grid",
     "layer_scale",
+    "match_points",
+    "merge_weights",
     "methods",
     "noised_rows",
+    "offset_rotary",
+    "prompt_words",
     "reference_adain",
+    "regional_joint_attention",
     "register_attention_backend",
     "renoise",
+    "retouch_layers",
+    "retouch_processors",
     "route",
+    "route_frame",
+    "route_joint",
     "select_layers",
     "shared_group_norms",
     "shared_joint_attention",
@@ -88,4 +150,6 @@ __all__ = [
     "swap",
     "token_mask",
     "use_attention_backend",
+    "use_cached_references",
+    "use_ip_adapter_masks",
 ]

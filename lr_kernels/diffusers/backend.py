@@ -8,12 +8,20 @@ from collections.abc import Iterator, Sequence
 from diffusers.models import attention_dispatch
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
-from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnProcessor,
+    AttnProcessor2_0,
+    FusedJointAttnProcessor2_0,
+    JointAttnProcessor2_0,
+    SD3IPAdapterJointAttnProcessor2_0,
+)
 from torch import Tensor, nn
 
 from ..interop import attend, attend_with_lse, refuse_unless_off
 from ..runtime.checks import fail
-from .processors.joint import JOINT_PROCESSORS
+from .processors.install import install_processors
+from .processors.joint import CustomSD3AttnProcessor, joint_attention, joint_processors
 
 NAME = "lr_kernels"
 
@@ -22,7 +30,8 @@ def register_attention_backend() -> None:
     """Make `model.set_attention_backend("lr_kernels")` and `with attention_backend("lr_kernels")` work.
 
     Importing this package does not; calling it again changes nothing. diffusers knows a closed list of backends: a
-    member is added to it. UNet2DConditionModel, SD3 and PixArt do not dispatch; for them there are processors.
+    member is added to it. UNet2DConditionModel, SD3 and PixArt do not dispatch: SD3 takes `use_attention_backend`, the
+    others processors.
     """
     if NAME in {member.value for member in AttentionBackendName}:
         return
@@ -78,36 +87,48 @@ def use_attention_backend(model: nn.Module) -> Iterator[nn.Module]:
     """lr_kernels in this model alone, for the duration of a `with` block; everything is as before after it, also
     after an exception. `model.set_attention_backend` changes the default of all other models as well.
 
+    Layers that dispatch their attention take the backend. SD3's do not: they have `CustomSD3AttnProcessor` meanwhile.
+
     Raises:
-        ValueError: a model none of whose attention layers dispatches; the message says what serves it.
+        ValueError: a model none of whose attention layers is of these kinds; the message says what serves it.
+        NotImplementedError: a layer of SD3 whose processor is an IP-Adapter's or one of fused projections.
     """
     register_attention_backend()
-    layers = [module for module in model.modules() if isinstance(module, (Attention, AttentionModuleMixin))]
-    processors = [layer.processor for layer in layers if hasattr(layer.processor, "_attention_backend")]
-    if not processors:
+    layers = {
+        name: module for name, module in model.named_modules() if isinstance(module, (Attention, AttentionModuleMixin))
+    }
+    dispatching = [layer.processor for layer in layers.values() if hasattr(layer.processor, "_attention_backend")]
+    sd3 = {name: layer for name, layer in layers.items() if isinstance(layer.processor, _SD3)}
+    if not dispatching and not sd3:
         got = f"{type(model).__name__}, which has none"
-        hint = _what_serves([layer.processor for layer in layers])
-        fail("use_attention_backend", "model", "attention layers that dispatch", got, hint)
-    before = [vars(p).get("_attention_backend", _MISSING) for p in processors]
-    try:
-        for p in processors:
-            p._attention_backend = AttentionBackendName(NAME)
-        yield model
-    finally:
-        for p, backend in zip(processors, before):
-            if backend is _MISSING:
-                vars(p).pop("_attention_backend", None)
-            else:
-                p._attention_backend = backend
+        hint = _what_serves([layer.processor for layer in layers.values()])
+        fail("use_attention_backend", "model", "attention layers that dispatch, or SD3's", got, hint)
+    before = [vars(p).get("_attention_backend", _MISSING) for p in dispatching]
+    others = {name: layer for name, layer in sd3.items() if not _is_ours(layer)}
+    ours = joint_processors(others, joint_attention)
+    with install_processors(others, ours) if others else contextlib.nullcontext():
+        try:
+            for p in dispatching:
+                p._attention_backend = AttentionBackendName(NAME)
+            yield model
+        finally:
+            for p, backend in zip(dispatching, before):
+                if backend is _MISSING:
+                    vars(p).pop("_attention_backend", None)
+                else:
+                    p._attention_backend = backend
+
+
+_SD3 = (JointAttnProcessor2_0, FusedJointAttnProcessor2_0, SD3IPAdapterJointAttnProcessor2_0)
+
+
+def _is_ours(layer: nn.Module) -> bool:
+    """Whether an installed processor computes the layer's attention with lr_kernels already."""
+    return isinstance(layer.processor, CustomSD3AttnProcessor) and layer.processor.attention is not None
 
 
 def _what_serves(processors: Sequence[object]) -> str:
     """Which processors of this package serve a model that does not dispatch its attention."""
-    if any(isinstance(p, JOINT_PROCESSORS) for p in processors):
-        return (
-            "SD3 takes lr_kernels.diffusers.install_processors: joint_attention_layers(model) with "
-            "CustomSD3AttnProcessor(joint_attention)"
-        )
     if any(isinstance(p, AttnProcessor | AttnProcessor2_0) for p in processors):
         return (
             "UNets take lr_kernels.diffusers.install_processors, and so do models with plain attention (PixArt): "

@@ -1,5 +1,6 @@
 """Finding a UNet's attention layers, putting processors into a model's layers and back, and hooks on a UNet's pass."""
 
+import contextlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
@@ -7,12 +8,17 @@ from numbers import Integral
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, JointAttnProcessor2_0
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
+from diffusers.models.transformers.transformer_flux2 import Flux2AttnProcessor, Flux2ParallelSelfAttnProcessor
+from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 from torch import Tensor, nn
 
 from ...runtime.checks import fail
 from .unet import OwnProcessor
 
-_STOCK = (AttnProcessor, AttnProcessor2_0, FluxAttnProcessor, JointAttnProcessor2_0)
+_STOCK = (
+    AttnProcessor, AttnProcessor2_0, FluxAttnProcessor, JointAttnProcessor2_0, Flux2AttnProcessor,
+    Flux2ParallelSelfAttnProcessor, QwenDoubleStreamAttnProcessor2_0,
+)  # fmt: skip
 
 
 _EXECUTION = ("down_blocks", "mid_block", "up_blocks")
@@ -108,6 +114,8 @@ class Installation:
         self.layers = dict(layers)
         self.processors = {name: processors[name] for name in layers}
         self.previous = {name: layer.processor for name, layer in layers.items()}
+        self.also_undo = contextlib.ExitStack()
+        """what else was changed in the model for these processors: closed by `remove`"""
         self._warned = False
 
     def replaced(self) -> list[str]:
@@ -134,6 +142,7 @@ class Installation:
         A processor of this package that was replaced becomes stock for good: what replaced it may bring it back, as
         unfuse_qkv_projections() does.
         """
+        self.also_undo.close()
         while self.layers:
             name, layer = self.layers.popitem()
             ours = self.processors[name]
@@ -188,9 +197,18 @@ def install_processors(
     Whatever is raised, all layers have their previous processors again.
     """
     if not layers:
-        hint = "SD3 and Flux have joint_attention_layers(model); UNets and PixArt attention_layers(model, 'self')"
+        hint = (
+            "Flux, Flux2, SD3 and Qwen-Image have joint_attention_layers(model); UNets and PixArt "
+            "attention_layers(model, 'self')"
+        )
         fail("install_processors", "layers", "at least one layer", "none", hint)
     check_stock(layers, processors)
+    return put_processors(layers, processors)
+
+
+def put_processors(layers: Mapping[str, Attention | FluxAttention], processors: Mapping[str, object]) -> Installation:
+    """`install_processors` for layers whose processors were looked at. Whatever is raised, all layers have their
+    previous processors again."""
     installation = Installation(layers, processors)
     try:
         for name, layer in layers.items():

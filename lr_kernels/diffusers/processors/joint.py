@@ -1,7 +1,8 @@
-"""Joint attention over text and image tokens (Flux, SD3) by a function of your own; text and image are two sources."""
+"""Joint attention over text and image tokens by a function of your own (Flux, Flux2, SD3, Qwen-Image); text and image
+are two sources."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, TypeAlias
 
 import torch
 from diffusers.models.attention_processor import (
@@ -16,19 +17,36 @@ from diffusers.models.transformers.transformer_flux import (
     FluxAttnProcessor,
     FluxIPAdapterAttnProcessor,
 )
+from diffusers.models.transformers.transformer_flux2 import (
+    Flux2Attention,
+    Flux2AttnProcessor,
+    Flux2ParallelSelfAttention,
+    Flux2ParallelSelfAttnProcessor,
+)
+from diffusers.models.transformers.transformer_qwenimage import (
+    QwenDoubleStreamAttnProcessor2_0,
+    apply_rotary_emb_qwen,
+)
 from torch import Tensor, nn
 
 from ...attention.api import multi_source_attention
 from ...runtime.checks import fail
 from ...source import Source
-from .unet import OwnProcessor, refuse_mask
+from .install import check_stock
+from .unet import OwnProcessor, refuse_context_parallelism, refuse_mask
 
-JOINT_PROCESSORS = (FluxAttnProcessor, FluxIPAdapterAttnProcessor, JointAttnProcessor2_0, FusedJointAttnProcessor2_0,
-                     SD3IPAdapterJointAttnProcessor2_0)  # fmt: skip
+JointLayer: TypeAlias = Attention | FluxAttention | Flux2Attention | Flux2ParallelSelfAttention
+
+JOINT_PROCESSORS = (
+    FluxAttnProcessor, FluxIPAdapterAttnProcessor, Flux2AttnProcessor, Flux2ParallelSelfAttnProcessor,
+    JointAttnProcessor2_0, FusedJointAttnProcessor2_0, SD3IPAdapterJointAttnProcessor2_0,
+    QwenDoubleStreamAttnProcessor2_0,
+)  # fmt: skip
 
 
-def joint_attention_layers(model: nn.Module) -> dict[str, Attention | FluxAttention]:
-    """The layers of a model that have Flux's or SD3's processor, their IP-Adapter's and fused ones included, by name.
+def joint_attention_layers(model: nn.Module) -> dict[str, JointLayer]:
+    """The layers of a model that have the processor of Flux, Flux2, SD3 or Qwen-Image, by name, also where it is an
+    IP-Adapter's or one of fused projections.
 
     Raises:
         ValueError: a model without such layers.
@@ -37,10 +55,11 @@ def joint_attention_layers(model: nn.Module) -> dict[str, Attention | FluxAttent
     layers = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, Attention | FluxAttention) and isinstance(module.processor, JOINT_PROCESSORS)
+        if isinstance(module, JointLayer) and isinstance(module.processor, JOINT_PROCESSORS)
     }
     if not layers:
-        fail("joint_attention_layers", "model", "one with Flux's or SD3's attention", type(model).__name__)
+        expected = "one with the attention of Flux, Flux2, SD3 or Qwen-Image"
+        fail("joint_attention_layers", "model", expected, type(model).__name__)
     return layers
 
 
@@ -50,6 +69,9 @@ class Tokens(NamedTuple):
     query: Tensor
     key: Tensor
     value: Tensor
+    mask: Tensor | None = None
+    """bool (B, N): False where a token is padding, whose key no query may see; None: all are visible. Only the text of
+    Qwen-Image has one: a function gives it to its source as `key_mask`."""
 
 
 JointAttention = Callable[[Tokens | None, Tokens], tuple[Tensor | None, Tensor]]
@@ -60,7 +82,7 @@ def joint_attention(text: Tokens | None, image: Tokens) -> tuple[Tensor | None, 
     """The attention of the stock models: all queries attend to the text's and the image's keys."""
     if text is None:
         return None, multi_source_attention(image.query, [Source(image.key, image.value)])
-    sources = [Source(text.key, text.value), Source(image.key, image.value)]
+    sources = [Source(text.key, text.value, key_mask=text.mask), Source(image.key, image.value)]
     out = multi_source_attention(torch.cat([text.query, image.query], 1), sources)
     of_text, of_image = out.split([text.query.shape[1], image.query.shape[1]], 1)
     return of_text, of_image
@@ -78,7 +100,7 @@ def shared_joint_attention(
             text. They are not shared, and read what they read anyway.
     """
     if text is not None:
-        own = [Source(text.key, text.value), Source(image.key, image.value)]
+        own = [Source(text.key, text.value, key_mask=text.mask), Source(image.key, image.value)]
         read = multi_source_attention(text.query, own)
         shared = Source(image.key, image.value, rows, logit_bias=strength)
         return read, multi_source_attention(image.query, [*own, shared])
@@ -90,32 +112,103 @@ def shared_joint_attention(
     return None, torch.cat(parts, 1)
 
 
-def _refuse_adapter(processor: str, **arguments: object) -> None:
+def projected(
+    x: Tensor, projections: tuple[nn.Module, ...], norms: tuple[nn.Module | None, ...], heads: tuple[int, int]
+) -> Tokens:
+    """Tokens of hidden states (B, N, channels), before positions are applied; heads: (heads, head_dim), one of them may
+    be -1."""
+    query, key, value = (project(x).unflatten(-1, heads) for project in projections)
+    query, key = (y if norm is None else norm(y) for norm, y in zip(norms, (query, key)))
+    return Tokens(query, key, value)
+
+
+def rotated(tokens: Tokens, rotary: tuple[Tensor, Tensor] | None) -> Tokens:
+    """The tokens with Flux's positions applied: rotary, cosines and sines (N, D) each."""
+    if rotary is None:
+        return tokens
+    query, key = (apply_rotary_emb(x, rotary, sequence_dim=1) for x in tokens[:2])
+    return tokens._replace(query=query, key=key)
+
+
+def flux_tokens(
+    attn: FluxAttention | Flux2Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None
+) -> tuple[Tokens | None, Tokens]:
+    """Text, None where both are one stream, and image of a layer of Flux or Flux2, before positions are applied."""
+    heads, text = (-1, attn.head_dim), None  # under tensor parallelism a rank has some of the heads
+    if encoder_hidden_states is not None:
+        projections = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+        text = projected(encoder_hidden_states, projections, (attn.norm_added_q, attn.norm_added_k), heads)
+    return text, projected(hidden_states, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k), heads)
+
+
+class JointProcessor(OwnProcessor):
+    """Base of the processors of joint attention by a function; None: diffusers' own processor, bit for bit."""
+
+    def __init__(self, attention: JointAttention | None = None):
+        super().__init__()
+        self.attention = attention
+
+    def check(self, attn: nn.Module, attention_mask: Tensor | None) -> None:
+        """NotImplementedError for what the active processors lack: an attention mask, fused projections, context
+        parallelism."""
+        name = type(self).__name__
+        if attention_mask is not None:
+            refuse_mask(name)
+        if getattr(attn, "fused_projections", False) and not isinstance(attn, Attention):  # those keep separate ones
+            fail(name, "attn", "separate projections", "fused ones", "call unfuse_qkv_projections()",
+                 NotImplementedError)  # fmt: skip
+        refuse_context_parallelism(self)
+
+    def attend_rotated(
+        self, text: Tokens | None, image: Tokens, rotary: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor | None, Tensor]:
+        """`attend` for tokens of Flux or Flux2, with positions applied: rotary, of the text's tokens, then of the
+        image's."""
+        if text is not None and rotary is not None:
+            start = text.query.shape[1]
+            text = rotated(text, (rotary[0][:start], rotary[1][:start]))
+            rotary = rotary[0][start:], rotary[1][start:]
+        return self.attend(text, rotated(image, rotary))
+
+    def attend(self, text: Tokens | None, image: Tokens) -> tuple[Tensor | None, Tensor]:
+        """The function's results, checked, with heads side by side, (B, N, H * D) in the queries' dtypes: of the text,
+        None where both are one stream, and of the image."""
+        of_text, of_image = (self.attention or joint_attention)(text, image)
+        found = self._side_by_side("image", of_image, image)
+        return None if text is None else self._side_by_side("text", of_text, text), found
+
+    def _side_by_side(self, name: str, found: Tensor | None, tokens: Tokens) -> Tensor:
+        if not isinstance(found, Tensor) or found.shape != tokens.query.shape:
+            got = tuple(found.shape) if isinstance(found, Tensor) else found
+            expected = f"a result for the {name} of shape {tuple(tokens.query.shape)}"
+            fail(type(self).__name__, "attention", expected, got, error=TypeError)
+        return found.flatten(2).to(tokens.query.dtype)
+
+
+def _refuse_adapter(processor: JointProcessor, **arguments: object) -> None:
     """NotImplementedError for an IP-Adapter's arguments. diffusers hands them to processors whose signature names them
     and silently drops them otherwise, so the processors name them and refuse them here."""
     for name, x in arguments.items():
         if x is not None:
             hint = "unload_ip_adapter(), or make the processor inactive"
-            fail(processor, name, "None while the processor is active", "an IP-Adapter's", hint, NotImplementedError)
+            fail(type(processor).__name__, name, "None while the processor is active", "an IP-Adapter's", hint,
+                 NotImplementedError)  # fmt: skip
 
 
-def _of_text(processor: str, found: Tensor | None) -> Tensor:
-    """The result for the text, where there is one."""
-    if found is None:
-        fail(processor, "attention", "a result for the text beside that for the image", None, error=TypeError)
-    return found
+def _refuse_cache(processor: JointProcessor, kv_cache_mode: str | None) -> None:
+    """NotImplementedError for a pass with cached references, which stock processors of these classes would drop too."""
+    if kv_cache_mode is not None:
+        hint = "install processors that read references, as Flux2KleinKVPipeline's do"
+        fail(type(processor).__name__, "kv_cache_mode", "None", repr(kv_cache_mode), hint, NotImplementedError)
 
 
-class CustomFluxAttnProcessor(OwnProcessor, FluxAttnProcessor):
+class CustomFluxAttnProcessor(JointProcessor, FluxAttnProcessor):
     """Flux's joint attention by `attention`; None: diffusers' own processor, bit for bit.
 
     Raises:
-        NotImplementedError: while active, an attention mask, an IP-Adapter's arguments, fused projections.
+        NotImplementedError: while active, an attention mask, an IP-Adapter's arguments in double blocks (single blocks
+            have none of it), fused projections, context parallelism.
     """
-
-    def __init__(self, attention: JointAttention | None = None):
-        super().__init__()
-        self.attention = attention
 
     def __call__(
         self,
@@ -130,48 +223,75 @@ class CustomFluxAttnProcessor(OwnProcessor, FluxAttnProcessor):
         """As diffusers calls it: the attended tokens of the image, and of the text where it is apart."""
         if self.attention is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-        _refuse_adapter(type(self).__name__, ip_hidden_states=ip_hidden_states, ip_adapter_masks=ip_adapter_masks)
-        if attention_mask is not None:
-            refuse_mask(type(self).__name__)
-        if getattr(attn, "fused_projections", False):
-            fail(type(self).__name__, "attn", "separate projections", "fused ones", "call unfuse_qkv_projections()",
-                 NotImplementedError)  # fmt: skip
-
-        def tokens(
-            x: Tensor, projections: tuple[nn.Module, ...], norms: tuple[nn.Module, ...], rotary: tuple | None
-        ) -> Tokens:
-            query, key, value = (project(x).unflatten(-1, (-1, attn.head_dim)) for project in projections)
-            query, key = (norm(y) for norm, y in zip(norms, (query, key)))
-            if rotary is not None:
-                query, key = (apply_rotary_emb(y, rotary, sequence_dim=1) for y in (query, key))
-            return Tokens(query, key, value)
-
-        text, start = None, 0
         if encoder_hidden_states is not None:
-            start = encoder_hidden_states.shape[1]
-            projections = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-            rotary = None if image_rotary_emb is None else tuple(x[:start] for x in image_rotary_emb)
-            text = tokens(encoder_hidden_states, projections, (attn.norm_added_q, attn.norm_added_k), rotary)
-        rotary = None if image_rotary_emb is None else tuple(x[start:] for x in image_rotary_emb)
-        image = tokens(hidden_states, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k), rotary)
-        text_out, out = self.attention(text, image)
-        out = out.flatten(2).to(image.query.dtype)
-        if text is None:
-            return out
-        out = attn.to_out[1](attn.to_out[0](out))
-        return out, attn.to_add_out(_of_text(type(self).__name__, text_out).flatten(2).to(text.query.dtype))
+            _refuse_adapter(self, ip_hidden_states=ip_hidden_states, ip_adapter_masks=ip_adapter_masks)
+        self.check(attn, attention_mask)
+        tokens = flux_tokens(attn, hidden_states, encoder_hidden_states)
+        text, image = self.attend_rotated(*tokens, image_rotary_emb)
+        return image if text is None else (attn.to_out[1](attn.to_out[0](image)), attn.to_add_out(text))
 
 
-class CustomSD3AttnProcessor(OwnProcessor, JointAttnProcessor2_0):
+class CustomFlux2AttnProcessor(JointProcessor, Flux2AttnProcessor):
+    """The joint attention of Flux2's double blocks by `attention`; None: diffusers' own processor, bit for bit.
+
+    Raises:
+        NotImplementedError: a pass with cached references; while active, an attention mask, fused projections, context
+            parallelism.
+    """
+
+    def __call__(
+        self,
+        attn: Flux2Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        kv_cache_mode: str | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """As diffusers calls it: the attended tokens of the image, and of the text where it is apart."""
+        _refuse_cache(self, kv_cache_mode)
+        if self.attention is None:
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        self.check(attn, attention_mask)
+        tokens = flux_tokens(attn, hidden_states, encoder_hidden_states)
+        text, image = self.attend_rotated(*tokens, image_rotary_emb)
+        image = attn.to_out[1](attn.to_out[0](image))
+        return image if text is None else (image, attn.to_add_out(text))
+
+
+class CustomFlux2ParallelSelfAttnProcessor(JointProcessor, Flux2ParallelSelfAttnProcessor):
+    """As `CustomFlux2AttnProcessor`, for the single blocks: text and image tokens are one stream, and the function's
+    text is None."""
+
+    def __call__(
+        self,
+        attn: Flux2ParallelSelfAttention,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        kv_cache_mode: str | None = None,
+    ) -> Tensor:
+        """As diffusers calls it: the block's attended tokens with its feed-forward part."""
+        _refuse_cache(self, kv_cache_mode)
+        if self.attention is None:
+            return super().__call__(attn, hidden_states, attention_mask, image_rotary_emb)
+        self.check(attn, attention_mask)
+        x = attn.to_qkv_mlp_proj(hidden_states)
+        whole = 3 * attn.inner_dim + attn.mlp_hidden_dim * attn.mlp_mult_factor
+        attended = x.shape[-1] * 3 * attn.inner_dim // whole  # under tensor parallelism a rank has a share of both
+        x, feed_forward = x.split([attended, x.shape[-1] - attended], -1)
+        query, key, value = (y.unflatten(-1, (-1, attn.head_dim)) for y in x.chunk(3, -1))
+        tokens = Tokens(attn.norm_q(query), attn.norm_k(key), value)
+        _, out = self.attend_rotated(None, tokens, image_rotary_emb)
+        return attn.to_out(torch.cat([out, attn.mlp_act_fn(feed_forward)], -1))
+
+
+class CustomSD3AttnProcessor(JointProcessor, JointAttnProcessor2_0):
     """SD3's joint attention by `attention`; None: diffusers' own processor, bit for bit.
 
     Raises:
         NotImplementedError: while active, an attention mask, an IP-Adapter's arguments.
     """
-
-    def __init__(self, attention: JointAttention | None = None):
-        super().__init__()
-        self.attention = attention
 
     def __call__(
         self,
@@ -184,23 +304,90 @@ class CustomSD3AttnProcessor(OwnProcessor, JointAttnProcessor2_0):
         """As diffusers calls it: the attended tokens of the image, and of the text where it is apart."""
         if self.attention is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
-        _refuse_adapter(type(self).__name__, ip_hidden_states=ip_hidden_states)
-        if attention_mask is not None:
-            refuse_mask(type(self).__name__)
-
-        def tokens(x: Tensor, projections: tuple[nn.Module, ...], norms: tuple[nn.Module | None, ...]) -> Tokens:
-            query, key, value = (project(x).unflatten(-1, (attn.heads, -1)) for project in projections)
-            query, key = (y if norm is None else norm(y) for norm, y in zip(norms, (query, key)))
-            return Tokens(query, key, value)
-
-        text = None
+        _refuse_adapter(self, ip_hidden_states=ip_hidden_states)
+        self.check(attn, attention_mask)
+        heads, text = (attn.heads, -1), None
         if encoder_hidden_states is not None:
             projections = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-            text = tokens(encoder_hidden_states, projections, (attn.norm_added_q, attn.norm_added_k))
-        image = tokens(hidden_states, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k))
-        text_out, out = self.attention(text, image)
-        out = attn.to_out[1](attn.to_out[0](out.flatten(2).to(image.query.dtype)))
-        if text is None:
+            text = projected(encoder_hidden_states, projections, (attn.norm_added_q, attn.norm_added_k), heads)
+        image = projected(hidden_states, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k), heads)
+        of_text, out = self.attend(text, image)
+        out = attn.to_out[1](attn.to_out[0](out))
+        if of_text is None:
             return out
-        text_out = _of_text(type(self).__name__, text_out).flatten(2).to(text.query.dtype)
-        return out, text_out if attn.context_pre_only else attn.to_add_out(text_out)
+        return out, of_text if attn.context_pre_only else attn.to_add_out(of_text)
+
+
+class CustomQwenImageAttnProcessor(JointProcessor, QwenDoubleStreamAttnProcessor2_0):
+    """Qwen-Image's joint attention by `attention`; None: diffusers' own processor, bit for bit.
+
+    The function gets the mask of the text's padding as `text.mask`.
+
+    Raises:
+        NotImplementedError: while active, an attention mask beside the text's, context parallelism.
+        ValueError: a call without text, as in diffusers.
+    """
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_hidden_states_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """As diffusers calls it: the attended tokens of the image and of the text."""
+        if self.attention is None:
+            return super().__call__(
+                attn, hidden_states, encoder_hidden_states, encoder_hidden_states_mask, attention_mask, image_rotary_emb
+            )
+        if encoder_hidden_states is None:
+            fail(type(self).__name__, "encoder_hidden_states", "the text's", None)
+        self.check(attn, attention_mask)
+        heads = (-1, attn.inner_dim // attn.heads)  # under tensor parallelism a rank has some of the heads
+        projections = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+        text = projected(encoder_hidden_states, projections, (attn.norm_added_q, attn.norm_added_k), heads)
+        image = projected(hidden_states, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k), heads)
+        if image_rotary_emb is not None:
+            image, text = (
+                tokens._replace(
+                    query=apply_rotary_emb_qwen(tokens.query, rotary, use_real=False),
+                    key=apply_rotary_emb_qwen(tokens.key, rotary, use_real=False),
+                )
+                for tokens, rotary in zip((image, text), image_rotary_emb)
+            )
+        of_text, out = self.attend(text._replace(mask=encoder_hidden_states_mask), image)
+        assert of_text is not None
+        for module in attn.to_out:
+            out = module(out)
+        return out, attn.to_add_out(of_text)
+
+
+_IN_PLACE_OF: dict[type, type[JointProcessor]] = {
+    FluxAttnProcessor: CustomFluxAttnProcessor,
+    Flux2AttnProcessor: CustomFlux2AttnProcessor,
+    Flux2ParallelSelfAttnProcessor: CustomFlux2ParallelSelfAttnProcessor,
+    JointAttnProcessor2_0: CustomSD3AttnProcessor,
+    QwenDoubleStreamAttnProcessor2_0: CustomQwenImageAttnProcessor,
+}
+
+
+def joint_processors(
+    layers: Mapping[str, JointLayer], attention: JointAttention | None = None
+) -> dict[str, JointProcessor]:
+    """For `install_processors`: the processor that computes `attention` in each layer of `joint_attention_layers`.
+
+    Raises:
+        ValueError: a layer without text and image tokens.
+        NotImplementedError: a layer whose processor is not stock, as an IP-Adapter's.
+    """
+    check_stock(layers)
+    found = {}
+    for name, layer in layers.items():
+        kinds = [ours for stock, ours in _IN_PLACE_OF.items() if isinstance(layer.processor, stock)]
+        if not kinds:
+            expected = "layers of joint_attention_layers(model)"
+            fail("joint_processors", "layers", expected, f"{name} with {type(layer.processor).__name__}")
+        found[name] = kinds[0](attention)
+    return found

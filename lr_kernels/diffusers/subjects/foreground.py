@@ -55,7 +55,9 @@ def grown(masks: Tensor, radius: int) -> Tensor:
     return grown[:, 0] > 0
 
 
-def warn_of_implausible(masks: Tensor, what: str, hint: str, plausible: tuple[float, float] = PLAUSIBLE) -> None:
+def warn_of_implausible(
+    masks: Tensor, what: str, hint: str, plausible: tuple[float, float] = PLAUSIBLE, op: str = "LayoutRetouch"
+) -> None:
     """Warn of masks, bool (S, n, h, w), that are empty or cover a share of the picture that is not plausible."""
     low, high = plausible
     for subject, images in enumerate(masks.float().mean((2, 3)).tolist()):
@@ -63,7 +65,7 @@ def warn_of_implausible(masks: Tensor, what: str, hint: str, plausible: tuple[fl
             if not share or not low <= share <= high:
                 found = f"covers {share:.1%} of" if share else "is nowhere in"
                 warnings.warn(
-                    f"lr_kernels.LayoutRetouch: subject {subject} {found} {what} {image}; {hint}",
+                    f"lr_kernels.{op}: subject {subject} {found} {what} {image}; {hint}",
                     RuntimeWarning,
                     stacklevel=2,
                 )

@@ -1,0 +1,84 @@
+"""The one line that lets a transformer read its cached references, or a bank's, where they lie."""
+
+from typing import Any
+
+from diffusers import WanAnimate2Transformer3DModel
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_processor import Attention
+from torch import nn
+
+from ....runtime.checks import fail
+from ...processors.install import Installation, put_processors
+from . import flux2, glm_image, qwen_image21, wan_animate2
+from .bank import EIGHT_BITS, TransformerReferenceBank, model_of
+
+_REPLACES: dict[type, type] = {**flux2.REPLACES, **qwen_image21.REPLACES, **glm_image.REPLACES, **wan_animate2.REPLACES}
+
+
+def reference_layers(model: nn.Module) -> dict[str, Any]:
+    """The layers of a transformer that have a stock processor of cached references, by name."""
+    model = getattr(model, "_orig_mod", model)  # torch.compile wraps the module and renames its children
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, Attention | AttentionModuleMixin) and type(module.processor) in _REPLACES
+    }
+
+
+def use_cached_references(model: nn.Module, bank: TransformerReferenceBank | None = None) -> Installation:
+    """Replace stock processors that concatenate cached references by ones that read them in place.
+
+    Results are stock's to rounding. Nothing else of the pipeline changes: it fills its cache, and clears it, as before.
+    With a bank the model needs no cache: call the pipeline without reference images.
+
+    Args:
+        model: the transformer of a loaded pipeline: Flux2Transformer2DModel with the processors of
+            Flux2KleinKVPipeline, QwenImage21Transformer2DModel, GlmImageTransformer2DModel or
+            WanAnimate2Transformer3DModel.
+        bank: of references that the model reads in every pass; see `extract_references`. Flux2KleinKVPipeline only.
+
+    Returns:
+        The installation, also a context manager: `remove()`, or the end of a `with` block, restores the model.
+
+    Raises:
+        ValueError: a model without such processors; a bank of another model, of other layers, precision or device, or
+            one that is not placed.
+    """
+    layers = reference_layers(model)
+    if not layers:
+        hint = "models whose processors are replaced already need remove() of that installation first"
+        expected = "a transformer with a stock processor of cached references"
+        fail("use_cached_references", "model", expected, type(model).__name__, hint)
+    if bank is not None:
+        _check_bank(model, layers, bank)
+    processors: dict[str, Any] = {}
+    for name, layer in layers.items():
+        stock = layer.processor
+        processors[name] = processor = _REPLACES[type(stock)]()
+        processor._attention_backend, processor._parallel_config = stock._attention_backend, stock._parallel_config
+        if bank is not None:
+            processor.reference = bank.sources[name]
+    installation = put_processors(layers, processors)
+    whole = getattr(model, "_orig_mod", model)
+    if isinstance(whole, WanAnimate2Transformer3DModel):
+        before, whole.block_masks = whole.block_masks, wan_animate2.NoBlockMasks()
+        installation.also_undo.callback(setattr, whole, "block_masks", before)
+    return installation
+
+
+def _check_bank(model: nn.Module, layers: dict[str, Any], bank: TransformerReferenceBank) -> None:
+    op = "use_cached_references"
+    if not isinstance(bank, TransformerReferenceBank):
+        fail(op, "bank", "a TransformerReferenceBank or None", type(bank).__name__)
+    if any(type(layer.processor) not in flux2.REPLACES for layer in layers.values()):
+        hint = "extract_references says why"
+        fail(op, "bank", "None for this model", f"a bank for {type(model).__name__}", hint, NotImplementedError)
+    if bank.model != model_of(model):
+        fail(op, "bank", f"one of {model_of(model)}", f"one of {bank.model}", "extract the references with this model")
+    if not bank.rotated:
+        fail(op, "bank", "keys that are placed", "keys before RoPE", "call bank.place(model)")
+    for name in layers.keys() ^ bank.sources.keys():
+        fail(op, "bank", f"the layers of {type(model).__name__}", f"{name} in one of them only")
+    weight = next(model.parameters())
+    if bank.dtype not in (*EIGHT_BITS, weight.dtype):
+        fail(op, "bank", f"{weight.dtype} as the model, or 8 bits", bank.dtype, "use dequantized(dtype)")
