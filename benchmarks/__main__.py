@@ -73,9 +73,10 @@ def groups(options: argparse.Namespace) -> list[tuple[Callable[[], list[harness.
             else:
                 found += problems(options.dtypes)
     rounds = [(build, options.repeats) for build in found]
-    for name, case in (("references", references), ("backend", backend)):
-        if name in options.cases:
-            rounds += [(build, min(SWEEP_REPEATS, options.repeats)) for build in case.problems(options.dtypes)]
+    if "references" in options.cases:
+        rounds += [(build, options.repeats) for build in references.problems(options.dtypes)]
+    if "backend" in options.cases:
+        rounds += [(build, min(SWEEP_REPEATS, options.repeats)) for build in backend.problems(options.dtypes)]
     if "retouch" in options.cases:
         rounds += [(build, min(SWEEP_REPEATS, options.repeats)) for build in retouch.problems(options.dtypes)]
     if "unet" in options.cases:

@@ -309,6 +309,26 @@ def references_table() -> str:
     return "\n".join([*lines, "", text, "", *calls])
 
 
+def eight_bits_table() -> str:
+    """The error of attention's result with keys and values in 8 bits, by what shares a scale."""
+    with (RESULTS / "eight_bit.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    inputs = list(dict.fromkeys(r["inputs"] for r in rows))
+    errors: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for row in rows:
+        errors.setdefault((row["dtype"], row["granularity"]), {}).setdefault(row["inputs"], []).append(
+            float(row["error"])
+        )
+    lines = ["| dtype | one scale for each | " + " | ".join(inputs) + " |", "|---" * (len(inputs) + 2) + "|"]
+    for (dtype, granularity), found in errors.items():
+        cells = [f"{100 * sum(found[x]) / len(found[x]):.2f} %" for x in inputs]
+        lines.append(f"| {dtype} | {granularity or '–'} | " + " | ".join(cells) + " |")
+    m = rows[0]
+    text = f"{m['device']} ({m['isa']}), torch {m['torch']}, commit {m['commit']}: relative L2 error of attention's "
+    text += "result against float64, the mean of the layers; the banks have a scale for each token and head. "
+    return "\n".join([*lines, "", text + "`python -m benchmarks.eight_bit` writes the file behind this table."])
+
+
 def backend_table() -> str:
     """The attention backend against diffusers' own default."""
     rows = transformers_rows("attention backend")
@@ -338,7 +358,7 @@ TABLES = {
 
 PAGES = {
     "README.md": TABLES,
-    "docs/references.md": {"references": references_table},
+    "docs/references.md": {"references": references_table, "eight bits": eight_bits_table},
     "docs/attention-backend.md": {"backend": backend_table},
 }
 
