@@ -157,7 +157,7 @@ def told(call):
     except (ModuleNotFoundError, SystemExit) as error:
         print(type(error).__name__, error)
 for name in ("lr_kernels.diffusers", "lr_kernels.toy", "benchmarks.method", "benchmarks.price", "benchmarks.plots",
-             "benchmarks.eight_bit", "benchmarks.eight_bit_method", "benchmarks.__main__"):
+             "benchmarks.__main__"):
     told(lambda: importlib.import_module(name))
 for command in ("demo", "presets", "knobs"):
     sys.argv = ["lr_kernels", command]

@@ -234,7 +234,7 @@ def test_rows_beyond_the_source_read_nothing(device):
         table = [torch.tensor(rows, dtype=torch.int32, device=device)]
         OPS.multi_source_attention_triton(
             inputs.query, [source.key], [source.value], table, nothing, nothing, nothing, nothing, nothing, nothing,
-            None, None, [0], nothing, 0.2, out, None,
+            None, None, [0], nothing, nothing, nothing, 0.2, out, None,
         )  # fmt: skip
         return out
 
@@ -246,7 +246,7 @@ def by_op(query, key, value, value_index):
     out, nothing = torch.full_like(query, math.nan, memory_format=torch.contiguous_format), [None]
     OPS.multi_source_attention_triton(
         query, [key], [value], nothing, nothing, nothing, [value_index], nothing, nothing, nothing, None, None,
-        [0], nothing, 0.2, out, None,
+        [0], nothing, nothing, nothing, 0.2, out, None,
     )  # fmt: skip
     return out
 
