@@ -172,7 +172,9 @@ def launch_arguments(
     plain = len(plain_key)  # S, or 0 where all sources are in 8 bits
     tile = tiles.attention_tile(arch, D, query.dtype, kind, B * N * H, eight.formats > 0)
     if query.element_size() == 2 and arch != tiles.INTERPRETER:
-        if 1 in (unit, eight.unit) or any(x.data_ptr() % 16 for x in (query, *key, *value)):
+        # int8 beside e4m3 takes the small tile too: in the others Triton 3.6 spills
+        both = eight.formats == 3
+        if both or 1 in (unit, eight.unit) or any(x.data_ptr() % 16 for x in (query, *key, *value)):
             tile = tiles.unaligned_tile(arch, D)
     tiles_per_head = triton.cdiv(N, tile.BM) + order.classes - 1
     arguments = (
