@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+from plain_flux import projected
+from tiny_flux import lively
 
 from lr_kernels.diffusers.dit.chara_consist.attention import Points, mark_words
 from lr_kernels.diffusers.processors.joint import Tokens, joint_attention_layers
@@ -27,16 +29,10 @@ def randn(*shape, seed=0, dtype=torch.float32):
 @functools.cache
 def flux(dtype=torch.float32, singles=3):
     torch.manual_seed(0)
-    model = FluxTransformer2DModel(
+    return lively(FluxTransformer2DModel(
         patch_size=1, in_channels=16, num_layers=1, num_single_layers=singles, attention_head_dim=DIM,
         num_attention_heads=HEADS, joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8),
-    ).to(dtype).eval().requires_grad_(False)  # fmt: skip
-    for name, parameter in model.named_parameters():
-        if "norm_q" in name or "norm_added_q" in name:  # else attention is nearly even
-            parameter.mul_(3)
-        if "linear.weight" in name or "proj_out" in name:  # of the gates and of the end, else blocks change little
-            parameter.mul_(2)
-    return model
+    ).to(dtype).eval().requires_grad_(False))  # fmt: skip
 
 
 def pipeline(dtype=torch.float32, model=None):
@@ -194,16 +190,7 @@ class Plain(FluxAttnProcessor):
         self.bank = {}
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):
-        def project(x, layers, norms):
-            q, k, v = (layer(x).unflatten(-1, (-1, attn.head_dim)) for layer in layers)
-            return norms[0](q), norms[1](k), v
-
-        parts = project(hidden_states, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k))
-        if encoder_hidden_states is not None:
-            added = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-            text = project(encoder_hidden_states, added, (attn.norm_added_q, attn.norm_added_k))
-            parts = [torch.cat(x, 1) for x in zip(text, parts)]
-        query, raw, value = (x[0] for x in parts)
+        query, raw, value = (x[0] for x in projected(attn, hidden_states, encoder_hidden_states))
         query, key = (turned(x, image_rotary_emb) for x in (query, raw))
         run, places = self.run, [t[TEXT:] for t in image_rotary_emb]
         run.shares.append(plain_share(query[TEXT:], key[:TEXT], run.words))

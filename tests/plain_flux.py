@@ -13,6 +13,21 @@ def image_ids(rows, columns):
     return torch.cartesian_prod(torch.zeros(1), torch.arange(float(rows)), torch.arange(float(columns)))
 
 
+def projected(attn, hidden_states, encoder_hidden_states=None):
+    """Queries, keys before RoPE and values of a layer, the text's tokens first where they are apart."""
+
+    def project(x, layers, norms):
+        q, k, v = (layer(x).unflatten(-1, (-1, attn.head_dim)) for layer in layers)
+        return norms[0](q), norms[1](k), v
+
+    parts = project(hidden_states, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k))
+    if encoder_hidden_states is None:
+        return parts
+    added = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+    of_text = project(encoder_hidden_states, added, (attn.norm_added_q, attn.norm_added_k))
+    return [torch.cat(x, 1) for x in zip(of_text, parts)]
+
+
 class PlainRetouch(FluxAttnProcessor):
     """For a batch of targets, their contexts and references.
 
@@ -26,16 +41,7 @@ class PlainRetouch(FluxAttnProcessor):
         self.offset, self.routes, self.words, self.maps = offset, routes, words, None
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):
-        def project(x, layers, norms):
-            q, k, v = (layer(x).unflatten(-1, (-1, attn.head_dim)) for layer in layers)
-            return norms[0](q), norms[1](k), v
-
-        parts = project(hidden_states, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k))
-        if encoder_hidden_states is not None:
-            added = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-            of_text = project(encoder_hidden_states, added, (attn.norm_added_q, attn.norm_added_k))
-            parts = [torch.cat(x, 1) for x in zip(of_text, parts)]
-        query, raw, value = parts
+        query, raw, value = projected(attn, hidden_states, encoder_hidden_states)
         query, key = (apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (query, raw))
         text, images = self.text, len(self.targets)
         no_text = torch.zeros(text, dtype=torch.bool)

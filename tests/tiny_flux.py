@@ -42,7 +42,11 @@ def transformer(seed=0, **config):
     base = {"patch_size": 1, "in_channels": 16, "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 16}
     base |= {"num_attention_heads": 2, "joint_attention_dim": 16, "pooled_projection_dim": 16}
     base |= {"guidance_embeds": True, "axes_dims_rope": (4, 4, 8)}
-    model = FluxTransformer2DModel(**{**base, **config}).eval().requires_grad_(False)
+    return lively(FluxTransformer2DModel(**{**base, **config}).eval().requires_grad_(False))
+
+
+def lively(model):
+    """A new Flux whose attention changes something."""
     for name, parameter in model.named_parameters():
         if "norm_q" in name or "norm_added_q" in name:  # else attention is nearly even
             parameter.mul_(3)

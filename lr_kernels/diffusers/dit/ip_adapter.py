@@ -105,7 +105,7 @@ class MultiSourceFluxIPAdapterAttnProcessor(JointProcessor, FluxIPAdapterAttnPro
         if adapter is not None:
             self.to_k_ip, self.to_v_ip = adapter.to_k_ip, adapter.to_v_ip
             self.hidden_size, self.cross_attention_dim = adapter.hidden_size, adapter.cross_attention_dim
-            self._attention_backend, self._parallel_config = adapter._attention_backend, adapter._parallel_config
+            self.stand_in_for(adapter)
 
     @property
     def scale(self) -> list[float]:

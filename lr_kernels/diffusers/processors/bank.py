@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers.models.attention_processor import Attention
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -18,8 +17,17 @@ from ...attention.eight_bit import quantize
 from ...attention.plan import AttentionPlan, plan_attention
 from ...runtime.checks import check_choice, check_integer, fail
 from ...source import Source
-from .bank_files import FIELDS, SCALE, read_field, stored_layers
-from .bank_values import EIGHT_BITS, MAX_TIMESTEP, as_bias, as_foreground, as_table, check_file, check_numbers
+from .bank_files import FIELDS, SCALE, open_file, read_field, stored_layers
+from .bank_values import (
+    EIGHT_BITS,
+    MAX_TIMESTEP,
+    as_bias,
+    as_foreground,
+    as_table,
+    check_device,
+    check_file,
+    check_numbers,
+)
 from .install import layer_grid
 from .routing import token_mask
 from .unet import AttentionState, StockAttnProcessor, refuse_mask
@@ -418,15 +426,8 @@ class ReferenceBank(KeyValueBank):
         """
         check_file("ReferenceBank", path)
         check_choice("ReferenceBank", "storage", storage, STORAGES)
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError, TypeError) as error:  # builds without CUDA raise AssertionError
-            fail("ReferenceBank", "device", "a device of this machine", f"{device!r}: {str(error).splitlines()[0]}")
-        try:
-            with safe_open(path, "pt") as file:
-                about, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
-        except SafetensorError as error:
-            fail("ReferenceBank", "path", "a safetensors file", f"{path}: {error}")
+        check_device("ReferenceBank", device)
+        about, tensors = open_file("ReferenceBank", path)
         if not about:
             fail("ReferenceBank", "path", "a file that save() wrote", f"{path}: one without metadata")
         timesteps, signals, shows, words = (read_field(path, about, name) for name in FIELDS)

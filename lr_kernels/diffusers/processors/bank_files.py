@@ -5,11 +5,12 @@ from collections.abc import Callable, Mapping
 from os import PathLike
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...runtime.checks import fail
 from ...runtime.platform import KERNEL_DTYPES
-from .bank_values import EIGHT_BITS, MAX_TIMESTEP
+from .bank_values import EIGHT_BITS, MAX_TIMESTEP, check_file
 
 
 def _list_of(valid: Callable[[object], bool]) -> Callable[[object], bool]:
@@ -31,6 +32,20 @@ it has to be in words."""
 SCALE = ".scale"
 """Ends the name of the tensor with a layer's scales, which keys and values in 8 bits have: fp32 (steps, 2, rows,
 tokens, heads)."""
+
+
+def open_file(op: str, path: str | PathLike) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """(metadata, tensors) of a safetensors file; on the CPU tensors are the file's pages, mapped.
+
+    Raises:
+        ValueError: no safetensors file. FileNotFoundError: no such file.
+    """
+    check_file(op, path)
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        fail(op, "path", "a safetensors file", f"{path}: {error}")
 
 
 def read_field(path: str | PathLike, about: Mapping[str, str], name: str) -> list | None:
@@ -62,7 +77,7 @@ def stored_layers(path: str | PathLike, tensors: Mapping[str, Tensor], steps: in
         if x.dtype not in (*KERNEL_DTYPES, torch.float64, *EIGHT_BITS) or x.dtype != first.dtype:
             expected = f"{first.dtype} as the other layers" if x.dtype != first.dtype else "a floating dtype, or 8 bits"
             fail("ReferenceBank", name, f"{expected} in {path}", x.dtype)
-        if not _is_finite(x):
+        if not is_finite(x):
             fail("ReferenceBank", name, f"finite keys and values in {path}", "NaN or infinity")
     for name in sorted(tensors.keys() - layers.keys()):
         if (layer := name.removesuffix(SCALE)) not in layers:
@@ -86,7 +101,12 @@ def _checked_scale(path: str | PathLike, name: str, scale: Tensor | None, of: Te
     return scale
 
 
-def _is_finite(x: Tensor) -> bool:
+def is_finite(x: Tensor) -> bool:
+    """Whether all numbers (n, …) are, a part at a time: a mapped file may be larger than the memory."""
+    return x.dtype == torch.int8 or all(_part_is_finite(part) for row in x for part in row.split(4096))
+
+
+def _part_is_finite(x: Tensor) -> bool:
     if x.dtype == torch.float8_e4m3fn:  # has no infinities, and torch does not look for its NaN, the bytes 7f and ff
         return not bool(((x.view(torch.uint8) & 0x7F) == 0x7F).any())
     return bool(x.isfinite().all())

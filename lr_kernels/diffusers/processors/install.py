@@ -95,7 +95,7 @@ def select_layers(
     chosen: set[str] = set()
     for entry in choice:
         if isinstance(entry, str):
-            matches = [layer for layer in layers if f"{layer}.".startswith(entry.rstrip(".") + ".")]
+            matches = beginning_with(entry, layers)
         else:
             matches = [layer for layer in layers if layer_scale(unet, layer) == entry]
         if not matches:
@@ -104,6 +104,11 @@ def select_layers(
             fail("select_layers", name, expected, repr(entry))
         chosen |= set(matches)
     return {name: layer for name, layer in layers.items() if name in chosen}
+
+
+def beginning_with(entry: str, names: Iterable[str]) -> list[str]:
+    """The names of layers that begin with an entry such as "up_blocks.1", which ends where a part of a name does."""
+    return [name for name in names if f"{name}.".startswith(entry.rstrip(".") + ".")]
 
 
 class Installation:

@@ -1,7 +1,7 @@
 """Joint attention over text and image tokens by a function of your own (Flux, Flux2, SD3, Qwen-Image); text and image
 are two sources."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -117,7 +117,12 @@ def projected(
 ) -> Tokens:
     """Tokens of hidden states (B, N, channels), before positions are applied; heads: (heads, head_dim), one of them may
     be -1."""
-    query, key, value = (project(x).unflatten(-1, heads) for project in projections)
+    return normalized((project(x) for project in projections), norms, heads)
+
+
+def normalized(parts: Iterable[Tensor], norms: tuple[nn.Module | None, ...], heads: tuple[int, int]) -> Tokens:
+    """Tokens of queries, keys and values (B, N, H * D) as the projections give them; `heads` as in `projected`."""
+    query, key, value = (x.unflatten(-1, heads) for x in parts)
     query, key = (y if norm is None else norm(y) for norm, y in zip(norms, (query, key)))
     return Tokens(query, key, value)
 
@@ -130,15 +135,39 @@ def rotated(tokens: Tokens, rotary: tuple[Tensor, Tensor] | None) -> Tokens:
     return tokens._replace(query=query, key=key)
 
 
+def rotated_apart(
+    text: Tokens | None, image: Tokens, rotary: tuple[Tensor, Tensor] | None
+) -> tuple[Tokens | None, Tokens]:
+    """`rotated` for tokens of Flux or Flux2; rotary: of the text's tokens, if they are apart, then of the image's."""
+    if text is not None and rotary is not None:
+        start = text.query.shape[1]
+        text = rotated(text, (rotary[0][:start], rotary[1][:start]))
+        rotary = rotary[0][start:], rotary[1][start:]
+    return text, rotated(image, rotary)
+
+
 def flux_tokens(
     attn: FluxAttention | Flux2Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None
 ) -> tuple[Tokens | None, Tokens]:
-    """Text, None where both are one stream, and image of a layer of Flux or Flux2, before positions are applied."""
+    """Text, None where both are one stream, and image of a layer of Flux or Flux2, before positions are applied. The
+    projections may be fused."""
     heads, text = (-1, attn.head_dim), None  # under tensor parallelism a rank has some of the heads
-    if encoder_hidden_states is not None:
-        projections = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-        text = projected(encoder_hidden_states, projections, (attn.norm_added_q, attn.norm_added_k), heads)
-    return text, projected(hidden_states, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k), heads)
+    fused, x, y = attn.fused_projections, hidden_states, encoder_hidden_states
+    if y is not None:
+        added = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+        parts = attn.to_added_qkv(y).chunk(3, -1) if fused else [project(y) for project in added]
+        text = normalized(parts, (attn.norm_added_q, attn.norm_added_k), heads)
+    parts = attn.to_qkv(x).chunk(3, -1) if fused else [project(x) for project in (attn.to_q, attn.to_k, attn.to_v)]
+    return text, normalized(parts, (attn.norm_q, attn.norm_k), heads)
+
+
+def flux2_stream(attn: Flux2ParallelSelfAttention, hidden_states: Tensor) -> tuple[Tokens, Tensor]:
+    """The tokens of a single block of Flux2, before positions are applied, and the input of its feed-forward part."""
+    x = attn.to_qkv_mlp_proj(hidden_states)
+    whole = 3 * attn.inner_dim + attn.mlp_hidden_dim * attn.mlp_mult_factor
+    attended = x.shape[-1] * 3 * attn.inner_dim // whole  # under tensor parallelism a rank has a share of both
+    x, feed_forward = x.split([attended, x.shape[-1] - attended], -1)
+    return normalized(x.chunk(3, -1), (attn.norm_q, attn.norm_k), (-1, attn.head_dim)), feed_forward
 
 
 class JointProcessor(OwnProcessor):
@@ -164,11 +193,7 @@ class JointProcessor(OwnProcessor):
     ) -> tuple[Tensor | None, Tensor]:
         """`attend` for tokens of Flux or Flux2, with positions applied: rotary, of the text's tokens, then of the
         image's."""
-        if text is not None and rotary is not None:
-            start = text.query.shape[1]
-            text = rotated(text, (rotary[0][:start], rotary[1][:start]))
-            rotary = rotary[0][start:], rotary[1][start:]
-        return self.attend(text, rotated(image, rotary))
+        return self.attend(*rotated_apart(text, image, rotary))
 
     def attend(self, text: Tokens | None, image: Tokens) -> tuple[Tensor | None, Tensor]:
         """The function's results, checked, with heads side by side, (B, N, H * D) in the queries' dtypes: of the text,
@@ -276,12 +301,7 @@ class CustomFlux2ParallelSelfAttnProcessor(JointProcessor, Flux2ParallelSelfAttn
         if self.attention is None:
             return super().__call__(attn, hidden_states, attention_mask, image_rotary_emb)
         self.check(attn, attention_mask)
-        x = attn.to_qkv_mlp_proj(hidden_states)
-        whole = 3 * attn.inner_dim + attn.mlp_hidden_dim * attn.mlp_mult_factor
-        attended = x.shape[-1] * 3 * attn.inner_dim // whole  # under tensor parallelism a rank has a share of both
-        x, feed_forward = x.split([attended, x.shape[-1] - attended], -1)
-        query, key, value = (y.unflatten(-1, (-1, attn.head_dim)) for y in x.chunk(3, -1))
-        tokens = Tokens(attn.norm_q(query), attn.norm_k(key), value)
+        tokens, feed_forward = flux2_stream(attn, hidden_states)
         _, out = self.attend_rotated(None, tokens, image_rotary_emb)
         return attn.to_out(torch.cat([out, attn.mlp_act_fn(feed_forward)], -1))
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from inspect import Parameter, signature
-from typing import Protocol
+from typing import Any, Protocol
 
 from diffusers.models.attention_processor import Attention, IPAdapterAttnProcessor2_0
 from torch import Tensor
@@ -41,6 +41,10 @@ class OwnProcessor:
 
     is_stock = False
     """whether `make_stock` has made this processor a stock one, which is final"""
+
+    def stand_in_for(self, stock: Any) -> None:
+        """Take over the attention backend and the parallelism of the processor whose place this one takes."""
+        self._attention_backend, self._parallel_config = stock._attention_backend, stock._parallel_config
 
     def make_stock(self) -> None:
         """Become stock for good, as the class is without arguments."""

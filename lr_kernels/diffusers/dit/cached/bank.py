@@ -1,5 +1,6 @@
 """A bank of references for diffusion transformers: keys and values that all rows, prompts and steps share."""
 
+import copy
 import hashlib
 import json
 from collections.abc import Mapping
@@ -17,7 +18,8 @@ from ....attention.eight_bit import quantize
 from ....runtime.checks import check_choice, fail
 from ....runtime.platform import KERNEL_DTYPES
 from ....source import Source
-from .bank_files import EIGHT_BITS, FORMAT, check_sources, read_bank, tensors_of
+from ...processors.bank_values import EIGHT_BITS, check_device
+from .bank_files import FORMAT, check_sources, read_bank, tensors_of
 
 _OP = "TransformerReferenceBank"
 
@@ -41,9 +43,16 @@ class TransformerReferenceBank:
     """
 
     def __init__(self, sources: Mapping[str, Source], *, model: str, ids: Tensor, rotated: bool = True):
+        check_sources(_OP, sources, ids)
+        self._hold(sources, model, ids, rotated)
+
+    def _hold(
+        self, sources: Mapping[str, Source], model: str, ids: Tensor, rotated: bool
+    ) -> "TransformerReferenceBank":
+        """Take over sources that were looked at: that reads all of them."""
         self.sources = dict(sources)
         self.model, self.ids, self.rotated = model, ids, rotated
-        check_sources(_OP, self.sources, ids)
+        return self
 
     @property
     def nbytes(self) -> int:
@@ -66,7 +75,7 @@ class TransformerReferenceBank:
             name: source._replace(**cast(dict[str, Any], {k: x.to(device) for k, x in tensors_of(source).items()}))
             for name, source in self.sources.items()
         }
-        return self._with(moved)
+        return copy.copy(self)._hold(moved, self.model, self.ids, self.rotated)
 
     def quantized(self, dtype: torch.dtype = torch.int8) -> "TransformerReferenceBank":
         """The bank in 8 bits, with a scale per token and head: about half the bytes of bf16, see `lr_kernels.quantize`.
@@ -157,12 +166,8 @@ class TransformerReferenceBank:
             FileNotFoundError: no such file.
         """
         sources, about, ids = read_bank(path)
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError, TypeError) as error:  # builds without CUDA raise AssertionError
-            got = f"{device!r}: {str(error).splitlines()[0]}"
-            fail(f"{_OP}.load", "device", "a device of this machine", got)
-        bank = cls(sources, model=about["model"], ids=ids, rotated=json.loads(about["rotated"]))
+        check_device(f"{_OP}.load", device)
+        bank = cls.__new__(cls)._hold(sources, about["model"], ids, json.loads(about["rotated"]))
         return bank if torch.device(device).type == "cpu" else bank.to(device)
 
     def _with(self, sources: Mapping[str, Source]) -> "TransformerReferenceBank":

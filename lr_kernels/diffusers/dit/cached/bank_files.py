@@ -3,20 +3,18 @@
 import json
 from collections.abc import Mapping
 from os import PathLike
-from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ....runtime.checks import fail
 from ....runtime.platform import KERNEL_DTYPES
-from ....runtime.schemas import EIGHT_BIT_LARGEST
 from ....source import Source
+from ...processors.bank_files import is_finite, open_file
+from ...processors.bank_values import EIGHT_BITS
 
 FORMAT = "lr_kernels.TransformerReferenceBank 1"
-EIGHT_BITS = tuple(EIGHT_BIT_LARGEST)
 DTYPES = (*KERNEL_DTYPES, torch.float64, *EIGHT_BITS)
 _FIELDS = ("key", "value", "key_scale", "value_scale")
 _ABOUT = ("format", "model", "rotated")
@@ -60,7 +58,8 @@ def check_sources(op: str, sources: Mapping[str, Source], ids: Tensor, where: st
                 fail(op, name, f"{dtype} on {device} as the other layers{where}", f"{x.dtype} on {x.device}")
             if getattr(source, f"{field}_scale") is None and dtype in EIGHT_BITS:
                 fail(op, f"{name}_scale", f"the scales of keys and values in 8 bits{where}", "none")
-            _check_finite(op, name, x, "keys and values", where)
+            if not is_finite(x):
+                fail(op, name, f"finite keys and values{where}", "NaN or infinity")
 
 
 def _check_scale(op: str, name: str, scale: Tensor, of: Tensor, where: str) -> None:
@@ -69,35 +68,14 @@ def _check_scale(op: str, name: str, scale: Tensor, of: Tensor, where: str) -> N
     if scale.dtype != torch.float32 or scale.shape != of.shape[:3] or scale.device != of.device:
         expected = f"torch.float32 {tuple(of.shape[:3])} on {of.device}{where}"
         fail(op, name, expected, f"{scale.dtype} {tuple(scale.shape)} on {scale.device}")
-    _check_finite(op, name, scale, "scales", where)
-
-
-def _check_finite(op: str, name: str, x: Tensor, what: str, where: str) -> None:
-    """Finite numbers only, read a part at a time: a mapped file may be larger than the memory."""
-    if x.dtype == torch.int8:
-        return
-    for row in x:
-        for part in row.split(4096):
-            if x.dtype == torch.float8_e4m3fn:  # its only numbers that are not finite are NaN, the bytes 7f and ff
-                finite = not bool(((part.view(torch.uint8) & 0x7F) == 0x7F).any())
-            else:
-                finite = bool(part.isfinite().all())
-            if not finite:
-                fail(op, name, f"finite {what}{where}", "NaN or infinity")
+    if not is_finite(scale):
+        fail(op, name, f"finite scales{where}", "NaN or infinity")
 
 
 def read_bank(path: str | PathLike) -> tuple[dict[str, Source], dict[str, str], Tensor]:
-    """(sources, metadata, ids) of a file, which `check_sources` still has to look at; tensors are mapped."""
+    """(sources, metadata, ids) of a file that is a bank's, each field of it checked; tensors are mapped."""
     op = "TransformerReferenceBank.load"
-    if not isinstance(path, str | PathLike):
-        fail(op, "path", "the path of a file", type(path).__name__)
-    if Path(path).is_dir():
-        fail(op, "path", "a safetensors file", f"{path}: a folder")
-    try:
-        with safe_open(path, "pt") as file:
-            about, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        fail(op, "path", "a safetensors file", f"{path}: {error}")
+    about, tensors = open_file(op, path)
     _check_about(op, path, about)
     ids = tensors.pop("ids", None)
     if ids is None:

@@ -6,7 +6,6 @@ softmax does not depend on the order of its keys.
 """
 
 import torch
-from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux2 import (
     Flux2Attention,
     Flux2KVAttnProcessor,
@@ -14,19 +13,19 @@ from diffusers.models.transformers.transformer_flux2 import (
     Flux2KVParallelSelfAttnProcessor,
     Flux2ParallelSelfAttention,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 from ....attention.api import multi_source_attention
 from ....attention.plan import plan_attention
 from ....source import Source
-from ...processors.joint import Tokens
+from ...processors.joint import Tokens, flux2_stream, flux_tokens, rotated, rotated_apart
 from ...processors.unet import OwnProcessor, refuse_context_parallelism, refuse_mask
 from .references import ReadsReferences
 
 _READER, _REFERENCE = 1, 2
 """Bits of the groups in the pass that fills the cache: references read references alone; text and image read all."""
 
-Rotary = tuple[Tensor, ...]
+Rotary = tuple[Tensor, Tensor]
 """Cosines and sines of the tokens' positions, (N, D) each"""
 
 
@@ -62,17 +61,6 @@ class _Flux2References(ReadsReferences):
         sources = [Source(x.key, x.value, key_groups=seen) for x, seen in zip(tokens, of_sources)]
         return multi_source_attention(query, sources, query_groups=groups, plan=plan)
 
-    def attend(
-        self,
-        tokens: list[Tokens],
-        unrotated: Tensor,
-        part: slice,
-        kv_cache: Flux2KVLayerCache | None,
-        mode: str,
-    ) -> Tensor:
-        """`fill` or `read`."""
-        return self.fill(tokens, unrotated, part, kv_cache) if mode == "extract" else self.read(tokens, kv_cache)
-
     def mode(self, kv_cache: Flux2KVLayerCache | None, mode: str | None, count: int) -> str | None:
         """What the layer does: "extract", "cached", or None, what stock does."""
         if self.reference is not None:
@@ -85,18 +73,6 @@ class _Flux2References(ReadsReferences):
 
 def _queries(tokens: list[Tokens]) -> Tensor:
     return torch.cat([x.query for x in tokens], 1) if len(tokens) > 1 else tokens[0].query
-
-
-def _tokens(
-    projected: tuple[Tensor, ...], head_dim: int, norms: tuple[nn.Module, nn.Module], rotary: Rotary | None
-) -> tuple[Tokens, Tensor]:
-    """Tokens of projected queries, keys and values (B, N, H * D), and their keys before RoPE."""
-    query, key, value = (x.unflatten(-1, (-1, head_dim)) for x in projected)
-    query, key = norms[0](query), norms[1](key)
-    unrotated = key
-    if rotary is not None:
-        query, key = (apply_rotary_emb(x, rotary, sequence_dim=1) for x in (query, key))
-    return Tokens(query, key, value), unrotated
 
 
 class MultiSourceFlux2KVAttnProcessor(_Flux2References, OwnProcessor, Flux2KVAttnProcessor):
@@ -131,26 +107,17 @@ class MultiSourceFlux2KVAttnProcessor(_Flux2References, OwnProcessor, Flux2KVAtt
         if attention_mask is not None:
             refuse_mask(type(self).__name__)
         refuse_context_parallelism(self)
-        fused = attn.fused_projections
-        tokens, start = [], 0
-        if encoder_hidden_states is not None and attn.added_kv_proj_dim is not None:
-            start = encoder_hidden_states.shape[1]
-            added = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-            projected = _projected(encoder_hidden_states, attn.to_added_qkv if fused else None, added)
-            rotary = None if image_rotary_emb is None else tuple(x[:start] for x in image_rotary_emb)
-            tokens.append(_tokens(projected, attn.head_dim, (attn.norm_added_q, attn.norm_added_k), rotary)[0])
-        projected = _projected(hidden_states, attn.to_qkv if fused else None, (attn.to_q, attn.to_k, attn.to_v))
-        rotary = None if image_rotary_emb is None else tuple(x[start:] for x in image_rotary_emb)
-        image, unrotated = _tokens(projected, attn.head_dim, (attn.norm_q, attn.norm_k), rotary)
-        out = self.attend([*tokens, image], unrotated, slice(0, num_ref_tokens), kv_cache, mode)
-        out = out.flatten(2).to(image.query.dtype)
+        text, image = flux_tokens(attn, hidden_states, encoder_hidden_states)
+        unrotated = image.key
+        text, image = rotated_apart(text, image, image_rotary_emb)
+        tokens = [image] if text is None else [text, image]
+        if mode == "extract":
+            out = self.fill(tokens, unrotated, slice(0, num_ref_tokens), kv_cache)
+        else:
+            out = self.read(tokens, kv_cache)
+        out, start = out.flatten(2).to(image.query.dtype), 0 if text is None else text.query.shape[1]
         found = attn.to_out[1](attn.to_out[0](out[:, start:]))
-        return (found, attn.to_add_out(out[:, :start])) if encoder_hidden_states is not None else found
-
-
-def _projected(x: Tensor, fused: nn.Module | None, apart: tuple[nn.Module, nn.Module, nn.Module]) -> tuple[Tensor, ...]:
-    """Queries, keys and values of hidden states (B, N, channels), by one fused projection or by three."""
-    return fused(x).chunk(3, -1) if fused is not None else tuple(project(x) for project in apart)
+        return found if text is None else (found, attn.to_add_out(out[:, :start]))
 
 
 class MultiSourceFlux2KVParallelSelfAttnProcessor(_Flux2References, OwnProcessor, Flux2KVParallelSelfAttnProcessor):
@@ -177,14 +144,14 @@ class MultiSourceFlux2KVParallelSelfAttnProcessor(_Flux2References, OwnProcessor
         if attention_mask is not None:
             refuse_mask(type(self).__name__)
         refuse_context_parallelism(self)
-        projected = attn.to_qkv_mlp_proj(hidden_states)
-        whole = 3 * attn.inner_dim + attn.mlp_hidden_dim * attn.mlp_mult_factor
-        here = projected.shape[-1] * 3 * attn.inner_dim // whole  # a rank of tensor parallelism has a share of both
-        attended, feed_forward = projected.split([here, projected.shape[-1] - here], -1)
-        norms = (attn.norm_q, attn.norm_k)
-        tokens, unrotated = _tokens(attended.chunk(3, -1), attn.head_dim, norms, image_rotary_emb)
-        part = slice(num_txt_tokens, num_txt_tokens + num_ref_tokens)
-        out = self.attend([tokens], unrotated, part, kv_cache, mode)
+        tokens, feed_forward = flux2_stream(attn, hidden_states)
+        unrotated = tokens.key
+        tokens = rotated(tokens, image_rotary_emb)
+        if mode == "extract":
+            part = slice(num_txt_tokens, num_txt_tokens + num_ref_tokens)
+            out = self.fill([tokens], unrotated, part, kv_cache)
+        else:
+            out = self.read([tokens], kv_cache)
         out = out.flatten(2).to(tokens.query.dtype)
         return attn.to_out(torch.cat([out, attn.mlp_act_fn(feed_forward)], -1))
 

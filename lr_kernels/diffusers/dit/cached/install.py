@@ -8,9 +8,10 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from ....runtime.checks import fail
+from ...processors.bank_values import EIGHT_BITS
 from ...processors.install import Installation, put_processors
 from . import flux2, glm_image, qwen_image21, wan_animate2
-from .bank import EIGHT_BITS, TransformerReferenceBank, model_of
+from .bank import TransformerReferenceBank, model_of
 
 _REPLACES: dict[type, type] = {**flux2.REPLACES, **qwen_image21.REPLACES, **glm_image.REPLACES, **wan_animate2.REPLACES}
 
@@ -53,9 +54,8 @@ def use_cached_references(model: nn.Module, bank: TransformerReferenceBank | Non
         _check_bank(model, layers, bank)
     processors: dict[str, Any] = {}
     for name, layer in layers.items():
-        stock = layer.processor
-        processors[name] = processor = _REPLACES[type(stock)]()
-        processor._attention_backend, processor._parallel_config = stock._attention_backend, stock._parallel_config
+        processors[name] = processor = _REPLACES[type(layer.processor)]()
+        processor.stand_in_for(layer.processor)
         if bank is not None:
             processor.reference = bank.sources[name]
     installation = put_processors(layers, processors)

@@ -170,8 +170,7 @@ class CharaConsist:
         transformer = self.pipe.transformer
         check_not_compiled(_OP, transformer)
         for name, processor in self._processors.items():
-            stock = self.layers[name].processor
-            processor._attention_backend, processor._parallel_config = stock._attention_backend, stock._parallel_config
+            processor.stand_in_for(self.layers[name].processor)
         self._installation = install_processors(self.layers, self._processors)
         self._hooks = [
             transformer.register_forward_pre_hook(self._before_pass, with_kwargs=True),

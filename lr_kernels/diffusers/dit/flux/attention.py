@@ -14,7 +14,7 @@ from ....attention.api import multi_source_attention
 from ....attention.plan import AttentionPlan, plan_attention
 from ....runtime.checks import fail
 from ....source import Source
-from ...processors.install import check_stock
+from ...processors.install import beginning_with, check_stock
 from ...processors.joint import CustomFluxAttnProcessor, JointAttention, Tokens, joint_attention_layers
 from ...processors.routing import BACKGROUND, FOREGROUND, OWN, token_mask
 from .maps import WordMaps, stock_attention
@@ -275,7 +275,7 @@ def retouch_layers(
         fail(op, "retouch_layers", "beginnings of layer names, at least one, or None", repr(choice))
     chosen = set()
     for entry in entries:
-        matches = [name for name in layers if f"{name}.".startswith(entry.rstrip(".") + ".")]
+        matches = beginning_with(entry, layers)
         if not matches:
             blocks = sorted({name.rpartition(".attn")[0] for name in layers})
             fail(op, "retouch_layers", f"the beginning of a layer's name, of {blocks[0]} to {blocks[-1]}", repr(entry))
@@ -288,6 +288,5 @@ def retouch_processors(layers: Mapping[str, FluxAttention]) -> dict[str, FluxRet
     found = {}
     for name, layer in layers.items():
         found[name] = processor = FluxRetouchProcessor()
-        processor._attention_backend = layer.processor._attention_backend
-        processor._parallel_config = layer.processor._parallel_config
+        processor.stand_in_for(layer.processor)
     return found
