@@ -133,17 +133,19 @@ def test_long_sources_cross_blocks_and_tiles(dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.fault(number=12)
 def test_every_pattern_of_bits(dtype):
-    """A query that sees one key gets its value: all 256 patterns, as torch converts them."""
+    """A query that sees one key gets its value: all 256 patterns, as torch converts them, with and without NaN."""
     for kind in (INT8, E4M3):
-        bits = torch.arange(256).to(torch.uint8).view(kind)
-        value = bits.repeat(3, 1)[None, :, None, :]  # (1, 3, 1, 256)
-        scale = torch.tensor([1.0, -0.3, 0.0])[None, :, None]
-        source = Source(torch.zeros_like(value.view(torch.int8)).view(kind), value, key_scale=scale, value_scale=scale)
-        query, see = torch.zeros(1, 3, 1, 256, dtype=dtype), torch.tensor([[1, 2, 4]], dtype=torch.uint8)
-        source = source._replace(key_groups=see)
-        out = multi_source_attention(query, [source], query_groups=see, backend="cpu")
-        expected = (bits.float() * scale[..., None]).to(dtype)
-        torch.testing.assert_close(out, expected.view(out.shape), rtol=0, atol=0, equal_nan=True)
+        every = torch.arange(256).to(torch.uint8)
+        for bits in (every.view(kind), torch.where(every & 0x7F == 0x7F, 0, every).view(kind)):
+            value = bits.repeat(5, 1)[None, :, None, :]  # (1, 5, 1, 256)
+            scale = torch.tensor([1.0, -0.3, 0.0, 2.0**118.9, -(2.0**119)])[None, :, None]
+            zero = torch.zeros_like(value.view(torch.int8)).view(kind)
+            source = Source(zero, value, key_scale=scale, value_scale=scale)
+            query, see = torch.zeros(1, 5, 1, 256, dtype=dtype), (2 ** torch.arange(5))[None].to(torch.uint8)
+            source = source._replace(key_groups=see)
+            out = multi_source_attention(query, [source], query_groups=see, backend="cpu")
+            expected = (bits.float() * scale[..., None]).to(dtype)
+            torch.testing.assert_close(out, expected.view(out.shape), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

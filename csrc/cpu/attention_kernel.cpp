@@ -25,7 +25,13 @@ namespace lr::LR_ISA {
 namespace {
 
 constexpr int kMaxSlices = 32;            // slices in a tile
-constexpr size_t kTileBytes = 384 << 10;  // of queries and outputs in a tile: they share the L2 cache with a block
+// Of queries and outputs in a tile, which share the L2 cache with a block. Processors with AMX have 2 MiB of it; of a
+// thread the scratch is 1 MiB at most.
+#if defined(__AMX_BF16__)
+constexpr size_t kTileBytes = 688 << 10;
+#else
+constexpr size_t kTileBytes = 384 << 10;
+#endif
 constexpr double kLn2 = 0.693147180559945309417;
 constexpr float kFar = 0x1p120f;  // logits beyond this, in log2 units, come near fp32's end
 
@@ -357,7 +363,9 @@ void attend(const AttentionParams& p, const Parallel& parallel) {
   int slices = std::clamp<int>(kTileBytes / Scratch<S, C>::slice_bytes(int(p.d), p.softmax_groups > 1), 1, kMaxSlices);
   // Four tiles per thread or more balance the load; tiles below four slices would pack each block for too few queries.
   while (slices > 4 && p.b * p.h * ((p.n + slices * kSlice - 1) / (slices * kSlice)) < 4 * threads) slices /= 2;
-  slices = std::min<int>(slices, int((p.n + kSlice - 1) / kSlice));
+  // All tiles as large as the largest may be small: each costs a packing of all keys.
+  const int all = int((p.n + kSlice - 1) / kSlice), tiles = (all + slices - 1) / slices;
+  slices = (all + tiles - 1) / tiles;
 
   struct Job {
     const AttentionParams& p;

@@ -1,6 +1,7 @@
 // Rows of keys and values that are stored in 8 bits with a scale, as elements of the query's dtype: x · scale, rounded
 // once.
 #pragma once
+#include <cfloat>
 #include <cmath>
 #include <limits>
 #include <type_traits>
@@ -38,36 +39,49 @@ LR_INLINE Vec load_as_float(const int8_t* p) {
 #endif
 }
 
-// As fp16 its bits are a number 2^-8 times as large, or no NaN.
+// Of numbers that are not NaN, divided by 2^8: that is what their bits are as fp16.
 LR_INLINE Vec load_as_float(const Float8* p) {
 #if defined(__AVX512F__)
-  const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  const __m256i half = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(x), 7), _mm256_set1_epi16(~0x4000));
-  const __mmask16 nan = _mm_cmpeq_epi8_mask(_mm_or_si128(x, _mm_set1_epi8(-128)), _mm_set1_epi8(-1));
-  const Vec f = _mm512_cvtph_ps(half) * 256.0f;
-  return _mm512_mask_mov_ps(f, nan, set1(std::numeric_limits<float>::quiet_NaN()));
+  const __m256i x = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return _mm512_cvtph_ps(_mm256_and_si256(_mm256_slli_epi16(x, 7), _mm256_set1_epi16(~0x4000)));
 #elif defined(__AVX2__) && defined(__F16C__)
   const __m128i x = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-  const __m128i half = _mm_and_si128(_mm_slli_epi16(x, 7), _mm_set1_epi16(~0x4000));
-  const __m128i nan = _mm_cmpeq_epi16(_mm_or_si128(x, _mm_set1_epi16(~0x7f)), _mm_set1_epi16(-1));
-  const Vec f = _mm256_cvtph_ps(half) * 256.0f;
-  return (Vec)((VecBits)f | (VecBits)_mm256_cvtepi16_epi32(nan));
+  return _mm256_cvtph_ps(_mm_and_si128(_mm_slli_epi16(x, 7), _mm_set1_epi16(~0x4000)));
 #else
   Vec x;
-  for (int i = 0; i < kLanes; ++i) x[i] = to_float(p[i]);
+  for (int i = 0; i < kLanes; ++i) x[i] = to_float(p[i]) * 0x1p-8f;
   return x;
 #endif
 }
 
 namespace {
 
+// What a vector of numbers is divided by when it is loaded.
+template <class Q>
+constexpr float kDivisor = std::is_same_v<Q, Float8> ? 0x1p8f : 1;
+
+LR_INLINE bool has_nan(const int8_t*, int) { return false; }
+LR_INLINE bool has_nan(const Float8* from, int d) {
+  uint8_t largest = 0;
+  for (int c = 0; c < d; ++c) largest = std::max<uint8_t>(largest, from[c].bits & 0x7f);
+  return largest == 0x7f;
+}
+
+// Whether vectors do what numbers one by one do: the scale times the divisor is finite, and a vector of bf16 would lose
+// subnormal products of the smallest number that is not 0.
+template <class Q, class S>
+LR_INLINE bool suits_vectors(float scale) {
+  const float smallest = std::is_same_v<S, BFloat16> ? 0x1p-117f : 0;
+  return scale == 0 || (std::fabs(scale) >= smallest && std::fabs(scale) < FLT_MAX / kDivisor<Q>);
+}
+
 // to[c] = from[c] · scale for c < d.
 template <class Q, class S>
 LR_INLINE void dequantize(const Q* from, float scale, int d, S* to) {
-  // The smallest product of a number that is not 0. A vector of bf16 would lose subnormal ones.
-  const bool normal = !std::is_same_v<S, BFloat16> || scale == 0 || std::fabs(scale) >= 0x1p-117f;
-  if (normal && d >= kLanes)
-    return channel_groups(d, [&](int64_t c) { store_from_float(to + c, load_as_float(from + c) * scale); });
+  if (d >= kLanes && suits_vectors<Q, S>(scale) && !has_nan(from, d)) {
+    const float factor = scale * kDivisor<Q>;
+    return channel_groups(d, [&](int64_t c) { store_from_float(to + c, load_as_float(from + c) * factor); });
+  }
   for (int c = 0; c < d; ++c) from_float(to_float(from[c]) * scale, to[c]);
 }
 
