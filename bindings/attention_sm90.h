@@ -10,7 +10,7 @@ namespace lr {
 
 // All tensors of a call in one list, which costs the host half of what many lists do. layout says which they are, one
 // number for each source and one for the call: query; of each source key, value and those of the others, in the order
-// of SourceTensors, whose bit is set (bits 0 to 6; from bit 8 on the number of its softmax group); query_order and
+// of SourceTensors, whose bit is set (bits 0 to 8; from bit 9 on the number of its softmax group); query_order and
 // class_start where bit 0 of the last number is set, and the weight of softmax group g where bit g + 1 is.
 class FlatTensors {
  public:
@@ -23,7 +23,7 @@ class FlatTensors {
     const auto take = [&](bool there) { return there ? next++ : 0; };
     for (size_t i = 0; i < sources_; ++i) {
       for (size_t k = 0; k < kOfSource; ++k) places_[i][k] = take(k < 2 || layout[i] >> (k - 2) & 1);
-      groups.push_back(layout[i] >> 8);
+      groups.push_back(layout[i] >> 9);
       call.require(groups[i] >= 0 && groups[i] < kMaxSources, {"softmax_group", static_cast<int64_t>(i)}, groups[i],
                    "0 to ", kMaxSources - 1);
     }
@@ -39,13 +39,13 @@ class FlatTensors {
   size_t count(const Call&) const { return sources_; }
   SourceTensors operator[](size_t i) const {
     const auto at = [&](size_t k) -> const MaybeTensor& { return given_[places_[i][k]]; };
-    return {*at(0), *at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8)};
+    return {*at(0), *at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), &at(9), &at(10)};
   }
   std::vector<int64_t> groups;
   MaybeTensors weight;  // of each softmax group
 
  private:
-  static constexpr size_t kOfSource = 9;
+  static constexpr size_t kOfSource = 11;
   MaybeTensors given_;  // after one that is none
   size_t sources_;
   int32_t places_[kMaxSources][kOfSource], weight_places_[kMaxSources], order_, start_;
@@ -61,9 +61,10 @@ struct AttentionSm90 {
     machine.run(p);
   }
 
-  // A traced call cannot know where its tensors start, so one that starts off a multiple of 16 bytes is copied here.
+  // A traced call cannot know where its tensors start, so one that starts off a multiple of 8 numbers is copied here.
   static void align(Tensor& x) {
-    if (x.defined() && reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 != 0) x = torch::stable::clone(x);
+    if (x.defined() && reinterpret_cast<uintptr_t>(x.data_ptr()) % (8 * x.element_size()) != 0)
+      x = torch::stable::clone(x);
   }
 
   static void op(Tensor query, Tensors key, Tensors value, MaybeTensors rows, MaybeTensors key_index,

@@ -18,6 +18,7 @@ from torch.utils.cpp_extension import library_paths
 sys.path.insert(0, str(Path(__file__).parent))
 
 import emulated
+from eight_bit_inputs import problem
 
 from lr_kernels.testing import AttentionCase, AttentionInputs, attention_inputs, check_attention
 
@@ -47,6 +48,9 @@ CASES = {
     ),
     "moved": AttentionCase(
         "moved", batch=2, queries=70, heads=1, keys=(300, 170), rows=(None, 1), value_index=True, visible=0.7
+    ),
+    "eight": AttentionCase(
+        "eight", batch=2, queries=70, heads=2, keys=(500, 300), rows=(None, 1), visible=0.7, value_index=True
     ),
     "softmaxes": AttentionCase(
         "softmaxes", batch=2, queries=200, heads=2, keys=(300, 170, 64), rows=(None, 1, None), softmax_groups=(0, 1, 2)
@@ -111,7 +115,7 @@ FAULTS = (
     fault("too few arrivals expected", "kernels", "mbarrier_init(shared.empty_key(i), 4 * C::Consumers)", "mbarrier_init(shared.empty_key(i), C::Consumers)", "dense"),
     fault("too many arrivals expected", "kernels", "mbarrier_init(shared.full_value(i), 128)", "mbarrier_init(shared.full_value(i), 129)", "short"),
     fault("shifts not announced", "kernels", "C::General ? 128 + 4 : 128", "128", "bias", kind=GENERAL),
-    fault("copies never announced", "produce", "    copy_async_arrive(barrier);\n", "", "listed"),
+    fault("copies never announced", "produce", "        copy_async_arrive(shared.full_value(ring.stage));\n", "", "listed"),
     fault("barriers used before they are there", "kernels", "  sync_block();\n", "", "short"),
     fault("nobody has the first turn", "consume", "if (number == C::Consumers - 1) barrier_arrive(1, 256);", "", "short"),
     fault("the last turn is left over", "consume", "if (number == 0) barrier_sync(1, 256);", "", "short"),
@@ -120,6 +124,16 @@ FAULTS = (
     fault("TMA: too many bytes announced", "produce", "mbarrier_arrive_expect(barrier, C::Keys::Bytes)", "mbarrier_arrive_expect(barrier, C::Keys::Bytes + 128)", "short"),
     fault("TMA: nobody arrives for the other threads", "produce", "      mbarrier_arrive(barrier, 127);\n", "", "short"),
     fault("more registers than there are", "config", "ConsumerRegisters = 224;\n  static_assert(Consumers * ConsumerRegisters + ProducerRegisters <= (Consumers + 1) * LaunchRegisters);", "ConsumerRegisters = 240;", "short"),
+    # 8 bits
+    fault("bytes become numbers before they have landed", "produce", "copy_async_wait<2>()", "copy_async_wait<3>()", "eight", kind=GENERAL),
+    fault("groups of copies not told apart", "produce", "      copy_async_commit();\n", "", "eight", kind=GENERAL),
+    fault("scale of another tile", "produce", "tile(behind), scale[2]", "tile(behind), scale[1]", "eight", kind=GENERAL),
+    fault("scale of another row", "produce", "shuffle(scale, at.row)", "shuffle(scale, at.row ^ 1)", "eight", kind=GENERAL),
+    fault("scale of the key for its value", "produce", "values ? keys.value(token, exists) : token", "token", "eight", kind=GENERAL),
+    fault("numbers never announced", "produce", "    mbarrier_arrive(barrier);\n", "", "eight", kind=GENERAL),
+    fault("numbers not fenced", "consume", '"full_value");\n      see_copies();', '"full_value");', "eight", kind=GENERAL),
+    fault("bytes in the place of others", "produce", "8 * unit,", "8 * (unit ^ 1),", "eight", kind=GENERAL),
+    fault("8-bit producer does not wait for free tiles", "produce", "        if (ring.round)\n          mbarrier_wait(values", "        if (false)\n          mbarrier_wait(values", "eight", kind=GENERAL),
     # what is computed
     fault("last tile not masked", "consume", "if (valid < BN) {", "if (valid < 0) {", "short"),
     fault("one key too few", "consume", "i % 2 + column >= valid", "i % 2 + column >= valid - 1", "short"),
@@ -132,7 +146,7 @@ FAULTS = (
     fault("a sum not joined over the lanes", "consume", "      sum[r] += shuffle_xor(sum[r], 2);\n", "", "short"),
     fault("queries past the end written", "consume", "exists[r] = at < w.end;", "exists[r] = at < w.end + 1;", "short"),
     fault("strength of another source", "consume", "shuffle(w.alpha, cursor.source)", "shuffle(w.alpha, 0)", "strengths", kind=GENERAL),
-    fault("values of another place", "produce", "from = entry < 0 ? 0 : entry < last ? entry : last;", "from = token;", "moved", kind=GENERAL),
+    fault("values of another place", "produce", "return entry < 0 ? 0 : entry < last ? entry : last;", "return token;", "moved", kind=GENERAL),
     fault("results of another group added", "consume", "if (g > 0) o[i] += load_own", "if (g > 1) o[i] += load_own", "softmaxes", kind=GENERAL),
     fault("weight of another query", "consume", "rows.query[r] * p.weight_stride[g][1]", "rows.query[0] * p.weight_stride[g][1]", "softmaxes", kind=GENERAL),
     fault("a part of the keys left out", "work", "const int low = clamp(int(all * part / x.parts)", "const int low = clamp(int(all * part / x.parts) + part", "dense"),
@@ -140,7 +154,7 @@ FAULTS = (
     fault("parts merged without their weights", "kernels", "return float(mine) * exp2_fast", "return exp2_fast", "dense"),
     fault("only the last softmax group is looked at", "consume", "again[r] |= rows.exists[r] && (", "again[r] = rows.exists[r] && (", "apart", kind=GENERAL),
     fault("numbers that left fp32 not done again", "consume", "again[r] |= rows.exists[r] && (", "again[r] |= false && (", "huge"),
-    fault("done again with another value", "precise", "load_global(value + 32 * k)", "load_global(value + 16 * k)", "huge"),
+    fault("done again with another value", "precise", "value.template number<C::Half>(32 * k)", "value.template number<C::Half>(16 * k)", "huge"),
     fault("done again without the list", "precise", "if (source.key_index)\n", "if (false)\n", "huge"),
     fault("lse without the sum", "work", "top + double(log2_fast(float(sum))) * kLn2", "top", "short"),
 )  # fmt: skip
@@ -171,6 +185,8 @@ def compile_fault(x: Fault, folder: Path) -> Path:
 
 def inputs_of(name: str, head_dim: int) -> AttentionInputs:
     """Inputs of a case; hidden keys and values are NaN, those of the cases huge and far are beyond fp32."""
+    if name == "eight":
+        return problem(replace(CASES[name], head_dim=head_dim), torch.bfloat16, torch.int8, torch.float8_e4m3fn)
     inputs = attention_inputs(replace(CASES[name], head_dim=head_dim), torch.bfloat16)
     for source in inputs.sources:
         if source.key_mask is not None:

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from attention_oracle import attention
+from eight_bit_inputs import as_numbers, in_8_bits, problem
 from torch import Tensor
 
 from lr_kernels import Source, multi_source_attention, plan_attention, quantize, reference
@@ -19,7 +20,6 @@ from lr_kernels.testing import (
     AttentionCase,
     AttentionInputs,
     assert_matches,
-    attention_inputs,
     check_attention,
     extreme_inputs,
 )
@@ -29,28 +29,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OP = r"lr_kernels\.multi_source_attention: "
 OPS = torch.ops.lr_kernels
 BY_ID = {case.id: case for case in CASES}
-
-
-def in_8_bits(source: Source, dtype: torch.dtype) -> Source:
-    (key, key_scale), (value, value_scale) = quantize(source.key, dtype), quantize(source.value, dtype)
-    return source._replace(key=key, value=value, key_scale=key_scale, value_scale=value_scale)
-
-
-def as_numbers(source: Source, dtype: torch.dtype) -> Source:
-    """The plain source that an 8-bit one stands for."""
-    if source.key_scale is None:
-        return source
-    key = (source.key.float() * source.key_scale[..., None]).to(dtype)
-    value = (source.value.float() * source.value_scale[..., None]).to(dtype)
-    return source._replace(key=key, value=value, key_scale=None, value_scale=None)
-
-
-def problem(case: AttentionCase, dtype: torch.dtype, *kinds: torch.dtype | None, seed: int = 0) -> AttentionInputs:
-    """The inputs of a case, its sources in 8 bits of these kinds, again and again in this order; None: plain."""
-    inputs = attention_inputs(case, dtype, seed)
-    pairs = [(s, kinds[i % len(kinds)]) for i, s in enumerate(inputs.sources)]
-    sources = [s if kind is None else in_8_bits(s, kind) for s, kind in pairs]
-    return AttentionInputs(inputs.query, sources, inputs.query_groups)
 
 
 def equals_the_call_on_numbers(inputs: AttentionInputs, backend: str = "cpu", **options) -> Tensor:

@@ -10,11 +10,12 @@ from dataclasses import replace
 import emulated
 import pytest
 import torch
+from eight_bit_inputs import in_8_bits
 from emulated import Timing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lr_kernels import Source, multi_source_attention, plan_attention, quantize
+from lr_kernels import Source, multi_source_attention, plan_attention
 from lr_kernels.attention import hopper
 from lr_kernels.attention.tables import lay_out
 from lr_kernels.runtime import ops
@@ -273,7 +274,7 @@ def test_what_lacks_is_said_by_name():
     assert hopper.lacks(query, good, False, True) == []
     assert hopper.lacks(query, good, False, False) == ["devices other than compute capability 9.0"]
     assert hopper.lacks(query, good, True, True) == ["gradients"]
-    assert hopper.lacks(query, [*good, in_8_bits(good[0])], False, True) == ["8-bit key[1]"]
+    assert hopper.lacks(query, [*good, in_8_bits(good[0], torch.int8)], False, True) == []
     assert hopper.lacks(query.float(), good, False, True) == ["float32"]
     odd = query[..., :36].contiguous()
     assert hopper.lacks(odd, [Source(odd, odd)], False, True)[0] == "head_dim 36, which is no multiple of 8"
@@ -331,11 +332,6 @@ class Mine(torch.Tensor):
     pass
 
 
-def in_8_bits(source: Source) -> Source:
-    (key, key_scale), (value, value_scale) = quantize(source.key), quantize(source.value)
-    return source._replace(key=key, value=value, key_scale=key_scale, value_scale=value_scale)
-
-
 def calls_for_python() -> dict[str, dict]:
     sources = call()["sources"]
     first = sources[0]
@@ -361,8 +357,9 @@ def calls_for_python() -> dict[str, dict]:
         "keys of another shape": {"sources": [Source(first.key[:, :, :1], first.value), *sources[1:]]},
         "keys off 16 bytes": {"sources": [Source(shifted(2, 40, 2, 64), first.value), *sources[1:]]},
         "gradients": {"query": torch.randn(2, 40, 2, 64).bfloat16().requires_grad_()},
-        "8-bit keys": {"sources": [in_8_bits(first), *sources[1:]]},
-        "8-bit keys without a scale": {"sources": [in_8_bits(first)._replace(key_scale=None), *sources[1:]]},
+        "8-bit keys without a scale": {
+            "sources": [in_8_bits(first, torch.int8)._replace(key_scale=None), *sources[1:]]
+        },
         "a scale alone": {"sources": [first._replace(key_scale=torch.ones(1, 1, 1)), *sources[1:]]},
         "a subclass": {"sources": [first._replace(key=first.key.as_subclass(Mine)), *sources[1:]]},
     }  # fmt: skip

@@ -24,7 +24,7 @@
 namespace lr::LR_ISA {
 namespace {
 
-constexpr int kMaxSlices = 32;            // slices in a tile
+constexpr int kMaxSlices = 32;  // slices in a tile
 // Of queries and outputs in a tile, which share the L2 cache with a block. Processors with AMX have 2 MiB of it; of a
 // thread the scratch is 1 MiB at most.
 #if defined(__AMX_BF16__)

@@ -19,7 +19,7 @@ Kind kind_of(const AttentionParams& p) {
   bool general = !(p.scale > 0) || p.softmax_groups > 1 || p.weight[0];
   for (int s = 0; s < p.sources; ++s) {
     const AttentionSource& x = p.source[s];
-    general |= x.key_bias || x.logit_scale || x.logit_bias || x.value_index;
+    general |= x.key_bias || x.logit_scale || x.logit_bias || x.value_index || x.storage != Storage::kElements;
   }
   return general ? Kind::kGeneral : Kind::kPlain;
 }
@@ -94,7 +94,7 @@ const char* make_maps(Problem& x, const Cut& c) {
   const int box[4] = {c.tile.channels, 1, c.tile.keys, 1};
   for (int s = 0; s < p.sources; ++s) {
     const AttentionSource& source = p.source[s];
-    if (source.key_index || source.m == 0 || source.r == 0) continue;
+    if (source.key_index || source.storage != Storage::kElements || source.m == 0 || source.r == 0) continue;
     const auto make = [&](sm90::TensorMap& map, uint32_t& set, const void* data, const int64_t (&of)[3]) {
       const int64_t dim[4] = {p.d, p.h, source.m, source.r};
       int64_t stride[4] = {2, of[2], of[1], of[0]};
@@ -116,18 +116,18 @@ int64_t cells(const AttentionParams& p) { return p.b * p.n * p.h; }
 }  // namespace
 
 const char* attention_sm90_lacks(const AttentionParams& p) {
-  const auto unaligned = [&](const void* data, const int64_t (&stride)[3]) {
-    return reinterpret_cast<uintptr_t>(data) % 16 || stride[0] % 8 || stride[1] % 8 || stride[2] % 8;
+  const auto unaligned = [&](const void* data, const int64_t (&stride)[3], Storage storage = Storage::kElements) {
+    const bool starts = reinterpret_cast<uintptr_t>(data) % (storage == Storage::kElements ? 16 : 8) == 0;
+    return !starts || stride[0] % 8 || stride[1] % 8 || stride[2] % 8;
   };
   if (p.dtype == DType::kFloat32) return "float32";
   if (p.d % 8) return "head_dim that is not a multiple of 8";
-  if (unaligned(p.query, p.query_stride)) return "query whose rows are not at multiples of 16 bytes";
-  if (unaligned(p.out, p.out_stride)) return "out whose rows are not at multiples of 16 bytes";
+  if (unaligned(p.query, p.query_stride)) return "query whose rows are not at multiples of 8 numbers";
+  if (unaligned(p.out, p.out_stride)) return "out whose rows are not at multiples of 8 numbers";
   for (int s = 0; s < p.sources; ++s) {
     const AttentionSource& x = p.source[s];
-    if (x.storage != Storage::kElements) return "8-bit key";
-    if (unaligned(x.key, x.key_stride)) return "key whose rows are not at multiples of 16 bytes";
-    if (unaligned(x.value, x.value_stride)) return "value whose rows are not at multiples of 16 bytes";
+    if (unaligned(x.key, x.key_stride, x.storage)) return "key whose rows are not at multiples of 8 numbers";
+    if (unaligned(x.value, x.value_stride, x.storage)) return "value whose rows are not at multiples of 8 numbers";
     if (x.key_stride[1] >> 30 || x.value_stride[1] >> 30) return "tokens that are 2 GiB or more apart";
   }
   if (p.n > kMost - kQueries * p.c || p.b * p.h > kMost / (p.n / kQueries + p.c + 1) / 8)

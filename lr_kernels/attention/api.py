@@ -69,7 +69,7 @@ def multi_source_attention(
         return_lse: also return the natural-log sum of exponentials, fp32 (B, N, H); needs a single softmax group.
         plan: from `plan_attention` for the same masks and groups; default: built here.
         backend: "auto", "cpu", "cuda", "triton" or "reference". "cuda" is for Hopper (compute capability 9.0), fp16 and
-            bf16, a head_dim that is a multiple of 8, and calls without gradients and 8-bit keys; there "auto" takes it
+            bf16, a head_dim that is a multiple of 8, and calls without gradients; there "auto" takes it
             before "triton".
             A named backend never falls back to another.
 

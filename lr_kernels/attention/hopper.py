@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from ..runtime import ops
-from ..runtime.schemas import EIGHT_BIT_LARGEST, MAX_SOURCES
+from ..runtime.schemas import MAX_SOURCES
 from ..source import Source
 from .plan import AttentionPlan, as_made, changed_mask
 
@@ -25,6 +25,9 @@ _DTYPES = (torch.bfloat16, torch.float16)
 
 # Which optional tensors the op is given: bits of a source, then bits of the call
 _ROWS, _LISTS, _VALUE_INDEX, _KEY_BIAS, _LOGIT_SCALE, _LOGIT_BIAS = 1, 2 + 4, 8, 16, 32, 64
+_KEY_SCALE, _VALUE_SCALE = 128, 256
+_GROUP = 9
+"""From this bit on, the number of a source's softmax group."""
 _ORDER, _FIRST_WEIGHT = 1, 2
 
 
@@ -52,25 +55,22 @@ def lacks(query: Tensor, sources: Sequence[Source], gradients: bool, on_hopper: 
         reasons.append(f"head_dim {query.shape[-1]}, which is no multiple of 8")
     tensors = {"query": query}
     for i, source in enumerate(sources):
-        if source.key.dtype in EIGHT_BIT_LARGEST:
-            reasons.append(f"8-bit key[{i}]")
-        else:
-            tensors |= {f"key[{i}]": source.key, f"value[{i}]": source.value}
+        tensors |= {f"key[{i}]": source.key, f"value[{i}]": source.value}
     for name, x in tensors.items():
         if not _aligned(x):
-            reasons.append(f"{name} whose rows do not start at multiples of 16 bytes")
+            reasons.append(f"{name} whose rows do not start at multiples of {8 * x.element_size()} bytes")
     return reasons
 
 
 def _aligned(x: Tensor) -> bool:
-    """Whether rows start at multiples of 16 bytes. Of a traced tensor only the strides are known; where it starts
+    """Whether rows start at multiples of eight numbers. Of a traced tensor only the strides are known; where it starts
     elsewhere, the op copies it."""
     if x.numel() == 0:
         return True
     strides = [stride for size, stride in zip(x.shape[:-1], x.stride()) if size > 1]
-    if any(stride * x.element_size() % 16 for stride in strides):
+    if any(stride % 8 for stride in strides):
         return False
-    return torch.compiler.is_compiling() or x.data_ptr() % 16 == 0
+    return torch.compiler.is_compiling() or x.data_ptr() % (8 * x.element_size()) == 0
 
 
 def op_for(query: object) -> Callable[..., list[Tensor]] | None:
@@ -151,10 +151,9 @@ def _pack(
     for source, mask, bits_of_keys, index, count in zip(sources, masks, groups, key_index, key_count):
         if source.__class__ is not Source:
             return None
-        key, value, rows, key_mask, key_groups, bias, logit_scale, logit_bias, value_index, group, weight, *scales = (
-            source
-        )
-        if key_mask is not mask or key_groups is not bits_of_keys or scales != [None, None]:
+        (key, value, rows, key_mask, key_groups, bias, logit_scale, logit_bias, value_index, group, weight, key_scale,
+         value_scale) = source  # fmt: skip
+        if key_mask is not mask or key_groups is not bits_of_keys:
             return None
         tensors += (key, value)
         bits = 0
@@ -176,6 +175,12 @@ def _pack(
         if logit_bias is not None:
             bits |= _LOGIT_BIAS
             tensors.append(logit_bias)
+        if key_scale is not None:
+            bits |= _KEY_SCALE
+            tensors.append(key_scale)
+        if value_scale is not None:
+            bits |= _VALUE_SCALE
+            tensors.append(value_scale)
         if group != last:
             if group.__class__ is not int or group != last + 1:
                 return None
@@ -185,7 +190,7 @@ def _pack(
                 weights.append(weight)
         elif weight is not None:
             return None
-        layout.append(bits | group << 8)
+        layout.append(bits | group << _GROUP)
     if plan is not None and plan.query_order is not None:
         of_call |= _ORDER
         tensors += (plan.query_order, plan.class_start)

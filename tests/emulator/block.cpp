@@ -24,8 +24,9 @@ bool Block::force_progress() {
     for (size_t i = 0; i < threads_.size(); ++i) {
       Thread& t = threads_[(start + i) % threads_.size()];
       if (t.copies.empty()) continue;
-      size_t end = 0;  // the first arrival
-      while (end + 1 < t.copies.size() && !t.copies[end].arrival) ++end;
+      size_t end = 0;  // the first arrival, or the end of the first group
+      const auto ends = [&t](size_t k) { return t.copies[k].arrival || t.copies[k + 1].group > t.copies[k].group; };
+      while (end + 1 < t.copies.size() && !ends(end)) ++end;
       if (!any && !(t.copies[end].arrival && wanted.count(t.copies[end].target))) continue;
       for (size_t k = 0; k <= end; ++k) land(t);
       return true;
@@ -152,9 +153,13 @@ void mbarrier_arrive(uint32_t at) {
 void mbarrier_arrive_quietly(uint32_t at) { g_block->arrive(at, 1); }
 void mbarrier_expect_tx(uint32_t at, int64_t bytes) { g_block->expect_tx(at, bytes); }
 void mbarrier_wait(uint32_t at, uint32_t phase, const char* what) { g_block->mbarrier_wait(at, phase, what); }
-void cp_async(uint32_t to, const void* from, uint32_t bytes) { g_block->cp_async(to, from, bytes); }
+void cp_async(uint32_t to, const void* from, uint32_t bytes, uint32_t size) {
+  g_block->cp_async(to, from, bytes, size);
+}
 void cp_async_arrive(uint32_t at) { g_block->cp_async_arrive(at); }
-void cp_async_wait() { g_block->cp_async_wait(); }
+void cp_async_commit() { g_block->cp_async_commit(); }
+void cp_async_wait(uint64_t leave) { g_block->cp_async_wait(leave); }
+void cp_async_wait_all() { g_block->cp_async_wait_all(); }
 void tma_load(uint32_t to, const TensorMap* map, int x, int y, int z, int w, uint32_t at) {
   g_block->tma_load(to, map, x, y, z, w, at);
 }

@@ -50,7 +50,8 @@ struct Copy {  // a cp.async on its way, or the arrival that waits for those bef
   bool arrival;
   uint32_t target;  // the data's place, or the mbarrier
   const void* source;
-  uint32_t bytes;
+  uint32_t bytes, size;  // that are read, and written: zeros after those that are read
+  uint64_t group;
 };
 
 // A wgmma of one warp. Its lanes issue it one after the other.
@@ -81,6 +82,7 @@ struct Thread {
   const char* waits_for = "";
   uint32_t waits_at = 0;  // mbarrier
   std::deque<Copy> copies;
+  uint64_t copy_groups = 0;  // committed so far
   uint64_t exchanges = 0, waits = 0;
   size_t issued = 0;           // products
   std::vector<size_t> groups;  // the end of each committed group of products
@@ -165,9 +167,11 @@ class Block {
   }
 
   // ---- Copies: copies.cpp
-  void cp_async(uint32_t to, const void* from, uint32_t bytes);
+  void cp_async(uint32_t to, const void* from, uint32_t bytes, uint32_t size);
   void cp_async_arrive(uint32_t at);
-  void cp_async_wait();
+  void cp_async_commit() { ++me().copy_groups; }
+  void cp_async_wait(uint64_t leave);
+  void cp_async_wait_all();
   void tma_load(uint32_t to, const TensorMap* map, int x, int y, int z, int w, uint32_t at);
 
   // ---- Barriers, registers, exchanges: barriers.cpp

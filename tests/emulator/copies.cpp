@@ -3,23 +3,29 @@
 
 namespace lr::emulator {
 
-void Block::cp_async(uint32_t to, const void* from, uint32_t bytes) {
-  require("cp.async", shared_.in_range(to, kUnit));
-  if (bytes && uintptr_t(from) % kUnit) fail("cp.async: source %p is not a multiple of 16", from);
+void Block::cp_async(uint32_t to, const void* from, uint32_t bytes, uint32_t size) {
+  require("cp.async", shared_.in_range(to, size));
+  if (bytes && uintptr_t(from) % size) fail("cp.async: source %p is not a multiple of %u", from, size);
   if (bytes && !g_buffers.covers(from, bytes, false)) fail("cp.async: source %p is outside every tensor", from);
   require("cp.async", shared_.free(to));
   shared_.unit(to).pending = true;
-  me().copies.push_back({false, to, from, bytes});
+  me().copies.push_back({false, to, from, bytes, size, me().copy_groups});
   if (options_.timing == Timing::kEarly) land(me());
 }
 
 void Block::cp_async_arrive(uint32_t at) {
   barrier(at, "cp.async.mbarrier.arrive");
-  me().copies.push_back({true, at, nullptr, 0});
+  me().copies.push_back({true, at, nullptr, 0, 0, me().copy_groups});
   if (options_.timing == Timing::kEarly) land(me());
 }
 
-void Block::cp_async_wait() {
+void Block::cp_async_wait(uint64_t leave) {
+  Thread& t = me();
+  const uint64_t groups = t.copy_groups - std::min(leave, t.copy_groups);  // that must have landed
+  block_until("its groups of copies", [&t, groups] { return t.copies.empty() || t.copies.front().group >= groups; });
+}
+
+void Block::cp_async_wait_all() {
   Thread& t = me();
   block_until("its copies", [&t] { return t.copies.empty(); });
 }
@@ -31,7 +37,7 @@ void Block::land(Thread& t) {
   if (x.arrival) return arrive(x.target, 1);
   unsigned char data[kUnit] = {};
   std::memcpy(data, x.bytes ? x.source : data, x.bytes);
-  shared_.put(x.target, data, kUnit);
+  shared_.put(x.target, data, x.size);
   shared_.unit(x.target).pending = false;
   shared_.unit(x.target).unfenced = ~0u;
 }

@@ -62,6 +62,7 @@ inline void sync_warp() { emulator::exchange(0); }
 
 inline uint32_t shared_base() { return emulator::kReserved; }
 inline void store_shared(uint32_t at, float x) { emulator::store_shared(at, &x, 4); }
+inline void store_shared(uint32_t at, const uint32_t (&x)[4]) { emulator::store_shared(at, x, 16); }
 inline void store_zero16(uint32_t at) {
   const uint32_t zero[4] = {};
   emulator::store_shared(at, zero, 16);
@@ -71,6 +72,7 @@ inline void load_shared(uint32_t at, float& x, float& y) {
   emulator::load_shared(at, two, 8);
   x = two[0], y = two[1];
 }
+inline void load_shared(uint32_t at, uint64_t& x) { emulator::load_shared(at, &x, 8); }
 
 inline void sync_block() { emulator::named_barrier(0, emulator::thread_count(), true); }
 inline void barrier_sync(int id, int threads) { emulator::named_barrier(id, threads, true); }
@@ -89,9 +91,17 @@ inline void mbarrier_arrive_expect(uint32_t at, int bytes) {
   emulator::mbarrier_arrive(at);
 }
 
-inline void copy_async(uint32_t to, const void* from, bool ok) { emulator::cp_async(to, from, ok ? 16 : 0); }
+template <int Bytes>
+void copy_async(uint32_t to, const void* from, bool ok) {
+  emulator::cp_async(to, from, ok ? Bytes : 0, Bytes);
+}
 inline void copy_async_arrive(uint32_t at) { emulator::cp_async_arrive(at); }
-inline void copy_async_wait() { emulator::cp_async_wait(); }
+inline void copy_async_commit() { emulator::cp_async_commit(); }
+template <int Leave>
+void copy_async_wait() {
+  emulator::cp_async_wait(Leave);
+}
+inline void copy_async_wait_all() { emulator::cp_async_wait_all(); }
 using TensorMap = emulator::TensorMap;
 inline void load_box(uint32_t to, const TensorMap* map, int x, int y, int z, int w, uint32_t barrier) {
   emulator::tma_load(to, map, x, y, z, w, barrier);
@@ -171,6 +181,15 @@ uint32_t pack(float low, float high) {
 template <bool Half>
 float unpack(uint16_t bits) {
   return emulator::number(bits, Half);
+}
+inline void unpack_float8(uint32_t two, float& low, float& high) {
+  const auto number = [](uint32_t bits) {
+    const int exponent = bits >> 3 & 15, fraction = bits & 7;
+    if (exponent == 15 && fraction == 7) return from_bits(0x7fffffff);
+    const float size = exponent == 0 ? std::ldexp(float(fraction), -9) : std::ldexp(float(8 + fraction), exponent - 10);
+    return bits & 0x80 ? -size : size;
+  };
+  low = number(two & 0xff), high = number(two >> 8 & 0xff);
 }
 
 // A call of the tensor map encoder, whose rules TMA checks when it is used.

@@ -56,9 +56,11 @@ void mbarrier_arrive_quietly(uint32_t at);  // another arrival of the same threa
 void mbarrier_expect_tx(uint32_t at, int64_t bytes);
 void mbarrier_wait(uint32_t at, uint32_t phase, const char* what);
 
-void cp_async(uint32_t to, const void* from, uint32_t bytes);
+void cp_async(uint32_t to, const void* from, uint32_t bytes, uint32_t size);  // zeros after the bytes
 void cp_async_arrive(uint32_t at);
-void cp_async_wait();
+void cp_async_commit();
+void cp_async_wait(uint64_t leave);  // groups
+void cp_async_wait_all();
 void tma_load(uint32_t to, const TensorMap* map, int x, int y, int z, int w, uint32_t at);
 
 void set_registers(int count, bool more);

@@ -23,13 +23,16 @@ struct Extents {
     }
     if (data) emulator::g_buffers.add(data, reach * bytes, writable);
   }
-  void add_tokens(const void* data, int64_t rows, int64_t tokens, const int64_t (&stride)[3],
-                  bool writable = false) const {
-    add(data, 2, {rows, tokens, p.h, p.d}, {stride[0], stride[1], stride[2], 1}, writable);
+  void add_tokens(const void* data, int64_t rows, int64_t tokens, const int64_t (&stride)[3], bool writable = false,
+                  Storage storage = Storage::kElements) const {
+    add(data, storage == Storage::kElements ? 2 : 1, {rows, tokens, p.h, p.d}, {stride[0], stride[1], stride[2], 1},
+        writable);
   }
   void add_source(const AttentionSource& s) const {
-    add_tokens(s.key, s.r, s.m, s.key_stride);
-    add_tokens(s.value, s.r, s.v, s.value_stride);
+    add_tokens(s.key, s.r, s.m, s.key_stride, false, s.storage);
+    add_tokens(s.value, s.r, s.v, s.value_stride, false, s.storage);
+    add(s.key_scale, 4, {s.r, s.m, p.h}, s.key_scale_stride);
+    add(s.value_scale, 4, {s.r, s.v, p.h}, s.value_scale_stride);
     add(s.rows, 4, {p.b}, {1});
     add(s.key_index, 4, {p.c, s.r, s.m}, {s.index_stride[0], s.index_stride[1], 1});
     add(s.key_count, 4, {p.c, s.r}, s.count_stride);

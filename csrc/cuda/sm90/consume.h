@@ -167,10 +167,10 @@ struct Consumer {
       const int64_t token = shuffle(i < 8 ? rows.query[0] : rows.query[1], i % 8 * 4);
 #pragma unroll
       for (int unit = lane; unit < C::Chunks; unit += 32)
-        copy_async(shared.query(number) + C::Queries::place(warp * 16 + i, unit),
-                   from + token * p.query_stride[1] + 8 * unit, i < left && unit < chunks);
+        copy_async<16>(shared.query(number) + C::Queries::place(warp * 16 + i, unit),
+                       from + token * p.query_stride[1] + 8 * unit, i < left && unit < chunks);
     }
-    copy_async_wait();
+    copy_async_wait_all();
     barrier_sync(3 + number, 128);  // walk() makes the fence
   }
 

@@ -60,11 +60,18 @@ LR_DEVICE uint32_t shared_base() {
 LR_DEVICE void store_shared(uint32_t at, float x) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(x) : "memory");
 }
+LR_DEVICE void store_shared(uint32_t at, const uint32_t (&x)[4]) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
+               : "memory");
+}
 LR_DEVICE void store_zero16(uint32_t at) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(at), "r"(0) : "memory");
 }
 LR_DEVICE void load_shared(uint32_t at, float& x, float& y) {
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x), "=f"(y) : "r"(at) : "memory");
+}
+LR_DEVICE void load_shared(uint32_t at, uint64_t& x) {
+  asm volatile("ld.shared.b64 %0, [%1];" : "=l"(x) : "r"(at) : "memory");
 }
 
 // ---- Barriers of several warps
@@ -107,17 +114,30 @@ LR_DEVICE void mbarrier_wait(uint32_t at, uint32_t n, const char* what) {
 
 // ---- Copies from global to shared memory
 
-// 16 bytes, or 16 zeros. The hint has the L2 cache fetch 256 bytes: neighbouring channels and heads are read soon.
+// 8 or 16 bytes, or as many zeros. The hint has the L2 cache fetch 256 bytes: neighbouring channels and heads are read
+// soon.
+template <int Bytes>
 LR_DEVICE void copy_async(uint32_t to, const void* from, bool ok) {
-  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(ok ? 16 : 0)
-               : "memory");
+  if (Bytes == 16)
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(ok ? 16 : 0)
+                 : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global.L2::256B [%0], [%1], 8, %2;" ::"r"(to), "l"(from), "r"(ok ? 8 : 0)
+                 : "memory");
 }
 // Arrives, as one of the expected arrivals, once all copies of this thread so far have landed.
 LR_DEVICE void copy_async_arrive(uint32_t at) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(at) : "memory");
 }
-// Before a thread ends.
-LR_DEVICE void copy_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+// The copies of this thread since the last call are a group.
+LR_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until at most `Leave` groups of this thread have not landed.
+template <int Leave>
+LR_DEVICE void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(Leave) : "memory");
+}
+// For all copies, before a thread ends.
+LR_DEVICE void copy_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // Describes a tensor of four dimensions, and the box of it that one TMA copy takes.
 using TensorMap = CUtensorMap;
@@ -208,6 +228,12 @@ LR_DEVICE uint32_t pack(float low, float high) {
 template <bool Half>
 LR_DEVICE float unpack(uint16_t bits) {
   return Half ? __half2float(__ushort_as_half(bits)) : __uint_as_float(uint32_t(bits) << 16);
+}
+// Two numbers of e4m3 in the lower 16 bits.
+LR_DEVICE void unpack_float8(uint32_t two, float& low, float& high) {
+  uint32_t halves;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(uint16_t(two)));
+  low = unpack<true>(uint16_t(halves)), high = unpack<true>(uint16_t(halves >> 16));
 }
 
 // ---- Host: launches. A kernel's shared memory beyond 48 KiB must be allowed once on every device.

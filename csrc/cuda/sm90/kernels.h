@@ -28,7 +28,7 @@ attention_kernel(LR_PARAMETER Problem x) {
   sync_block();
   if (thread / 128 == C::Consumers) {
     fewer_registers<C::ProducerRegisters>();
-    Producer<C>(x, shared).run();
+    Producer<C>(x, shared, thread).run();
   } else {
     more_registers<C::ConsumerRegisters>();
     Consumer<C>(x, shared).run();

@@ -1,6 +1,7 @@
 // Attention in double, one query after the other: for queries whose logits or sums leave fp32. It is slow, and right
 // for numbers of any size.
 #pragma once
+#include "cuda/sm90/eight_bit.h"
 #include "cuda/sm90/work.h"
 
 namespace lr::sm90 {
@@ -17,7 +18,7 @@ struct PreciseGroup {
   static constexpr int kParts = (C::D + 31) / 32;
   double top = -INFINITY, sum = 0, out[kParts] = {};
 
-  LR_DEVICE void add(double logit, const uint16_t* value, int lane, int d) {
+  LR_DEVICE void add(double logit, const StoredRow& value, int lane, int d) {
     const double now = fmax(top, logit);
     const float shrink = top == -INFINITY ? 0 : exp2_fast(float((top - now) * double(kLog2e)));
     const float weight = logit == -INFINITY ? 0 : exp2_fast(float((logit - now) * double(kLog2e)));
@@ -25,7 +26,7 @@ struct PreciseGroup {
     sum = sum * shrink + weight;
 #pragma unroll
     for (int k = 0; k < kParts; ++k)
-      if (lane + 32 * k < d) out[k] = out[k] * shrink + weight * double(unpack<C::Half>(load_global(value + 32 * k)));
+      if (lane + 32 * k < d) out[k] = out[k] * shrink + weight * value.template number<C::Half>(32 * k);
   }
 };
 
@@ -50,6 +51,17 @@ LR_DEVICE void store_precisely(const Problem& x, const Work<C>& w, int64_t i, in
     store_part_sums(x, cell, top, sum);
   else
     store_lse(p, w.b, i, w.h, top, sum);
+}
+
+// From channel `lane` on.
+template <class C>
+LR_DEVICE StoredRow stored_row(const AttentionSource& source, const void* data, const int64_t (&stride)[3],
+                               const float* scales, const int64_t (&scale_stride)[3], int row, int64_t token, int h,
+                               int lane) {
+  const int64_t at = row * stride[0] + token * stride[1] + h * stride[2] + lane;
+  if (!C::General || source.storage == Storage::kElements)
+    return {static_cast<const uint16_t*>(data) + at, Storage::kElements, 1};
+  return {static_cast<const uint8_t*>(data) + at, source.storage, scale_of(scales, scale_stride, row, token, h)};
 }
 
 // The query at place `slot` of the order of the queries, by one warp.
@@ -87,14 +99,14 @@ LR_DEVICE void attend_precisely(const Problem& x, const Work<C>& w, int slot, in
                            w.b * source.value_index_stride[1] + token);
         from = from < 0 ? 0 : from < source.v ? from : source.v - 1;
       }
-      const auto* key = static_cast<const uint16_t*>(source.key) + row * source.key_stride[0] +
-                        token * source.key_stride[1] + w.h * source.key_stride[2] + lane;
-      const auto* value = static_cast<const uint16_t*>(source.value) + row * source.value_stride[0] +
-                          from * source.value_stride[1] + w.h * source.value_stride[2] + lane;
+      const StoredRow key = stored_row<C>(source, source.key, source.key_stride, source.key_scale,
+                                          source.key_scale_stride, row, token, w.h, lane);
+      const StoredRow value = stored_row<C>(source, source.value, source.value_stride, source.value_scale,
+                                            source.value_scale_stride, row, from, w.h, lane);
       double dot = 0;
 #pragma unroll
       for (int k = 0; k < kParts; ++k)
-        if (lane + 32 * k < d) dot += q[k] * double(unpack<C::Half>(load_global(key + 32 * k)));
+        if (lane + 32 * k < d) dot += q[k] * key.template number<C::Half>(32 * k);
       double logit = alpha * warp_sum(dot) + beta;
       if (source.key_bias) logit += double(load_global(source.key_bias + row * source.bias_stride + token));
       group.add(logit, value, lane, d);
