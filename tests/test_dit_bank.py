@@ -265,3 +265,56 @@ def test_extraction_leaves_the_pipeline_as_it_was():
     processors = dict(before.transformer.attn_processors)
     extract_references(before, tiny_flux2.references())
     assert before.transformer.attn_processors == processors
+
+
+def test_a_bank_keeps_no_other_fields_of_a_source():
+    found = bank()
+    mask = torch.ones(1, found.tokens, dtype=torch.bool)
+    for field, value in (("key_mask", mask), ("logit_bias", 0.5), ("softmax_group", 1), ("rows", torch.zeros(1).int())):
+        sources = {name: source._replace(**{field: value}) for name, source in found.sources.items()}
+        with pytest.raises(ValueError, match=rf"{field}: expected none, since a bank keeps keys, values and scales"):
+            TransformerReferenceBank(sources, model=found.model, ids=found.ids)
+
+
+def test_a_bank_is_placed_for_its_own_model():
+    free, own = bank(rotated=False), pipe().transformer
+    other = type(own).from_config({**own.config, "axes_dims_rope": (8, 4, 2, 2)})
+    with pytest.raises(ValueError, match=r"place: model: expected one of Flux2Transformer2DModel .*, got one of Flux2"):
+        free.place(other)
+    with pytest.raises(
+        ValueError, match=r"place: model: expected a transformer, Flux2Transformer2DModel .*, got Linear"
+    ):
+        free.place(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"place: ids: expected a tensor .*, got list"):
+        free.place(own, free.ids.tolist())
+
+
+def test_heads_that_the_model_does_not_have_are_refused():
+    found = bank()
+    sources = {n: s._replace(key=s.key[:, :, :1], value=s.value[:, :, :1]) for n, s in found.sources.items()}
+    few = TransformerReferenceBank(sources, model=found.model, ids=found.ids)
+    with pytest.raises(ValueError, match=r"bank: expected \(heads, head_dim\) = .* in .*attn, got \(1, "):
+        use_cached_references(pipe().transformer, few)
+
+
+def test_what_is_no_transformer_or_not_stock_is_named():
+    with pytest.raises(ValueError, match="use_cached_references: model: expected a transformer, got Flux2KleinKVPipel"):
+        use_cached_references(pipe())
+    with (
+        use_cached_references(pipe().transformer),
+        pytest.raises(ValueError, match="extract_references: pipeline: exp"),
+    ):
+        extract_references(pipe(), tiny_flux2.references())
+    with pytest.raises(ValueError, match="extract_references: image: expected a PIL image or a list of them, got str"):
+        extract_references(pipe(), "cat.png")
+    for device in ("nonsense", None):
+        with pytest.raises(ValueError, match=r"TransformerReferenceBank.to: device: expected a device of this machine"):
+            bank().to(device)
+
+
+def test_a_bank_of_a_model_whose_weights_are_stored_in_8_bits():
+    small = tiny_flux2.pipeline(torch.bfloat16)
+    small.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    found = extract_references(small, tiny_flux2.references())
+    with use_cached_references(small.transformer, found):
+        assert tiny_flux2.generate(small).isfinite().all()

@@ -2,15 +2,18 @@
 
 import json
 import struct
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import safetensors
 import torch
 from model_changes import randn
 from safetensors.torch import save_file
 
-from lr_kernels import quantize
+from lr_kernels import Source, quantize
 from lr_kernels.diffusers import TransformerReferenceBank
 from lr_kernels.diffusers.dit.cached.bank_files import FORMAT
+from lr_kernels.diffusers.processors import bank_files as files
 
 A, B = "transformer_blocks.0.attn", "single_transformer_blocks.0.attn"
 ROWS, TOKENS, HEADS, CHANNELS = 1, 6, 2, 8
@@ -29,6 +32,11 @@ def load(folder, tensors, about=ABOUT):
     found = {name: x.clone().contiguous() for name, x in tensors.items() if x is not None}
     save_file(found, folder / "bank", {name: x for name, x in about.items() if x is not None})
     return TransformerReferenceBank.load(folder / "bank")
+
+
+def bank_of(tensors):
+    sources = {layer: Source(tensors[f"{layer}.key"].clone(), tensors[f"{layer}.value"].clone()) for layer in (A, B)}
+    return TransformerReferenceBank(sources, model=ABOUT["model"], ids=IDS)
 
 
 @pytest.mark.parametrize("tensors", [PLAIN, SMALL], ids=["plain", "eight bits"])
@@ -106,7 +114,7 @@ _NAN8 = torch.full_like(Q, 0x7F).view(torch.float8_e4m3fn)
 EIGHT_BITS = [
     *((f"{A}.key_scale", x) for x in (None, SCALE.double(), SCALE.half(), SCALE[..., :1], SCALE[:, :5])),
     *((f"{A}.key_scale", x) for x in (SCALE[0], SCALE[..., None])),
-    *((f"{A}.value_scale", x) for x in (None, nan(SCALE), nan(SCALE, float("inf")), SCALE.int())),
+    *((f"{A}.value_scale", x) for x in (None, nan(SCALE), nan(SCALE, float("inf")), SCALE.int(), -SCALE)),
     *((f"{B}.key", x) for x in (Q.view(torch.uint8), Q.view(torch.float8_e4m3fn), Q.float(), Q[..., :4])),
 ]  # fmt: skip
 
@@ -187,3 +195,28 @@ def test_folders_and_devices_that_are_none_are_named(tmp_path):
 
 def test_the_kinds_of_hostile_files_are_many():
     assert len(METADATA) + len(TENSORS) + len(EIGHT_BITS) + 18 + 3 >= 60
+
+
+def test_a_file_that_is_replaced_while_it_is_opened_is_read_again(tmp_path, monkeypatch):
+    """safetensors opens a file twice, so a load could mix two banks."""
+    path, opened = tmp_path / "bank.safetensors", []
+    first, second = (bank_of({n: x + i if x.is_floating_point() else x for n, x in PLAIN.items()}) for i in (0, 1))
+    first.save(path)
+
+    def replaced_once(*arguments):
+        if not opened:
+            second.save(path)
+        opened.append(arguments)
+        return safetensors.safe_open(*arguments)
+
+    monkeypatch.setattr(files, "safe_open", replaced_once)
+    found = TransformerReferenceBank.load(path)
+    assert len(opened) == 2 and all(torch.equal(found.sources[n].key, x.key) for n, x in second.sources.items())
+
+
+def test_writers_of_one_file_do_not_share_a_temporary_one(tmp_path):
+    banks = [bank_of(PLAIN) for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda x: [x.save(tmp_path / "bank.safetensors") for _ in range(20)], banks))
+    assert [path.name for path in tmp_path.iterdir()] == ["bank.safetensors"]
+    TransformerReferenceBank.load(tmp_path / "bank.safetensors")

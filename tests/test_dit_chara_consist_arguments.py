@@ -79,12 +79,22 @@ PROMPTS = {"negative_prompt_embeds": torch.zeros(1, TEXT, 32), "negative_pooled_
         (
             {"phase": "search", "call_changes": {"height": 64, "latents": randn(1, 24, 16)}},
             ValueError,
-            "pipe: expected frames of 36 tokens, got 24; frames of the identity's size, or background=False",
+            r"pipe: expected frames of \(6, 6\) tokens, got \(4, 6\); frames of the identity's size, or",
+        ),
+        (
+            {"phase": "search", "call_changes": {"height": 64, "width": 144}},
+            ValueError,
+            r"pipe: expected frames of \(6, 6\) tokens, got \(4, 9\); frames of the identity's size",
+        ),
+        (
+            {"phase": "search", "call_changes": {"sigmas": [1.0, 0.9, 0.5, 0.2, 0.1]}},
+            ValueError,
+            "steps: expected the 5 timesteps of the identity image, got 5 other ones; take equal schedules",
         ),
         (
             {"phase": "read", "of": FRAMES, "call_changes": {"num_inference_steps": 9}, "settings": LONGER},
             ValueError,
-            "steps: expected step 5 of the identity image, got kept ones: 0 to 4; take equal schedules",
+            "steps: expected the 5 timesteps of the identity image, got 9 other ones; take equal schedules",
         ),
     ],
 )  # fmt: skip
@@ -102,9 +112,10 @@ def test_a_run_that_does_not_fit_is_refused(given, error, message):
         ({"merge": [0.5, 2]}, ValueError, r"merge\[1\]: expected a number from 0 to 1, got 2"),
         ({"threshold": 2}, ValueError, "threshold: expected a number from -1 to 1, got 2"),
         ({"layers": ["attn"]}, ValueError, "layers: expected names of layers such as 'transformer_blocks.0.attn', got"),
+        ({"background": "no"}, ValueError, "background: expected True or False, got 'no'"),
         ({"merge": 0.5}, TypeError, "merge: expected a sequence, got float"),
         ({"layers": "attn"}, TypeError, "layers: expected a sequence, got str"),
-        ({"kept_on": "gpu"}, ValueError, "kept_on: expected a device, or None, got 'gpu'"),
+        ({"kept_on": "gpu"}, ValueError, "kept_on: expected a device of this machine, got 'gpu'"),
         ({"layers": []}, ValueError, "layers: expected at least one layer, got none"),
         (
             {"foreground_layers": ALL_LAYERS[:1]},

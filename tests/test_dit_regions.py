@@ -293,3 +293,12 @@ def test_other_numbers_of_tokens_are_refused():
         regional_joint_attention(None, stream, [])
     with pytest.raises(ValueError, match="regions: expected regions of 2 rows, or of 1 for all, got 3"):
         run(sd3, regional(Regions.from_masks(masks()[None].expand(3, -1, -1, -1), TOKENS, GRID)))
+
+
+def test_a_grid_in_another_ratio_than_the_masks_is_refused():
+    wide = torch.zeros(1, 32, 96, dtype=torch.bool)
+    wide[..., :48] = True
+    for grid in ((4, 12), (2, 6), (8, 24), (64, 192), (1, 3)):
+        Regions.from_masks(wide, (1, 2), grid)
+    with pytest.raises(ValueError, match=r"grid: expected \(rows, columns\) in the ratio of the masks, 32 x 96, got"):
+        Regions.from_masks(wide, (1, 2), (12, 4))

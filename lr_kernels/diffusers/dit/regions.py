@@ -99,6 +99,10 @@ class Regions:
         for i, number in enumerate(tokens):
             check_integer(op, f"tokens[{i}]", number, min(i, 1), f"an integer of at least {min(i, 1)}")
         grid = check_pair(op, "grid", grid, 1, "(rows, columns) of the image's tokens")
+        (rows, columns), (height, width) = grid, masks.shape[-2:]
+        # some size of patches makes these rows and columns of the mask, less than a patch being left over
+        if not max(height / (rows + 1), width / (columns + 1)) < min(height / rows, width / columns):
+            fail(op, "grid", f"(rows, columns) in the ratio of the masks, {height} x {width}", grid)
         inside = token_mask(masks.flatten(0, -3), grid).unflatten(0, (-1, regions))
         bits = torch.tensor([1 << r for r in range(regions)], dtype=torch.uint8, device=masks.device)
         text = torch.cat([bits.new_zeros(1), bits]).repeat_interleave(torch.tensor(tokens, device=masks.device))

@@ -1,6 +1,7 @@
 """What a bank's file holds, and the checks of a file that is loaded."""
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from os import PathLike
 
@@ -29,6 +30,7 @@ FIELDS: dict[str, tuple[bool, Callable[[object], bool], str]] = {
 }
 """The fields of a bank's file beside its tensors, in JSON: whether a field may be null or missing, its check, and what
 it has to be in words."""
+_TRIES = 100
 SCALE = ".scale"
 """Ends the name of the tensor with a layer's scales, which keys and values in 8 bits have: fp32 (steps, 2, rows,
 tokens, heads)."""
@@ -41,11 +43,25 @@ def open_file(op: str, path: str | PathLike) -> tuple[dict[str, str], dict[str, 
         ValueError: no safetensors file. FileNotFoundError: no such file.
     """
     check_file(op, path)
-    try:
-        with safe_open(path, "pt") as file:
-            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        fail(op, "path", "a safetensors file", f"{path}: {error}")
+    for _ in range(_TRIES):
+        before = _identity(path)
+        try:
+            with safe_open(path, "pt") as file:
+                found = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+        except (SafetensorError, RuntimeError) as error:
+            if _identity(path) == before:
+                fail(op, "path", "a safetensors file", f"{path}: {error}")
+            continue
+        # safetensors opens the file twice, for its header and for its pages: both must have been this one
+        if _identity(path) == before:
+            return found
+    fail(op, "path", "a file that stays as it is while it is opened", f"{path}, which was replaced {_TRIES} times")
+
+
+def _identity(path: str | PathLike) -> tuple[int, ...]:
+    """What is another one once the file has been replaced or written to."""
+    about = os.stat(path)
+    return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns
 
 
 def read_field(path: str | PathLike, about: Mapping[str, str], name: str) -> list | None:

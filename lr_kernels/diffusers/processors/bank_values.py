@@ -34,12 +34,12 @@ def check_file(op: str, path: str | PathLike) -> None:
         fail(op, "path", "a safetensors file", f"{path}: a folder")
 
 
-def check_device(op: str, device: str | torch.device) -> None:
+def check_device(op: str, device: str | torch.device, argument: str = "device") -> None:
     """ValueError unless tensors can be made there."""
     try:
-        torch.empty(0, device=device)
+        torch.empty(0, device=torch.device(device))
     except (RuntimeError, AssertionError, TypeError) as error:  # builds without CUDA raise AssertionError
-        fail(op, "device", "a device of this machine", f"{device!r}: {str(error).splitlines()[0]}")
+        fail(op, argument, "a device of this machine", f"{device!r}: {str(error).splitlines()[0]}")
 
 
 def as_table(op: str, rows: Tensor | Sequence[int], device: torch.device) -> Tensor:

@@ -231,8 +231,12 @@ def pass_inputs(args: tuple, kwargs: dict) -> tuple[Tensor, float | Tensor]:
     return sample, args[1] if len(args) > 1 else kwargs["timestep"]
 
 
-def check_not_compiled(op: str, unet: nn.Module) -> None:
-    """NotImplementedError for a UNet that was compiled in place, since its compiled graph does not call hooks."""
-    if getattr(getattr(unet, "_orig_mod", unet), "_compiled_call_impl", None) is not None:
-        hint = "use pipe.unet = torch.compile(pipe.unet) or pipe.unet.compile_repeated_blocks()"
-        fail(op, "unet", "one that is not compiled in place", "one after unet.compile()", hint, NotImplementedError)
+def check_not_compiled(op: str, model: nn.Module, name: str = "unet") -> None:
+    """NotImplementedError for a model that was compiled in place, since its compiled graph does not call hooks.
+
+    Args:
+        name: that of the model in its pipeline.
+    """
+    if getattr(getattr(model, "_orig_mod", model), "_compiled_call_impl", None) is not None:
+        hint = f"use pipe.{name} = torch.compile(pipe.{name}) or pipe.{name}.compile_repeated_blocks()"
+        fail(op, name, "one that is not compiled in place", f"one after {name}.compile()", hint, NotImplementedError)

@@ -59,7 +59,8 @@ def joint_attention_layers(model: nn.Module) -> dict[str, JointLayer]:
     }
     if not layers:
         expected = "one with the attention of Flux, Flux2, SD3 or Qwen-Image"
-        fail("joint_attention_layers", "model", expected, type(model).__name__)
+        hint = "its processors are neither stock nor this library's for joint attention"
+        fail("joint_attention_layers", "model", expected, type(model).__name__, hint)
     return layers
 
 

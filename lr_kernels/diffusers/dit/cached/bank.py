@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import uuid
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -70,7 +71,8 @@ class TransformerReferenceBank:
         return next(iter(self.sources.values())).key.shape[1]
 
     def to(self, device: str | torch.device) -> "TransformerReferenceBank":
-        """The bank on another device."""
+        """The bank on another device. ValueError: a device that is none."""
+        check_device(f"{_OP}.to", device)
         moved = {
             name: source._replace(**cast(dict[str, Any], {k: x.to(device) for k, x in tensors_of(source).items()}))
             for name, source in self.sources.items()
@@ -111,17 +113,20 @@ class TransformerReferenceBank:
                 that the references had.
 
         Raises:
-            ValueError: keys that are rotated; ids of another shape; a model without `pos_embed`.
+            ValueError: keys that are rotated; ids of another shape; another model.
         """
         op = f"{_OP}.place"
         if self.rotated:
             fail(op, "bank", "keys before RoPE", "rotated ones", "extract_references(…, rotated=False)")
-        rope = getattr(getattr(model, "_orig_mod", model), "pos_embed", None)
-        if rope is None:
-            fail(op, "model", "a transformer with pos_embed", type(model).__name__)
+        if not isinstance(getattr(model, "_orig_mod", model), ConfigMixin):
+            fail(op, "model", f"a transformer, {self.model}", type(model).__name__)
+        if model_of(model) != self.model:
+            fail(op, "model", f"one of {self.model}", f"one of {model_of(model)}", "place the bank for its own model")
+        rope: Any = getattr(model, "_orig_mod", model).pos_embed
         ids = self.ids if ids is None else ids
-        if not isinstance(ids, Tensor) or ids.shape != self.ids.shape:
-            fail(op, "ids", f"a tensor {tuple(self.ids.shape)}", getattr(ids, "shape", ids))
+        expected = len(self.ids), len(rope.axes_dim)
+        if not isinstance(ids, Tensor) or tuple(ids.shape) != expected:
+            fail(op, "ids", f"a tensor {expected}", tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__)
         found = {}
         for name, source in self.sources.items():
             key = _floats(source)[0]
@@ -149,7 +154,7 @@ class TransformerReferenceBank:
             for field, x in tensors_of(source).items()
         }
         about = {"format": FORMAT, "model": self.model, "rotated": json.dumps(self.rotated)}
-        partial = Path(f"{path}.partial")
+        partial = Path(f"{path}.{uuid.uuid4().hex}.partial")  # others may save to the same path
         try:
             save_file(tensors | {"ids": self.ids.cpu().contiguous()}, partial, about)
             partial.replace(path)

@@ -45,6 +45,10 @@ def check_sources(op: str, sources: Mapping[str, Source], ids: Tensor, where: st
     rows, dtype, device = first.shape[0] if first.dim() == 4 else 1, first.dtype, first.device
     tokens = len(ids)
     for layer, source in sources.items():
+        for field in source._fields:
+            if field not in _FIELDS and getattr(source, field) != source._field_defaults[field]:
+                expected = f"none{where}, since a bank keeps keys, values and scales"
+                fail(op, f"{layer}.{field}", expected, type(getattr(source, field)).__name__)
         for field, x in tensors_of(source).items():
             name = f"{layer}.{field}"
             if field.endswith("_scale"):
@@ -68,8 +72,8 @@ def _check_scale(op: str, name: str, scale: Tensor, of: Tensor, where: str) -> N
     if scale.dtype != torch.float32 or scale.shape != of.shape[:3] or scale.device != of.device:
         expected = f"torch.float32 {tuple(of.shape[:3])} on {of.device}{where}"
         fail(op, name, expected, f"{scale.dtype} {tuple(scale.shape)} on {scale.device}")
-    if not is_finite(scale):
-        fail(op, name, f"finite scales{where}", "NaN or infinity")
+    if not bool((scale.isfinite() & (scale >= 0)).all()):
+        fail(op, name, f"finite scales of 0 or more{where}", "others")
 
 
 def read_bank(path: str | PathLike) -> tuple[dict[str, Source], dict[str, str], Tensor]:

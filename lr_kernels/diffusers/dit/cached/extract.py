@@ -11,7 +11,7 @@ from torch import Tensor
 from ....runtime.checks import fail
 from ....source import Source
 from .bank import TransformerReferenceBank, model_of
-from .install import use_cached_references
+from .install import reference_layers, use_cached_references
 from .references import ReadsReferences
 
 _OP = "extract_references"
@@ -44,9 +44,13 @@ def extract_references(
         fail(_OP, "pipeline", "a Flux2KleinKVPipeline", type(pipeline).__name__, hint, NotImplementedError)
     images = [image] if isinstance(image, Image.Image) else image
     if not isinstance(images, Sequence) or not images or not all(isinstance(x, Image.Image) for x in images):
-        got = type(image).__name__ if not isinstance(image, Sequence) else [type(x).__name__ for x in image]
+        one = isinstance(images, str) or not isinstance(images, Sequence)
+        got = type(image).__name__ if one else [type(x).__name__ for x in images]
         fail(_OP, "image", "a PIL image or a list of them", got)
     model, device = pipeline.transformer, pipeline._execution_device
+    if not reference_layers(model):
+        hint = "call remove() of the installation that replaced them"
+        fail(_OP, "pipeline", "one whose transformer has its stock processors", "others", hint)
     prepared = [_prepared(pipeline, x) for x in images]
     latents, ids = pipeline.prepare_image_latents(prepared, 1, None, device, pipeline.vae.dtype)
     latents = latents.to(model.dtype)

@@ -42,12 +42,17 @@ def use_cached_references(model: nn.Module, bank: TransformerReferenceBank | Non
         The installation, also a context manager: `remove()`, or the end of a `with` block, restores the model.
 
     Raises:
-        ValueError: a model without such processors; a bank of another model, of other layers, precision or device, or
+        ValueError: a model without such processors; a bank of another model, of other layers, heads or precision, or
             one that is not placed.
     """
+    if not isinstance(model, nn.Module):
+        fail("use_cached_references", "model", "a transformer", type(model).__name__, "pass pipe.transformer")
     layers = reference_layers(model)
     if not layers:
-        hint = "models whose processors are replaced already need remove() of that installation first"
+        hint = (
+            "Flux2KleinKVPipeline gives its transformer such processors; where they are replaced already, "
+            "call remove() of that installation first"
+        )
         expected = "a transformer with a stock processor of cached references"
         fail("use_cached_references", "model", expected, type(model).__name__, hint)
     if bank is not None:
@@ -79,6 +84,10 @@ def _check_bank(model: nn.Module, layers: dict[str, Any], bank: TransformerRefer
         fail(op, "bank", "keys that are placed", "keys before RoPE", "call bank.place(model)")
     for name in layers.keys() ^ bank.sources.keys():
         fail(op, "bank", f"the layers of {type(model).__name__}", f"{name} in one of them only")
-    weight = next(model.parameters())
-    if bank.dtype not in (*EIGHT_BITS, weight.dtype):
-        fail(op, "bank", f"{weight.dtype} as the model, or 8 bits", bank.dtype, "use dequantized(dtype)")
+    for name, layer in layers.items():
+        expected, found = (layer.heads, layer.head_dim), tuple(bank.sources[name].key.shape[2:])
+        if found != expected:
+            fail(op, "bank", f"(heads, head_dim) = {expected} in {name}", found)
+    dtype = getattr(model, "_orig_mod", model).dtype  # in which it computes: weights may be stored in another one
+    if bank.dtype not in (*EIGHT_BITS, dtype):
+        fail(op, "bank", f"{dtype} as the model, or 8 bits", bank.dtype, "use dequantized(dtype)")

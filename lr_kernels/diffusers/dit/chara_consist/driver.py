@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ....runtime.checks import check_integer, check_number, check_pair, check_sequence, fail
+from ...processors.bank_values import check_device
 from ...processors.install import check_not_compiled, install_processors
 from ...processors.joint import joint_attention_layers
 from .attention import (
@@ -47,7 +48,9 @@ def prompt_words(tokenizer: Any, background: str, prompt: str) -> tuple[int, int
     Raises:
         ValueError: a prompt that begins with other words, or has no others.
     """
-    if not isinstance(prompt, str) or not prompt.startswith(background) or not background.strip():
+    if not isinstance(background, str) or not background.strip():
+        fail("prompt_words", "background", "the words of the background", repr(background))
+    if not isinstance(prompt, str) or not prompt.startswith(background):
         fail("prompt_words", "prompt", f"one that begins with {background!r}", repr(prompt))
     of_background, all_words = (len(tokenizer(x, add_special_tokens=False).input_ids) for x in (background, prompt))
     if of_background >= all_words:
@@ -130,16 +133,17 @@ class CharaConsist:
     ):
         if not isinstance(steps, range) or steps.step != 1 or not len(steps) or steps[0] < 0:
             fail(_OP, "steps", "a range of steps, as range(1, 41)", repr(steps))
-        self.pipe, self.background, self.steps = pipe, bool(background), steps
+        if not isinstance(background, bool):
+            fail(_OP, "background", "True or False", repr(background))
+        self.pipe, self.background, self.steps = pipe, background, steps
         self.point_step = check_integer(_OP, "point_step", point_step, 0, "a step, from 0")
         merge = merge_weights() if merge is None else merge
         check_sequence(_OP, "merge", merge)
         self.merge = [check_number(_OP, f"merge[{i}]", w, "a number from 0 to 1", 0, 1) for i, w in enumerate(merge)]
         self.threshold = check_number(_OP, "threshold", threshold, "a number from -1 to 1", -1, 1)
-        try:
-            self.kept_on = None if kept_on is None else torch.device(kept_on)
-        except (RuntimeError, TypeError):
-            fail(_OP, "kept_on", "a device, or None", repr(kept_on))
+        if kept_on is not None:
+            check_device(_OP, kept_on, "kept_on")
+        self.kept_on = None if kept_on is None else torch.device(kept_on)
         every = _flux_layers(pipe)
         names = [n for n in every if n.startswith("single_transformer_blocks")] if layers is None else layers
         self.layers = {name: every[name] for name in _checked("layers", names, every)}
@@ -157,6 +161,7 @@ class CharaConsist:
         self._given: Sequence[tuple[int, int]] | None = None
         self._words: Words | None = None
         self._step, self._grid = -1, (0, 0)
+        self._identity_grid, self._timesteps = (0, 0), [0.0]
         self._routings: dict[tuple[bool, bool], FrameRouting] = {}
         self._hooks: list[RemovableHandle] = []
         self._processors = {name: CharaConsistFluxAttnProcessor() for name in self.layers}
@@ -167,8 +172,8 @@ class CharaConsist:
         return sum(x.nbytes for of in self.kept.values() for kept in of.values() for x in kept if x is not None)
 
     def __enter__(self) -> "CharaConsist":
-        transformer = self.pipe.transformer
-        check_not_compiled(_OP, transformer)
+        self._transformer = transformer = self.pipe.transformer
+        check_not_compiled(_OP, transformer, "transformer")
         for name, processor in self._processors.items():
             processor.stand_in_for(self.layers[name].processor)
         self._installation = install_processors(self.layers, self._processors)
@@ -240,6 +245,10 @@ class CharaConsist:
             fail(_OP, phase, "a block within `with CharaConsist(pipe) as …`", "one outside")
         if self._phase is not None:
             fail(_OP, phase, "a block of its own", f"one within {self._phase}()")
+        if self.pipe.transformer is not self._transformer:
+            hint = "exchange or compile it before `with CharaConsist(pipe)`"
+            fail(_OP, "pipe", "the transformer that it had when the block began", "another one", hint)
+        check_not_compiled(_OP, self._transformer, "transformer")
         if (words is None) == (foreground is None):
             fail(_OP, "words", "either words or a foreground", "none" if words is None else "both")
         self._given = None if words is None else _pairs(words)
@@ -310,13 +319,19 @@ class CharaConsist:
             self._words = mark_words(torch.tensor(self._given, device=device).expand(rows, 2), text)
             if self.mask is not None and self.mask.shape != (rows, tokens):
                 self.mask = None  # of another search, where points are set by hand
+        timesteps = self.pipe.scheduler.timesteps.tolist()
         if self._phase == "keep":
+            self._identity_grid, self._timesteps = self._grid, timesteps
             return
         assert self.identity_mask is not None
         self.identity_mask = self.identity_mask.to(device)
-        if self.background and self.identity_mask.shape[1] != tokens:
+        if self.background and self._grid != self._identity_grid:
             hint = "frames of the identity's size, or background=False"
-            fail(_OP, "pipe", f"frames of {self.identity_mask.shape[1]} tokens", tokens, hint)
+            fail(_OP, "pipe", f"frames of {self._identity_grid} tokens", self._grid, hint)
+        same_size = math.prod(self._grid) == math.prod(self._identity_grid)  # schedules may depend on the size
+        if len(timesteps) != len(self._timesteps) or (same_size and timesteps != self._timesteps):
+            expected = f"the {len(self._timesteps)} timesteps of the identity image"
+            fail(_OP, "steps", expected, f"{len(timesteps)} other ones", "take equal schedules")
         if self._phase == "read" and self.points is not None and self.points.token.shape != (rows, tokens):
             shape = tuple(self.points.token.shape)
             fail(_OP, "points", f"points of {rows} frames with {tokens} tokens", shape)
@@ -387,7 +402,12 @@ def _flux_layers(pipe: DiffusionPipeline) -> dict[str, FluxAttention]:
     model = getattr(pipe, "transformer", None)
     if not isinstance(model, nn.Module) or not hasattr(getattr(pipe, "scheduler", None), "step_index"):
         fail(_OP, "pipe", "a Flux pipeline", type(pipe).__name__)
-    layers = joint_attention_layers(model)
+    try:
+        layers = joint_attention_layers(model)
+    except ValueError:
+        layers = {}
+    if not layers:
+        fail(_OP, "pipe", "a transformer of Flux with its stock processors", type(model).__name__)
     for layer in layers.values():
         if not isinstance(layer, FluxAttention):
             fail(_OP, "pipe", "a transformer of Flux", f"{type(model).__name__} with {type(layer).__name__}")
