@@ -22,7 +22,11 @@ def as_numbers(source: Source, dtype: torch.dtype) -> Source:
 
 def problem(case: AttentionCase, dtype: torch.dtype, *kinds: torch.dtype | None, seed: int = 0) -> AttentionInputs:
     """The inputs of a case, its sources in 8 bits of these kinds, again and again in this order; None: plain."""
-    inputs = attention_inputs(case, dtype, seed)
+    return of_kinds(attention_inputs(case, dtype, seed), *kinds)
+
+
+def of_kinds(inputs: AttentionInputs, *kinds: torch.dtype | None) -> AttentionInputs:
+    """The inputs with sources in 8 bits of these kinds, again and again in this order; None: as they are."""
     pairs = [(s, kinds[i % len(kinds)]) for i, s in enumerate(inputs.sources)]
     sources = [s if kind is None else in_8_bits(s, kind) for s, kind in pairs]
     return AttentionInputs(inputs.query, sources, inputs.query_groups)

@@ -4,12 +4,11 @@ Everything else that runs there is in test_triton*.py, whose tests use a GPU whe
 """
 
 import functools
-import itertools
 from dataclasses import replace
 
 import pytest
 import torch
-from eight_bit_inputs import in_8_bits
+from eight_bit_inputs import of_kinds
 
 from lr_kernels import Source, multi_source_attention, plan_attention, step_blend, step_coefficients
 from lr_kernels.attention import hopper
@@ -18,7 +17,6 @@ from lr_kernels.testing import (
     CASES,
     EXTREMES,
     AttentionCase,
-    AttentionInputs,
     attention_inputs,
     check_attention,
     extreme_inputs,
@@ -45,11 +43,8 @@ def case(dtype=torch.bfloat16, **keywords) -> tuple:
     return inputs, plan
 
 
-def eight_bits(inputs: AttentionInputs) -> AttentionInputs:
-    """The sources in turn in int8, in e4m3 and as they are."""
-    kinds = itertools.cycle((torch.int8, torch.float8_e4m3fn, None))
-    sources = [s if kind is None else in_8_bits(s, kind) for s, kind in zip(inputs.sources, kinds)]
-    return AttentionInputs(inputs.query, sources, inputs.query_groups)
+MIXED = (torch.int8, torch.float8_e4m3fn, None)
+"""What the sources of a call in 8 bits are in turn."""
 
 
 @pytest.mark.parametrize("head_dim", [8, 40, 64, 80, 128, 160, 256])
@@ -64,7 +59,7 @@ def test_a_few_small_calls_for_compute_sanitizer(head_dim, dtype, attend):
         return
     for keywords in ({}, {"visible": 0.4, "groups": 2}, {"key_bias": True}, {"softmax_groups": (0, 1)}):
         check_attention(attend, case(dtype, head_dim=head_dim, **keywords)[0])
-    check_attention(attend, eight_bits(case(dtype, head_dim=head_dim, visible=0.4)[0]))
+    check_attention(attend, of_kinds(case(dtype, head_dim=head_dim, visible=0.4)[0], *MIXED))
 
 
 def test_graph_of_a_layer_serves_new_inputs_and_masks(attend):
@@ -168,7 +163,7 @@ def test_every_case_on_hopper(head_dim, dtype):
     for one in CASES:
         inputs = attention_inputs(replace(one, head_dim=head_dim), dtype, device="cuda")
         check_attention(run, inputs)
-        check_attention(run, eight_bits(inputs))
+        check_attention(run, of_kinds(inputs, *MIXED))
     small = AttentionCase("small", queries=256, heads=8, head_dim=head_dim, keys=(256, 256, 256), rows=(None, None, 1))
     check_attention(run, attention_inputs(small, dtype, device="cuda"))  # split by keys
 

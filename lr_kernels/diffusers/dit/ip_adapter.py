@@ -24,6 +24,7 @@ from ..processors.joint import (
     joint_attention_layers,
     joint_processors,
 )
+from ..processors.routing import in_ratio
 
 Masks = Tensor | Sequence[Tensor | None]
 
@@ -205,13 +206,12 @@ def _at_tokens(op: str, mask: Tensor, tokens: int) -> Tensor:
 
 
 def token_grid(tokens: int, height: int, width: int) -> tuple[int, int] | None:
-    """The (rows, columns) with rows x columns = tokens that square patches of some size make of height and width, with
-    less than a patch left over: floor(height / size) and floor(width / size). None where no size does.
+    """The (rows, columns) with rows x columns = tokens that are `in_ratio` with height and width. None where none are.
 
     There is at most one: both numbers grow as the size shrinks.
     """
     for rows in range(1, tokens + 1):
         columns = tokens // rows
-        if rows * columns == tokens and height * columns < width * (rows + 1) and width * rows < height * (columns + 1):
+        if rows * columns == tokens and in_ratio(rows, columns, height, width):
             return rows, columns
     return None

@@ -10,7 +10,7 @@ from ...attention.plan import plan_attention
 from ...runtime.checks import check_integer, check_pair, fail
 from ...source import Source
 from ..processors.joint import Tokens
-from ..processors.routing import token_mask
+from ..processors.routing import in_ratio, token_mask
 
 MAX_REGIONS = 7
 _IMAGE = 1 << MAX_REGIONS
@@ -99,9 +99,8 @@ class Regions:
         for i, number in enumerate(tokens):
             check_integer(op, f"tokens[{i}]", number, min(i, 1), f"an integer of at least {min(i, 1)}")
         grid = check_pair(op, "grid", grid, 1, "(rows, columns) of the image's tokens")
-        (rows, columns), (height, width) = grid, masks.shape[-2:]
-        # some size of patches makes these rows and columns of the mask, less than a patch being left over
-        if not max(height / (rows + 1), width / (columns + 1)) < min(height / rows, width / columns):
+        height, width = masks.shape[-2:]
+        if not in_ratio(*grid, height, width):
             fail(op, "grid", f"(rows, columns) in the ratio of the masks, {height} x {width}", grid)
         inside = token_mask(masks.flatten(0, -3), grid).unflatten(0, (-1, regions))
         bits = torch.tensor([1 << r for r in range(regions)], dtype=torch.uint8, device=masks.device)

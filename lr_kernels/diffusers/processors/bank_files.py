@@ -112,9 +112,14 @@ def _checked_scale(path: str | PathLike, name: str, scale: Tensor | None, of: Te
         fail("ReferenceBank", name, expected, "none")
     if scale.dtype != torch.float32 or scale.shape != of.shape[:5]:
         fail("ReferenceBank", name, expected, f"{scale.dtype} {tuple(scale.shape)}")
-    if not bool((scale.isfinite() & (scale >= 0)).all()):
+    if not are_scales(scale):
         fail("ReferenceBank", name, f"finite scales of 0 or more in {path}", "others")
     return scale
+
+
+def are_scales(x: Tensor) -> bool:
+    """Whether all numbers are finite, and 0 or more."""
+    return bool((x.isfinite() & (x >= 0)).all())
 
 
 def is_finite(x: Tensor) -> bool:

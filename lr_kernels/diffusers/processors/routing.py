@@ -269,6 +269,12 @@ def _per_subject(mask: Tensor) -> Tensor:
     return mask
 
 
+def in_ratio(rows: int, columns: int, height: int, width: int) -> bool:
+    """Whether square patches of some size make so many rows and columns of height and width, with less than a patch
+    left over: floor(height / size) and floor(width / size)."""
+    return height * columns < width * (rows + 1) and width * rows < height * (columns + 1)
+
+
 def token_mask(mask: Tensor, grid: tuple[int, int]) -> Tensor:
     """Masks of any size at a layer's tokens: those that the mask covers by half.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ....runtime.checks import fail
 from ....runtime.platform import KERNEL_DTYPES
 from ....source import Source
-from ...processors.bank_files import is_finite, open_file
+from ...processors.bank_files import are_scales, is_finite, open_file
 from ...processors.bank_values import EIGHT_BITS
 
 FORMAT = "lr_kernels.TransformerReferenceBank 1"
@@ -72,7 +72,7 @@ def _check_scale(op: str, name: str, scale: Tensor, of: Tensor, where: str) -> N
     if scale.dtype != torch.float32 or scale.shape != of.shape[:3] or scale.device != of.device:
         expected = f"torch.float32 {tuple(of.shape[:3])} on {of.device}{where}"
         fail(op, name, expected, f"{scale.dtype} {tuple(scale.shape)} on {scale.device}")
-    if not bool((scale.isfinite() & (scale >= 0)).all()):
+    if not are_scales(scale):
         fail(op, name, f"finite scales of 0 or more{where}", "others")
 
 

@@ -405,8 +405,6 @@ def _flux_layers(pipe: DiffusionPipeline) -> dict[str, FluxAttention]:
     try:
         layers = joint_attention_layers(model)
     except ValueError:
-        layers = {}
-    if not layers:
         fail(_OP, "pipe", "a transformer of Flux with its stock processors", type(model).__name__)
     for layer in layers.values():
         if not isinstance(layer, FluxAttention):
