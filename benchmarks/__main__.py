@@ -76,7 +76,7 @@ def groups(options: argparse.Namespace) -> list[tuple[Callable[[], list[harness.
     if "references" in options.cases:
         rounds += [(build, options.repeats) for build in references.problems(options.dtypes)]
     if "backend" in options.cases:
-        rounds += [(build, min(SWEEP_REPEATS, options.repeats)) for build in backend.problems(options.dtypes)]
+        rounds += [(build, options.repeats) for build in backend.problems(options.dtypes)]
     if "retouch" in options.cases:
         rounds += [(build, min(SWEEP_REPEATS, options.repeats)) for build in retouch.problems(options.dtypes)]
     if "unet" in options.cases:
