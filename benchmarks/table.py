@@ -31,7 +31,8 @@ def markdown(rows: list[dict[str, str]], machine: dict[str, str]) -> str:
     peaks = ", ".join(f"{machine[f'peak_gflops_{dtype}']} GFLOP/s {dtype}" for dtype in ("fp32", "bf16"))
     about = f"{machine['device']} ({machine['isa']}), {rows[0]['threads']} threads, measured peak {peaks}, "
     about += f"torch {machine['torch']}, commit {machine['commit']}. "
-    about += "Medians of interleaved rounds, and of the ratios of each round. Extra MiB: peak memory beyond inputs and result. "
+    about += "Medians of interleaved rounds, and of the ratios of each round. "
+    about += "Extra MiB: peak memory beyond inputs and result. "
     about += f"Time ÷ share: time ÷ (visible share × time with every key visible). {BF16_PAYS}"
     return "\n".join([*text, "", about])
 
