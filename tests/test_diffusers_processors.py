@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import tiny_models
@@ -17,10 +18,13 @@ from lr_kernels.diffusers import (
     TokenMapAttnProcessor,
     attention_layers,
     install_processors,
+    joint_attention_layers,
     layer_scale,
     route,
     select_layers,
     token_mask,
+    use_attention_backend,
+    use_ip_adapter_masks,
 )
 from lr_kernels.diffusers.processors import routing
 
@@ -207,6 +211,27 @@ def refuse(processor):
     """In place of a layer's `set_processor`: fails for ours."""
     if isinstance(processor, MultiSourceAttnProcessor):
         raise MemoryError
+
+
+@pytest.mark.parametrize("kind", ["corss", "Cross", None])
+def test_another_kind_of_attention_is_refused(kind):
+    for find in (attention_layers, select_layers):
+        with pytest.raises(ValueError, match="kind: expected one of self, cross, got"):
+            find(tiny_unet(), kind)
+
+
+def test_what_is_no_model_is_refused_and_a_pipeline_told_which_part_is_one():
+    pipe = SimpleNamespace(unet=tiny_unet())
+    with pytest.raises(
+        TypeError, match=r"unet: expected a model, torch.nn.Module, got SimpleNamespace; pass pipe.unet"
+    ):
+        attention_layers(pipe, "self")
+    with pytest.raises(TypeError, match="joint_attention_layers: model: expected a model"):
+        joint_attention_layers(None)
+    with pytest.raises(TypeError, match="use_ip_adapter_masks: model: expected a model"):
+        use_ip_adapter_masks("flux")
+    with pytest.raises(TypeError, match="use_attention_backend: model: expected a model"), use_attention_backend(pipe):
+        pass
 
 
 @pytest.mark.parametrize("fails_at", [0, 1, 3, 6])

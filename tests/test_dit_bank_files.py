@@ -220,3 +220,27 @@ def test_writers_of_one_file_do_not_share_a_temporary_one(tmp_path):
         list(pool.map(lambda x: [x.save(tmp_path / "bank.safetensors") for _ in range(20)], banks))
     assert [path.name for path in tmp_path.iterdir()] == ["bank.safetensors"]
     TransformerReferenceBank.load(tmp_path / "bank.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("sources", "changes", "message"),
+    [
+        ([Source(X, X)], {}, "sources: expected a mapping from layers to their Source, got list"),
+        ({}, {}, "layers: expected keys and values of at least one layer, got none"),
+        ({A: 3}, {}, f"{A}: expected a Source, got int"),
+        ({A: Source(None, None)}, {}, f"{A}.key: expected a tensor, got NoneType"),
+        ({"a b": Source(X, X)}, {}, "layers: expected names of modules, up to 200 characters, got 'a b'"),
+        ({A: Source(X, X)}, {"model": 3}, r"model: expected what model_of\(\) says of the transformer, got 3"),
+        ({A: Source(X, X)}, {"model": "x" * 201}, "model: expected what model_of"),
+        ({A: Source(X, X)}, {"rotated": "no"}, "rotated: expected one of True, False, got 'no'"),
+        ({A: Source(X, X)}, {"ids": None}, r"ids: expected fp32 \(tokens, axes\), got NoneType"),
+    ],
+)
+def test_what_no_file_could_hold_is_no_bank(sources, changes, message):
+    with pytest.raises(ValueError, match=f"lr_kernels.TransformerReferenceBank: {message}"):
+        TransformerReferenceBank(sources, **{"model": ABOUT["model"], "ids": IDS, **changes})
+
+
+def test_a_path_that_is_no_file_of_a_folder_is_named():
+    with pytest.raises(ValueError, match="path: expected a safetensors file, got /dev/null: a device or pipe"):
+        TransformerReferenceBank.load("/dev/null")

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from plain_chara_consist import (
     ALL_LAYERS,
     DIM,
@@ -30,7 +31,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lr_kernels.diffusers.dit.chara_consist.attention import chara_consist_attention, match_points, route_frame
-from lr_kernels.diffusers.dit.chara_consist.driver import CharaConsist, prompt_words
+from lr_kernels.diffusers.dit.chara_consist.driver import CharaConsist, merge_weights, prompt_words
 from lr_kernels.diffusers.dit.chara_consist.processor import CharaConsistFluxAttnProcessor, Task
 from lr_kernels.diffusers.processors.joint import joint_attention_layers
 
@@ -245,7 +246,9 @@ def test_features_that_do_not_fit_are_refused():
 
 
 def test_the_words_of_a_prompt_are_counted():
-    tokenizer = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "a": 2, "beach": 3, "cat": 4, "runs": 5}, "<pad>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({"<pad>": 0, "</s>": 1, "a": 2, "beach": 3, "cat": 4, "runs": 5, "be": 6}, "<pad>")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
     assert prompt_words(tokenizer, "a beach", "a beach a cat runs") == (2, 5)
@@ -255,3 +258,31 @@ def test_the_words_of_a_prompt_are_counted():
         ValueError, match="prompt_words: prompt: expected words of the foreground after those of the ba"
     ):
         prompt_words(tokenizer, "a beach", "a beach ")
+    with pytest.raises(ValueError, match="prompt_words: background: expected words that end where one of 'a beach a"):
+        prompt_words(tokenizer, "a be", "a beach a cat runs")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"weight": 2.0}, "weight: expected a number from 0 to 1, got 2.0"),
+        ({"weight": "a"}, "weight: expected a number"),
+        ({"start": -1}, "start: expected an integer of at least 0"),
+        ({"start": 12}, "decay: expected an integer of at least 12, got 11"),
+        ({"end": 11}, "end: expected an integer of at least 12, got 11"),
+    ],
+)
+def test_merge_weights_that_cannot_be_are_refused(given, message):
+    with pytest.raises(ValueError, match=f"merge_weights: {message}"):
+        merge_weights(**given)
+
+
+def test_processors_that_were_replaced_are_refused_by_name():
+    pipe = pipeline()
+    with pytest.warns(RuntimeWarning, match="were replaced"), CharaConsist(pipe, **SETTINGS) as chara:
+        with chara.keep(WORDS):
+            call(pipe, IDENTITY)
+        pipe.transformer.set_attn_processor(FluxAttnProcessor())
+        with pytest.raises(ValueError, match="pipe: expected the processors that the block installed, got FluxAttn"):
+            with chara.search(FRAME_WORDS):
+                call(pipe, FRAMES)

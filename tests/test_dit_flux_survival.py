@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from diffusers import AutoencoderTiny, FirstBlockCacheConfig, FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from model_changes import OFFLOADS
 from peft import LoraConfig, inject_adapter_in_model
 from tiny_flux import (
@@ -141,6 +142,18 @@ def test_nothing_in_the_models_is_changed_by_a_call():
     assert pipe.transformer.attn_processors == before
 
 
+def test_processors_replaced_during_a_call_are_warned_of_once():
+    pipe = fresh()
+
+    def replace(pipe, step, *_):
+        if pipe.stage == "retouch":
+            pipe.transformer.set_attn_processor(FluxAttnProcessor())
+
+    with pytest.warns(RuntimeWarning, match="attention processors were replaced") as caught:
+        whole(pipe, callback_on_step_end=replace, retouch_start=0)
+    assert sum("were replaced" in str(w.message) for w in caught) == 1
+
+
 def test_only_the_named_adapters_personalize():
     model = with_lora(transformer(), "subject", "style")
     pipe = fresh(transformer=model, personalized_adapters="subject")
@@ -178,6 +191,8 @@ def test_a_pipeline_comes_from_another_in_its_dtype():
     with pytest.raises(ValueError, match=r"from_pipe: dtype: expected a dtype, .*encoder torch.float32, .*bfloat16"):
         FluxLayoutRetouchPipeline.from_pipe(stock, personalized_transformer=transformer(1))
     assert stock.text_encoder.dtype == torch.float32
+    with pytest.raises(TypeError, match="personalized_transformer: expected a FluxTransformer2DModel or None, got str"):
+        FluxLayoutRetouchPipeline.from_pipe(stock, personalized_transformer="x")
     stock.to(torch.bfloat16)
     personal = transformer(1).to(torch.bfloat16)
     pipe = FluxLayoutRetouchPipeline.from_pipe(stock, personalized_transformer=personal)

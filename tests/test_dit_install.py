@@ -1,15 +1,20 @@
 """The one line that lets a transformer read its cached references in place, on every model that has them."""
 
+import copy
+import pickle
+import warnings
+
 import pytest
 import test_dit_glm_image
 import test_dit_wan_animate2
 import tiny_flux2
 import tiny_qwen_image21
 import torch
+from diffusers import Flux2KleinKVPipeline, Flux2KleinPipeline
 from model_changes import randn
 
 from lr_kernels import Source
-from lr_kernels.diffusers import TransformerReferenceBank, use_cached_references
+from lr_kernels.diffusers import TransformerReferenceBank, extract_references, use_cached_references
 from lr_kernels.diffusers.dit.cached.bank import model_of
 from lr_kernels.diffusers.dit.cached.install import reference_layers
 from lr_kernels.diffusers.processors.unet import OwnProcessor
@@ -72,3 +77,48 @@ def test_only_the_model_whose_cached_keys_stand_alone_takes_a_bank(model):
     message = f"bank: expected None for this model, got a bank for {type(model).__name__}"
     with pytest.raises(NotImplementedError, match=message):
         use_cached_references(model, bank)
+
+
+def test_processors_that_a_second_pipeline_replaces_are_warned_of_once():
+    """The constructor of Flux2KleinKVPipeline gives its transformer new processors."""
+    pipe = tiny_flux2.pipeline()
+    before = tiny_flux2.generate(pipe)
+    installation = use_cached_references(pipe.transformer, extract_references(pipe, tiny_flux2.references()))
+    Flux2KleinKVPipeline.from_pipe(pipe)
+    with pytest.warns(RuntimeWarning, match="4 of 4 attention processors were replaced") as caught:
+        assert torch.equal(tiny_flux2.generate(pipe), before)
+        installation.remove()
+    assert sum("were replaced" in str(w.message) for w in caught) == 1
+    assert not pipe.transformer._forward_pre_hooks
+
+
+def test_a_warning_that_is_an_error_does_not_keep_the_model_from_being_restored(model):
+    before = processors_of(model)
+    installation = use_cached_references(model)
+    name, layer = next(iter(installation.layers.items()))
+    layer.set_processor(installation.previous[name])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RuntimeWarning, match="were replaced"):
+            installation.remove()
+    assert processors_of(model) == before and not model._forward_pre_hooks
+
+
+def test_references_that_the_target_sees_are_refused_while_a_bank_is_read():
+    pipe, images = tiny_flux2.pipeline(), tiny_flux2.references()
+    bank = extract_references(pipe, images)
+    plain = Flux2KleinPipeline(pipe.scheduler, pipe.vae, None, None, pipe.transformer)
+    plain.set_progress_bar_config(disable=True)
+    call = dict(seed=2, steps=1, guidance_scale=1.0)
+    with use_cached_references(pipe.transformer, bank):
+        tiny_flux2.generate(plain, **call)
+        with pytest.raises(NotImplementedError, match="img_ids: expected the target's tokens alone while a bank"):
+            tiny_flux2.generate(plain, image=images, **call)
+    tiny_flux2.generate(plain, image=images, **call)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_made_meanwhile_does_not_watch_over_the_model(model, copied):
+    with use_cached_references(model):
+        other = copied(model)
+    assert all(hook._call is None for hook in other._forward_pre_hooks.values()) and not model._forward_pre_hooks

@@ -268,6 +268,24 @@ def test_a_pipeline_with_diffusers_own_mask_processor(pipe):
     assert not torch.allclose(masked, stock, atol=1e-3)
 
 
+@pytest.mark.parametrize("size", [(96, 64), (64, 64), (128, 48)])
+@pytest.mark.fault(number=16)
+def test_a_mask_of_another_picture_with_as_many_tokens_is_refused(pipe, size):
+    """4 x 6 tokens, which a mask of another ratio could cover as 6 x 4 or 8 x 3."""
+    message = f"or in that ratio, got {size[0]} x {size[1]} for 4 x 6 tokens"
+    with use_ip_adapter_masks(pipe), pytest.raises(ValueError, match=message):
+        generate(pipe, torch.ones(1, *size))
+
+
+def test_an_adapter_loaded_anew_meanwhile_is_warned_of():
+    model = loaded()
+    with pytest.warns(RuntimeWarning, match="1 of 1 attention processors were replaced .* now FluxIPAdapterAttn"):
+        with use_ip_adapter_masks(model):
+            model._load_ip_adapter_weights([weights(0)])
+            predict(model, arguments(masks=torch.ones(1, 64, 64)))
+    assert type(model.transformer_blocks[0].attn.processor) is FluxIPAdapterAttnProcessor
+
+
 def test_unloading_meanwhile_leaves_stock_layers():
     copy = loaded()
     pipe = flux_pipeline(copy)
@@ -335,7 +353,7 @@ def test_every_grid_is_that_of_a_patch_size_and_there_is_one():
         (torch.ones(2, 64, 64), ValueError, "ip_adapter_masks: expected 1 masks, one per adapter, got 2"),
         ([torch.ones(1, 2, 64, 64)], ValueError, r"masks\[0\]: expected shape \(1 or 2, 1, height, width\), 1 being"),
         ([torch.ones(3, 1, 64, 64)], ValueError, r"ip_adapter_masks\[0\]: expected shape \(1 or 2, 1, height, width\)"),
-        ([torch.ones(1, 1, 64, 128)], ValueError, "or in that ratio, got 64 x 128 for 16 tokens"),
+        ([torch.ones(1, 1, 64, 128)], ValueError, "or in that ratio, got 64 x 128 for 4 x 4 tokens"),
         (torch.full((1, 64, 64), 255, dtype=torch.uint8), TypeError, "a tensor of bools or of floats .* torch.uint8"),
         (
             torch.full((1, 64, 64), 255.0),

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..interop import attend, attend_with_lse, refuse_unless_off
 from ..runtime.checks import fail
-from .processors.install import install_processors
+from .processors.install import check_model, install_processors
 from .processors.joint import CustomSD3AttnProcessor, joint_attention, joint_processors
 
 NAME = "lr_kernels"
@@ -92,7 +92,9 @@ def use_attention_backend(model: nn.Module) -> Iterator[nn.Module]:
     Raises:
         ValueError: a model none of whose attention layers is of these kinds; the message says what serves it.
         NotImplementedError: a layer of SD3 whose processor is an IP-Adapter's or one of fused projections.
+        TypeError: no model.
     """
+    check_model("use_attention_backend", "model", model)
     register_attention_backend()
     layers = {
         name: module for name, module in model.named_modules() if isinstance(module, (Attention, AttentionModuleMixin))

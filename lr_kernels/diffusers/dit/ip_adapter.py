@@ -1,6 +1,8 @@
 """`ip_adapter_masks` for Flux: diffusers hands them to the layers of a loaded IP-Adapter, which ignore them."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from diffusers.models.transformers.transformer_flux import (
@@ -15,7 +17,7 @@ from ...attention.api import multi_source_attention
 from ...runtime.checks import fail
 from ...runtime.schemas import MAX_SOURCES
 from ...source import Source
-from ..processors.install import Installation, install_processors
+from ..processors.install import Installation, check_model, install_processors
 from ..processors.joint import (
     JointAttention,
     JointProcessor,
@@ -42,10 +44,11 @@ def use_ip_adapter_masks(model: nn.Module, attention: JointAttention | None = No
         The installation, also a context manager: `remove()`, or the end of a `with` block, restores the model.
 
     Raises:
-        ValueError: a model without an IP-Adapter of Flux.
+        ValueError: a model without an IP-Adapter of Flux. TypeError: no model and no pipeline.
         NotImplementedError: with `attention`, another layer whose processor is not stock.
     """
     model = getattr(model, "transformer", model)
+    check_model("use_ip_adapter_masks", "model", model)
     layers = joint_attention_layers(model)
     adapters = {
         name: layer
@@ -57,13 +60,28 @@ def use_ip_adapter_masks(model: nn.Module, attention: JointAttention | None = No
         hint = "call load_ip_adapter() first, and remove() an earlier installation"
         expected = "a Flux transformer with a loaded IP-Adapter"
         fail("use_ip_adapter_masks", "model", expected, f"{type(model).__name__} without one", hint)
-    processors: dict[str, JointProcessor] = {
+    masked = {
         name: MultiSourceFluxIPAdapterAttnProcessor(layer.processor, attention) for name, layer in adapters.items()
     }
     if attention is None:
-        return install_processors(adapters, processors)
-    others = {name: layer for name, layer in layers.items() if name not in adapters}
-    return install_processors(layers, processors | joint_processors(others, attention))
+        installation = install_processors(adapters, masked)
+    else:
+        others = {name: layer for name, layer in layers.items() if name not in adapters}
+        installation = install_processors(layers, {**masked, **joint_processors(others, attention)})
+    last: Tensor | None = None
+
+    def give_grid(inputs: Mapping[str, Any]) -> None:
+        nonlocal last
+        ids = inputs.get("img_ids")
+        if ids is None or ids is last:  # a call has one tensor for all steps: on a GPU, one synchronization
+            return
+        last = ids
+        rows, columns = (int(x) + 1 for x in ids.reshape(-1, 3)[:, 1:].amax(0))
+        for processor in masked.values():
+            processor.grid = rows, columns
+
+    installation.before_passes(model, give_grid)
+    return installation
 
 
 class MultiSourceFluxIPAdapterAttnProcessor(JointProcessor, FluxIPAdapterAttnProcessor, FluxAttnProcessor):
@@ -81,9 +99,10 @@ class MultiSourceFluxIPAdapterAttnProcessor(JointProcessor, FluxIPAdapterAttnPro
         a list with an entry per adapter: (1 or B, images, height, width), one mask per image, or None, which lets this
             adapter's images act everywhere, in one softmax.
 
-    A mask belongs to the whole picture, in any resolution: the N tokens form the grid of rows x columns = N that square
-    patches of some size make of its height and width, with less than a patch left over. There is at most one; another
-    mask is refused. A token's weight is the mean of the mask over its patch.
+    A mask belongs to the whole picture, in any resolution: square patches of some size make the rows and columns of the
+    picture's tokens of its height and width, with less than a patch left over; another mask is refused. A token's
+    weight is the mean of the mask over its patch. Where `grid` is not set, as in a pass that is being compiled, the
+    tokens form the only rows x columns = N that do so, and a mask is refused where there are none.
 
     Args:
         adapter: the processor that diffusers loaded. Its to_k_ip, to_v_ip and scale are used and stay its own, under
@@ -98,6 +117,8 @@ class MultiSourceFluxIPAdapterAttnProcessor(JointProcessor, FluxIPAdapterAttnPro
     """
 
     adapter: FluxIPAdapterAttnProcessor | None
+    grid: tuple[int, int] | None = None
+    """(rows, columns) of the image's tokens; `use_ip_adapter_masks` sets it before each pass"""
 
     def __init__(self, adapter: FluxIPAdapterAttnProcessor | None = None, attention: JointAttention | None = None):
         nn.Module.__init__(self)
@@ -140,6 +161,11 @@ class MultiSourceFluxIPAdapterAttnProcessor(JointProcessor, FluxIPAdapterAttnPro
         of_text, out = self.attend_rotated(text, image, image_rotary_emb)
         return attn.to_out[1](attn.to_out[0](out)), attn.to_add_out(of_text), of_images
 
+    def _grid_of(self, tokens: int) -> tuple[int, int] | None:
+        """The grid of the pass, where it is known and is that of one image."""
+        known = self.grid is not None and not torch.compiler.is_compiling() and math.prod(self.grid) == tokens
+        return self.grid if known else None
+
     def _of_images(self, tokens: Tokens, images: list[Tensor] | None, masks: Masks | None) -> Tensor:
         """The adapters' result (B, N, H * D) for the image's tokens before RoPE; images: (B, images, tokens, channels)
         of each adapter."""
@@ -157,7 +183,7 @@ class MultiSourceFluxIPAdapterAttnProcessor(JointProcessor, FluxIPAdapterAttnPro
             if mask is None:
                 sources.append(Source(key.flatten(1, 2), value.flatten(1, 2), softmax_group=len(sources), weight=scale))
                 continue
-            at_tokens = _at_tokens(op, mask, query.shape[1]).to(query.device)
+            at_tokens = _at_tokens(op, mask, query.shape[1], self._grid_of(query.shape[1])).to(query.device)
             weights = scale * at_tokens.expand(len(query), -1, -1)
             for of_key, of_value, weight in zip(key.unbind(1), value.unbind(1), weights.unbind(1)):
                 sources.append(Source(of_key, of_value, softmax_group=len(sources), weight=weight))
@@ -191,11 +217,16 @@ def _masks_per_adapter(op: str, masks: Masks, counts: list[int], batch: int) -> 
     return list(masks)
 
 
-def _at_tokens(op: str, mask: Tensor, tokens: int) -> Tensor:
-    """The mask (R, images, height, width) at the image's tokens, float32 (R, images, tokens)."""
-    grid = token_grid(tokens, *mask.shape[2:])
-    if grid is None:
-        got = f"{mask.shape[2]} x {mask.shape[3]} for {tokens} tokens"
+def _at_tokens(op: str, mask: Tensor, tokens: int, known: tuple[int, int] | None) -> Tensor:
+    """The mask (R, images, height, width) at the image's tokens, float32 (R, images, tokens).
+
+    Args:
+        known: (rows, columns) of the tokens; None: those that the mask's ratio gives.
+    """
+    grid = token_grid(tokens, *mask.shape[2:]) if known is None else known
+    if grid is None or not in_ratio(*grid, *mask.shape[2:]):
+        of = f"{tokens} tokens" if known is None else f"{known[0]} x {known[1]} tokens"
+        got = f"{mask.shape[2]} x {mask.shape[3]} for {of}"
         fail(op, "ip_adapter_masks", "masks of the picture's height and width, or in that ratio", got)
     means = F.adaptive_avg_pool2d(mask.float(), grid).flatten(2)
     if means.device.type == "cpu" and means.numel() and not torch.compiler.is_compiling():  # elsewhere it synchronizes

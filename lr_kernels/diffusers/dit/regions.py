@@ -9,6 +9,7 @@ from ...attention.api import multi_source_attention
 from ...attention.plan import plan_attention
 from ...runtime.checks import check_integer, check_pair, fail
 from ...source import Source
+from ..processors.bank_values import check_device
 from ..processors.joint import Tokens
 from ..processors.routing import in_ratio, token_mask
 
@@ -108,7 +109,8 @@ class Regions:
         return cls(text, (inside * bits[:, None]).sum(1, dtype=torch.uint8), apart)
 
     def to(self, device: torch.device | str) -> "Regions":
-        """The regions on another device; these where they are there already."""
+        """The regions on another device; these where they are there already. ValueError: a device that is none."""
+        check_device("Regions.to", device)
         text = self.text.to(device)
         return self if text is self.text else Regions(text, self.image.to(device), self.apart)
 

@@ -63,9 +63,9 @@ class RetouchStage(PersonalizedPipeline):
     ) -> ReferenceBank:
         """What the references contribute to the retouch stage: keys and values of every layer and step that shares.
 
-        Pass it as `reference_bank` to any number of calls with the same size and number of steps, the same range of
-        steps and layers or a part of them, with or without guidance and with the same `stock` as here; `save` keeps it
-        for other processes. Arguments as in `__call__`, and storage, limit, dtype as in `ReferenceBank`.
+        Pass it as `reference_bank` to any number of calls with the same size, number of steps and use of guidance, the
+        same range of steps and layers or a part of them, and with the same `stock` as here; `save` keeps it for other
+        processes. Arguments as in `__call__`, and storage, limit, dtype as in `ReferenceBank`.
         """
         request = build_request(
             self,

@@ -32,6 +32,8 @@ def check_file(op: str, path: str | PathLike) -> None:
         fail(op, "path", "the path of a file", type(path).__name__)
     if Path(path).is_dir():
         fail(op, "path", "a safetensors file", f"{path}: a folder")
+    if Path(path).exists() and not Path(path).is_file():
+        fail(op, "path", "a safetensors file", f"{path}: a device or pipe")
 
 
 def check_device(op: str, device: str | torch.device, argument: str = "device") -> None:

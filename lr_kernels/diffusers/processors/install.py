@@ -2,9 +2,11 @@
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral
+from typing import Any
 
+import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, JointAttnProcessor2_0
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
@@ -12,7 +14,7 @@ from diffusers.models.transformers.transformer_flux2 import Flux2AttnProcessor, 
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 from torch import Tensor, nn
 
-from ...runtime.checks import fail
+from ...runtime.checks import check_choice, fail
 from .unet import OwnProcessor
 
 _STOCK = (
@@ -29,7 +31,12 @@ def attention_layers(unet: nn.Module, kind: str) -> dict[str, Attention]:
 
     They come in the order of execution, down, mid, up, in which methods count them. (A UNet registers its parts as
     down, up, mid.)
+
+    Raises:
+        ValueError: another kind. TypeError: no model.
     """
+    check_choice("attention_layers", "kind", kind, ("self", "cross"))
+    check_model("attention_layers", "unet", unet)
     unet = getattr(unet, "_orig_mod", unet)  # torch.compile wraps the module and renames its children
     found = {
         name: module
@@ -40,6 +47,14 @@ def attention_layers(unet: nn.Module, kind: str) -> dict[str, Attention]:
     }
     places = {part: place for place, part in enumerate(_EXECUTION)}
     return dict(sorted(found.items(), key=lambda item: places.get(item[0].split(".")[0], len(places))))
+
+
+def check_model(op: str, argument: str, model: object) -> None:
+    """TypeError for what is no model; a pipeline is told which of its parts is."""
+    if not isinstance(model, nn.Module):
+        parts = [name for name in ("transformer", "unet") if hasattr(model, name)]
+        hint = f"pass pipe.{parts[0]}" if parts else ""
+        fail(op, argument, "a model, torch.nn.Module", type(model).__name__, hint, TypeError)
 
 
 def layer_scale(unet: UNet2DConditionModel, name: str) -> int:
@@ -141,26 +156,56 @@ class Installation:
                 stacklevel=3,
             )
 
+    def before_passes(self, model: nn.Module, call: Callable[[Mapping[str, Any]], None] | None = None) -> None:
+        """Before each pass of the model, until `remove`: `verify`, then the call with the pass's keyword arguments.
+        Passes that are being compiled do without."""
+
+        def before(inputs: Mapping[str, Any]) -> None:
+            self.verify()
+            if call is not None:
+                call(inputs)
+
+        whole = getattr(model, "_orig_mod", model)
+        self.also_undo.callback(whole.register_forward_pre_hook(_BeforePass(before), with_kwargs=True).remove)
+
     def remove(self) -> None:
-        """Put the previous processors back, except where something else has taken the place since.
+        """Put the previous processors back, except where something else has taken the place since: a warning, where
+        `verify` gave none yet.
 
         A processor of this package that was replaced becomes stock for good: what replaced it may bring it back, as
         unfuse_qkv_projections() does.
         """
-        self.also_undo.close()
-        while self.layers:
-            name, layer = self.layers.popitem()
-            ours = self.processors[name]
-            if layer.processor is not ours and isinstance(ours, OwnProcessor):
-                ours.make_stock()
-            if layer.processor is ours or type(layer.processor) is type(ours):
-                layer.set_processor(self.previous[name])
+        try:
+            self.verify()
+        finally:  # a user may have made warnings errors
+            self.also_undo.close()
+            while self.layers:
+                name, layer = self.layers.popitem()
+                ours = self.processors[name]
+                if layer.processor is not ours and isinstance(ours, OwnProcessor):
+                    ours.make_stock()
+                if layer.processor is ours or type(layer.processor) is type(ours):
+                    layer.set_processor(self.previous[name])
 
     def __enter__(self) -> "Installation":
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.remove()
+
+
+class _BeforePass:
+    """A hook of a model. Copies of the model, by deepcopy or pickle, have one that does nothing."""
+
+    def __init__(self, call: Callable[[Mapping[str, Any]], None] | None = None):
+        self._call = call
+
+    def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self._call is not None and not torch.compiler.is_compiling():
+            self._call(kwargs)
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return _BeforePass, ()
 
 
 def check_stock(
@@ -195,7 +240,7 @@ def install_processors(
             it.
 
     Raises:
-        ValueError: no layers.
+        ValueError: no layers. KeyError: a layer for which there is no processor.
         NotImplementedError: a layer has a processor that is not stock (IP-Adapter, attention slicing, fused
             projections). Replacing it would change what the model computes.
 

@@ -2,7 +2,7 @@
 are two sources."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from diffusers.models.attention_processor import (
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from ...attention.api import multi_source_attention
 from ...runtime.checks import fail
 from ...source import Source
-from .install import check_stock
+from .install import check_model, check_stock
 from .unet import OwnProcessor, refuse_context_parallelism, refuse_mask
 
 JointLayer: TypeAlias = Attention | FluxAttention | Flux2Attention | Flux2ParallelSelfAttention
@@ -49,8 +49,9 @@ def joint_attention_layers(model: nn.Module) -> dict[str, JointLayer]:
     IP-Adapter's or one of fused projections.
 
     Raises:
-        ValueError: a model without such layers.
+        ValueError: a model without such layers. TypeError: no model.
     """
+    check_model("joint_attention_layers", "model", model)
     model = getattr(model, "_orig_mod", model)  # torch.compile wraps the module and renames its children
     layers = {
         name: module
@@ -99,12 +100,18 @@ def shared_joint_attention(
         strength: logits of the other row get this added, () or (B,).
         text_tokens: where text and image are one stream, as in Flux's single blocks: how many of the first tokens are
             text. They are not shared, and read what they read anyway.
+
+    Raises:
+        ValueError: more text tokens than there are, or fewer than none.
     """
     if text is not None:
         own = [Source(text.key, text.value, key_mask=text.mask), Source(image.key, image.value)]
         read = multi_source_attention(text.query, own)
         shared = Source(image.key, image.value, rows, logit_bias=strength)
         return read, multi_source_attention(image.query, [*own, shared])
+    if not 0 <= text_tokens < image.query.shape[1]:
+        expected = f"from 0 to fewer than the stream's {image.query.shape[1]} tokens"
+        fail("shared_joint_attention", "text_tokens", expected, text_tokens)
     key, value = (x[:, text_tokens:] for x in (image.key, image.value))
     own = [Source(image.key, image.value)]
     queries = image.query.split([text_tokens, image.query.shape[1] - text_tokens], 1)
@@ -199,7 +206,11 @@ class JointProcessor(OwnProcessor):
     def attend(self, text: Tokens | None, image: Tokens) -> tuple[Tensor | None, Tensor]:
         """The function's results, checked, with heads side by side, (B, N, H * D) in the queries' dtypes: of the text,
         None where both are one stream, and of the image."""
-        of_text, of_image = (self.attention or joint_attention)(text, image)
+        results: Any = (self.attention or joint_attention)(text, image)
+        if not isinstance(results, tuple | list) or len(results) != 2:
+            expected = "(result of the text or None, result of the image) from it"
+            fail(type(self).__name__, "attention", expected, type(results).__name__, error=TypeError)
+        of_text, of_image = results
         found = self._side_by_side("image", of_image, image)
         return None if text is None else self._side_by_side("text", of_text, text), found
 
@@ -401,8 +412,12 @@ def joint_processors(
 
     Raises:
         ValueError: a layer without text and image tokens.
+        TypeError: an `attention` that is no function.
         NotImplementedError: a layer whose processor is not stock, as an IP-Adapter's.
     """
+    if attention is not None and not callable(attention):
+        expected = "a function of (text, image), or None"
+        fail("joint_processors", "attention", expected, type(attention).__name__, error=TypeError)
     check_stock(layers)
     found = {}
     for name, layer in layers.items():

@@ -20,7 +20,7 @@ from ....runtime.checks import check_choice, fail
 from ....runtime.platform import KERNEL_DTYPES
 from ....source import Source
 from ...processors.bank_values import EIGHT_BITS, check_device
-from .bank_files import FORMAT, check_sources, read_bank, tensors_of
+from .bank_files import FORMAT, check_sources, is_model, read_bank, tensors_of
 
 _OP = "TransformerReferenceBank"
 
@@ -40,10 +40,13 @@ class TransformerReferenceBank:
         rotated: whether RoPE has been applied to the keys. A bank of keys before RoPE is placed before it is read.
 
     Raises:
-        ValueError: layers that do not fit each other.
+        ValueError: layers that do not fit each other, each field named; a model or `rotated` of another type.
     """
 
     def __init__(self, sources: Mapping[str, Source], *, model: str, ids: Tensor, rotated: bool = True):
+        if not is_model(model):
+            fail(_OP, "model", "what model_of() says of the transformer", repr(model))
+        check_choice(_OP, "rotated", rotated, (True, False))
         check_sources(_OP, sources, ids)
         self._hold(sources, model, ids, rotated)
 
@@ -127,6 +130,7 @@ class TransformerReferenceBank:
         expected = len(self.ids), len(rope.axes_dim)
         if not isinstance(ids, Tensor) or tuple(ids.shape) != expected:
             fail(op, "ids", f"a tensor {expected}", tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__)
+        ids = ids.float()
         found = {}
         for name, source in self.sources.items():
             key = _floats(source)[0]

@@ -34,6 +34,8 @@ def check_sources(op: str, sources: Mapping[str, Source], ids: Tensor, where: st
         where: the file, for messages.
     """
     where = f" in {where}" if where else ""
+    if not isinstance(sources, Mapping):
+        fail(op, "sources", f"a mapping from layers to their Source{where}", type(sources).__name__)
     if not sources:
         fail(op, "layers", f"keys and values of at least one layer{where}", "none")
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.dtype != torch.float32 or ids.numel() == 0:
@@ -41,6 +43,15 @@ def check_sources(op: str, sources: Mapping[str, Source], ids: Tensor, where: st
         fail(op, "ids", f"fp32 (tokens, axes){where}", got)
     if not bool(ids.isfinite().all()):
         fail(op, "ids", f"finite positions{where}", "NaN or infinity")
+    for layer, source in sources.items():
+        if not _is_layer(layer):
+            fail(op, "layers", f"names of modules, up to {_LONGEST} characters{where}", _short(str(layer)))
+        if not isinstance(source, Source):
+            fail(op, layer, f"a Source{where}", type(source).__name__)
+        for field in _FIELDS:
+            x = getattr(source, field)
+            if not isinstance(x, Tensor) and (x is not None or not field.endswith("_scale")):
+                fail(op, f"{layer}.{field}", f"a tensor{where}", type(x).__name__)
     first = next(iter(sources.values())).key
     rows, dtype, device = first.shape[0] if first.dim() == 4 else 1, first.dtype, first.device
     tokens = len(ids)
@@ -87,7 +98,7 @@ def read_bank(path: str | PathLike) -> tuple[dict[str, Source], dict[str, str], 
     layers: dict[str, dict[str, Tensor]] = {}
     for name, x in tensors.items():
         layer, _, field = name.rpartition(".")
-        if field not in _FIELDS or not layer or len(layer) > _LONGEST or not layer.replace(".", "_").isidentifier():
+        if field not in _FIELDS or not _is_layer(layer):
             fail(op, _short(name), f"<layer>.key, .value, .key_scale or .value_scale in {path}", "another name")
         layers.setdefault(layer, {})[field] = x
     for layer, fields in layers.items():
@@ -99,6 +110,16 @@ def read_bank(path: str | PathLike) -> tuple[dict[str, Source], dict[str, str], 
     return sources, about, ids
 
 
+def _is_layer(name: object) -> bool:
+    """Whether it can be the name of a module in a model."""
+    return isinstance(name, str) and 0 < len(name) <= _LONGEST and name.replace(".", "_").isidentifier()
+
+
+def is_model(name: object) -> bool:
+    """Whether it can say which transformer a bank belongs to."""
+    return isinstance(name, str) and 0 < len(name) <= _LONGEST and name.isprintable()
+
+
 def _check_about(op: str, path: str | PathLike, about: Mapping[str, str]) -> None:
     """ValueError unless the metadata is that of a bank."""
     if about.get("format") != FORMAT:
@@ -107,7 +128,7 @@ def _check_about(op: str, path: str | PathLike, about: Mapping[str, str]) -> Non
     for name in sorted({*about, *_ABOUT}):
         if name not in about or name not in _ABOUT:
             fail(op, _short(name), f"{', '.join(_ABOUT)} in {path}", "another field" if name in about else "none")
-    if not 0 < len(about["model"]) <= _LONGEST or not about["model"].isprintable():
+    if not is_model(about["model"]):
         fail(op, "model", f"a transformer's class and digest in {path}", _short(about["model"]))
     if about["rotated"] not in (json.dumps(True), json.dumps(False)):
         fail(op, "rotated", f"true or false in {path}", _short(about["rotated"]))

@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline, Flux2KleinKVPipeline
 from PIL import Image
 from torch import Tensor
 
-from ....runtime.checks import fail
+from ....runtime.checks import check_choice, fail
 from ....source import Source
 from .bank import TransformerReferenceBank, model_of
 from .install import reference_layers, use_cached_references
@@ -27,7 +27,8 @@ def extract_references(
 
     In Flux.2 klein with cached references they depend on nothing else: references see only themselves, at a fixed
     timestep. A call that reads the bank gives the images that one with these `image`s gives, to rounding, whatever
-    prompt, seed, size and number of steps, and without the first step's pass over the references.
+    prompt, seed, size and number of steps, and without the first step's pass over the references. (Without a height and
+    width, a call takes its pipeline's default; with `image`s it would take the size of the first.)
 
     Args:
         pipeline: a Flux2KleinKVPipeline. image: the references, as the pipeline takes them; several see each other.
@@ -37,7 +38,7 @@ def extract_references(
         NotImplementedError: another pipeline. Their calls need the reference images for more than these keys
             (GLM-Image, Wan-Animate 2) or compute them in one prefix with the prompt (Qwen-Image 2.1); in Flux Kontext,
             Qwen-Image-Edit and Flux.2 without a cache the references see the target, and have no keys of their own.
-        ValueError: an image that is none; no image.
+        ValueError: an image that is none, or smaller than the pipeline takes; no image; another `rotated`.
     """
     if not isinstance(pipeline, Flux2KleinKVPipeline):
         hint = "other pipelines need the images in every call"
@@ -47,6 +48,7 @@ def extract_references(
         one = isinstance(images, str) or not isinstance(images, Sequence)
         got = type(image).__name__ if one else [type(x).__name__ for x in images]
         fail(_OP, "image", "a PIL image or a list of them", got)
+    check_choice(_OP, "rotated", rotated, (True, False))
     model, device = pipeline.transformer, pipeline._execution_device
     if not reference_layers(model):
         hint = "call remove() of the installation that replaced them"
@@ -83,7 +85,10 @@ def extract_references(
 def _prepared(pipeline: Flux2KleinKVPipeline, image: Image.Image) -> Tensor:
     """An image as the pipeline's own call prepares it: at most a megapixel, sides that the latents' patches divide."""
     processor, side = pipeline.image_processor, pipeline.vae_scale_factor * 2
-    processor.check_image_input(image)
+    try:
+        processor.check_image_input(image)
+    except ValueError as error:  # the pipeline's own limits
+        fail(_OP, "image", "one that the pipeline takes", f"{image.width} x {image.height} pixels", str(error))
     if image.width * image.height > _LARGEST:
         image = processor._resize_to_target_area(image, _LARGEST)
     width, height = image.width // side * side, image.height // side * side

@@ -33,29 +33,39 @@ _INPUTS = ("hidden_states", "encoder_hidden_states", "pooled_projections", "time
 
 def merge_weights(weight: float = 0.8, start: int = 1, decay: int = 11, end: int = 31) -> list[float]:
     """The weights of adaptive token merge in steps 0 to end - 1: 0 before `start`, then `weight`, and from `decay` on
-    half a cosine down to 0. The defaults are the paper's code's, for 50 steps."""
+    half a cosine down to 0. The defaults are the paper's code's, for 50 steps.
+
+    Raises:
+        ValueError: a weight outside of 0 to 1; steps that are not in the order start <= decay < end.
+    """
+    check_number("merge_weights", "weight", weight, "a number from 0 to 1", 0, 1)
+    for name, step, lowest in (("start", start, 0), ("decay", decay, start), ("end", end, decay + 1)):
+        check_integer("merge_weights", name, step, lowest, f"an integer of at least {lowest}")
     falling = (weight / 2 * (1 + math.cos(math.pi * i / (end - decay))) for i in range(end - decay))
     return [*[0.0] * start, *[weight] * (decay - start), *falling]
 
 
 def prompt_words(tokenizer: Any, background: str, prompt: str) -> tuple[int, int]:
     """How many tokens describe the background, and how many there are: the `words` of a prompt, which begins with the
-    words of its background.
+    words of its background: the first of its tokens are those of the background alone.
 
     Args:
         tokenizer: the one whose tokens the transformer attends to, `pipe.tokenizer_2`.
 
     Raises:
-        ValueError: a prompt that begins with other words, or has no others.
+        ValueError: a prompt that begins with other words, or has no others; a background that ends within a word.
     """
     if not isinstance(background, str) or not background.strip():
         fail("prompt_words", "background", "the words of the background", repr(background))
     if not isinstance(prompt, str) or not prompt.startswith(background):
         fail("prompt_words", "prompt", f"one that begins with {background!r}", repr(prompt))
-    of_background, all_words = (len(tokenizer(x, add_special_tokens=False).input_ids) for x in (background, prompt))
-    if of_background >= all_words:
+    of_background, all_words = (list(tokenizer(x, add_special_tokens=False).input_ids) for x in (background, prompt))
+    first = len(of_background)
+    if first >= len(all_words):
         fail("prompt_words", "prompt", "words of the foreground after those of the background", repr(prompt))
-    return of_background, all_words
+    if all_words[:first] != of_background:
+        fail("prompt_words", "background", f"words that end where one of {prompt!r} does", repr(background))
+    return first, len(all_words)
 
 
 class CharaConsist:
@@ -276,6 +286,10 @@ class CharaConsist:
         """Give each layer its task in this pass."""
         if self._phase is None:
             return
+        if replaced := self._installation.replaced():
+            hint = "begin the block anew after what replaced them, such as set_attn_processor() or load_ip_adapter()"
+            now = f"{type(self.layers[replaced[0]].processor).__name__} in {replaced[0]}"
+            fail(_OP, "pipe", "the processors that the block installed", now, hint)
         given = dict(zip(_INPUTS, args)) | kwargs
         (rows, tokens), text = given["hidden_states"].shape[:2], given["encoder_hidden_states"].shape[1]
         begins = self._step < 0

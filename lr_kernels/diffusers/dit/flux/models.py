@@ -76,8 +76,12 @@ class PersonalizedFluxPipeline(FluxPipeline):
         """Build the pipeline from the components of another one: `from_pipe(pipe, personalized_transformer=…)`.
 
         The components keep their dtype unless another one is given (diffusers casts them to float32). ValueError where
-        they have several and none is given.
+        they have several and none is given; TypeError for a personalized_transformer that is none.
         """
+        personalized = kwargs.get("personalized_transformer")
+        if personalized is not None and not isinstance(personalized, nn.Module):
+            op, got = f"{cls.__name__}.from_pipe", type(personalized).__name__
+            fail(op, "personalized_transformer", "a FluxTransformer2DModel or None", got, error=TypeError)
         expected, _ = cls._get_signature_keys(cls)
         # those of other classes than the signature says, as tiny autoencoders, would be left out
         kwargs = {name: x for name, x in pipeline.components.items() if name in expected} | kwargs
@@ -86,8 +90,7 @@ class PersonalizedFluxPipeline(FluxPipeline):
             if len(set(dtypes.values())) > 1:
                 got = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
                 hint = "pass dtype=, which casts them all, or the components to the class, which casts none"
-                op = "FluxLayoutRetouchPipeline.from_pipe"
-                fail(op, "dtype", "a dtype, since the components have several", got, hint)
+                fail(f"{cls.__name__}.from_pipe", "dtype", "a dtype, since the components have several", got, hint)
             kwargs["dtype"] = next(iter(dtypes.values()), None)
         return super().from_pipe(pipeline, **kwargs)
 

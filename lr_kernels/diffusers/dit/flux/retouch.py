@@ -11,7 +11,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ....runtime.checks import fail
-from ...processors.install import install_processors
+from ...processors.install import Installation, install_processors
 from ...subjects.foreground import WARM, foreground, warn_of_implausible
 from ...subjects.subject import SubjectTokens, TargetMasks
 from .attention import JointRouting, offset_rotary, retouch_layers, retouch_processors, route_joint, take_maps
@@ -126,6 +126,7 @@ class _Targets:
         self._sharing = retouch_layers(transformer, settings.retouch_layers, OP) if settings.share else {}
         self._mapped = retouch_layers(transformer, DOUBLE_BLOCKS, OP) if self._words is not None else {}
         self._processors = retouch_processors(self._sharing | self._mapped)
+        self._installation: Installation | None = None
         self._routing = self._route(masks.references) if settings.share else None
 
     def _route(self, references: Tensor) -> JointRouting:
@@ -144,10 +145,15 @@ class _Targets:
     def installed(self) -> AbstractContextManager:
         """While it lasts, the layers that share or are recorded have processors that do so."""
         layers = self._sharing | self._mapped
-        return install_processors(layers, self._processors) if layers else nullcontext()
+        if not layers:
+            return nullcontext()
+        self._installation = install_processors(layers, self._processors)
+        return self._installation
 
     def velocity(self, i: int, t: Tensor, latents: Tensor) -> Tensor:
         """What the model says in step i."""
+        if self._installation is not None:
+            self._installation.verify()
         shares = i in self._settings.share
         for name, processor in self._processors.items():
             routing = self._routing if shares and name in self._sharing else None
