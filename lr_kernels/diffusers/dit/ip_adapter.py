@@ -68,14 +68,8 @@ def use_ip_adapter_masks(model: nn.Module, attention: JointAttention | None = No
     else:
         others = {name: layer for name, layer in layers.items() if name not in adapters}
         installation = install_processors(layers, {**masked, **joint_processors(others, attention)})
-    last: Tensor | None = None
 
-    def give_grid(inputs: Mapping[str, Any]) -> None:
-        nonlocal last
-        ids = inputs.get("img_ids")
-        if ids is None or ids is last:  # a call has one tensor for all steps: on a GPU, one synchronization
-            return
-        last = ids
+    def give_grid(ids: Tensor, inputs: Mapping[str, Any]) -> None:
         rows, columns = (int(x) + 1 for x in ids.reshape(-1, 3)[:, 1:].amax(0))
         for processor in masked.values():
             processor.grid = rows, columns

@@ -156,14 +156,22 @@ class Installation:
                 stacklevel=3,
             )
 
-    def before_passes(self, model: nn.Module, call: Callable[[Mapping[str, Any]], None] | None = None) -> None:
-        """Before each pass of the model, until `remove`: `verify`, then the call with the pass's keyword arguments.
-        Passes that are being compiled do without."""
+    def before_passes(self, model: nn.Module, begin: Callable[[Tensor, Mapping[str, Any]], None] | None = None) -> None:
+        """Before each pass of the model, until `remove`: `verify`. Passes that are being compiled do without.
+
+        Args:
+            begin: called with the pass's `img_ids` and all its keyword arguments where the tensor is another one than
+                in the pass before. Pipelines have one for all steps, so that reading it synchronizes a GPU once.
+        """
+        last: Tensor | None = None
 
         def before(inputs: Mapping[str, Any]) -> None:
+            nonlocal last
             self.verify()
-            if call is not None:
-                call(inputs)
+            ids = inputs.get("img_ids")
+            if begin is not None and ids is not None and ids is not last:
+                begin(ids, inputs)
+                last = ids
 
         whole = getattr(model, "_orig_mod", model)
         self.also_undo.callback(whole.register_forward_pre_hook(_BeforePass(before), with_kwargs=True).remove)

@@ -1,6 +1,6 @@
 """The one line that lets a transformer read its cached references, or a bank's, where they lie."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from diffusers import WanAnimate2Transformer3DModel
@@ -65,7 +65,7 @@ def use_cached_references(model: nn.Module, bank: TransformerReferenceBank | Non
         if bank is not None:
             processor.reference = bank.sources[name]
     installation = put_processors(layers, processors)
-    installation.before_passes(model, None if bank is None else _refuse_other_references())
+    installation.before_passes(model, None if bank is None else _refuse_other_references)
     whole = getattr(model, "_orig_mod", model)
     if isinstance(whole, WanAnimate2Transformer3DModel):
         before, whole.block_masks = whole.block_masks, wan_animate2.NoBlockMasks()
@@ -73,22 +73,12 @@ def use_cached_references(model: nn.Module, bank: TransformerReferenceBank | Non
     return installation
 
 
-def _refuse_other_references() -> Callable[[Mapping[str, Any]], None]:
+def _refuse_other_references(ids: Tensor, inputs: Mapping[str, Any]) -> None:
     """NotImplementedError for a pass of Flux2 with references among its image's tokens: it would have a bank's, too."""
-    last: Tensor | None = None
-
-    def check(inputs: Mapping[str, Any]) -> None:
-        nonlocal last
-        ids = inputs.get("img_ids")
-        if ids is None or ids is last:  # a call has one tensor for all steps: on a GPU, one synchronization
-            return
-        if bool((ids[..., 0] != 0).any()) and inputs.get("kv_cache_mode") is None:
-            hint = "call the pipeline without reference images, or remove() the bank"
-            expected, got = "the target's tokens alone while a bank is read", "those of references besides"
-            fail("use_cached_references", "img_ids", expected, got, hint, NotImplementedError)
-        last = ids
-
-    return check
+    if inputs.get("kv_cache_mode") is None and bool((ids[..., 0] != 0).any()):
+        hint = "call the pipeline without reference images, or remove() the bank"
+        expected, got = "the target's tokens alone while a bank is read", "those of references besides"
+        fail("use_cached_references", "img_ids", expected, got, hint, NotImplementedError)
 
 
 def _check_bank(model: nn.Module, layers: dict[str, Any], bank: TransformerReferenceBank) -> None:
