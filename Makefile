@@ -64,7 +64,8 @@ sanitized: $(VENV)/.installed
 		--build-temp build/sanitize/objects --build-lib build/sanitize/lib
 sanitize: sanitized
 	$(EMULATOR) $(BIN)/python tests/emulated.py
-	$(EMULATOR) $(SANITIZED_PYTHON) -m pytest -p no:cacheprovider --capture=sys $(CURDIR)/tests/test_hopper.py $(CURDIR)/tests/test_hopper_eight_bit.py
+	$(EMULATOR) $(SANITIZED_PYTHON) -m pytest -p no:cacheprovider --capture=sys \
+		$(CURDIR)/tests/test_hopper.py $(CURDIR)/tests/test_hopper_eight_bit.py
 	$(SANITIZED_PYTHON) -m pytest -p no:cacheprovider --capture=sys -m "not fault(number=29) and not fault(number=44)" \
 		-k "not dataloader_worker" $(SANITIZED:%=$(CURDIR)/%)
 

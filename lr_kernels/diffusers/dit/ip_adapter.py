@@ -23,6 +23,7 @@ from ..processors.joint import (
     JointProcessor,
     Tokens,
     flux_tokens,
+    image_grid,
     joint_attention_layers,
     joint_processors,
 )
@@ -70,9 +71,9 @@ def use_ip_adapter_masks(model: nn.Module, attention: JointAttention | None = No
         installation = install_processors(layers, {**masked, **joint_processors(others, attention)})
 
     def give_grid(ids: Tensor, inputs: Mapping[str, Any]) -> None:
-        rows, columns = (int(x) + 1 for x in ids.reshape(-1, 3)[:, 1:].amax(0))
+        grid = image_grid(ids)
         for processor in masked.values():
-            processor.grid = rows, columns
+            processor.grid = grid
 
     installation.before_passes(model, give_grid)
     return installation

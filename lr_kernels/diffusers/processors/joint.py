@@ -120,6 +120,13 @@ def shared_joint_attention(
     return None, torch.cat(parts, 1)
 
 
+def image_grid(ids: Tensor) -> tuple[int, int]:
+    """(rows, columns) of the image's tokens in Flux, by their positions `img_ids` (N, 3) or (B, N, 3); it synchronizes
+    a GPU."""
+    rows, columns = (int(x) + 1 for x in (ids[0] if ids.dim() == 3 else ids)[:, 1:].amax(0))
+    return rows, columns
+
+
 def projected(
     x: Tensor, projections: tuple[nn.Module, ...], norms: tuple[nn.Module | None, ...], heads: tuple[int, int]
 ) -> Tokens:

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from ....runtime.checks import check_integer, check_number, check_pair, check_sequence, fail
 from ...processors.bank_values import check_device
 from ...processors.install import check_not_compiled, install_processors
-from ...processors.joint import joint_attention_layers
+from ...processors.joint import image_grid, joint_attention_layers
 from .attention import (
     FrameRouting,
     Points,
@@ -313,9 +313,7 @@ class CharaConsist:
         """Check the sizes of a run against what was given, and make the words' masks."""
         if self._phase == "keep" and rows != 1:
             fail(_OP, "pipe", "one identity image", f"{rows} images")
-        places = (ids[0] if ids.dim() == 3 else ids)[:, 1:]
-        lines, columns = (int(x) + 1 for x in places.amax(0))
-        self._grid = lines, columns
+        self._grid = lines, columns = image_grid(ids)
         if lines * columns != tokens:
             got = f"{tokens} tokens in a grid of {lines} x {columns}"
             fail(_OP, "pipe", "the tokens of one image", got, error=NotImplementedError)
