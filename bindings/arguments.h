@@ -216,7 +216,7 @@ class Call {
   struct Range {
     const char *begin, *end;
   };
-  static constexpr int kMaxTaken = 256;  // attention's backward pass: 16 sources with 12 tensors each, and 8 others
+  static constexpr int kMaxTaken = 256;  // attention's backward pass: 16 sources with 13 tensors each, and 8 others
 
   const char* op_;
   int32_t device_type_, device_;

@@ -7,35 +7,38 @@ namespace lr {
 namespace {
 
 void multi_source_attention(Tensor query, Tensors key, Tensors value, MaybeTensors rows, MaybeTensors key_index,
-                            MaybeTensors key_count, MaybeTensors value_index, MaybeTensors key_bias,
-                            MaybeTensors logit_scale, MaybeTensors logit_bias, MaybeTensor query_order,
-                            MaybeTensor class_start, std::vector<int64_t> softmax_group, MaybeTensors weight,
+                            MaybeTensors key_count, std::vector<int64_t> key_block, MaybeTensors key_range,
+                            MaybeTensors value_index, MaybeTensors key_bias, MaybeTensors logit_scale,
+                            MaybeTensors logit_bias, MaybeTensor query_order, MaybeTensor class_start,
+                            int64_t query_block, std::vector<int64_t> softmax_group, MaybeTensors weight,
                             MaybeTensors key_scale, MaybeTensors value_scale, double scale, Tensor out,
                             MaybeTensor lse) {
   Call call("multi_source_attention");
-  const Lists lists{key,      value,       rows,       key_index,  key_count,   value_index,
-                    key_bias, logit_scale, logit_bias, &key_scale, &value_scale};
-  AttentionParams p =
-      forward_params(call, query, lists, query_order, class_start, softmax_group, weight.data(), weight.size(), scale);
+  const Lists lists{key,         value,    rows,        key_index,  key_count,  key_block,   key_range,
+                    value_index, key_bias, logit_scale, logit_bias, &key_scale, &value_scale};
+  AttentionParams p = forward_params(call, query, lists, query_order, class_start, query_block, softmax_group,
+                                     weight.data(), weight.size(), scale);
   read_outputs(call, p, query.scalar_type(), out, lse);
   attention_cpu(p, torch_parallel());
 }
 
 void multi_source_attention_backward(Tensor grad_out, MaybeTensor grad_lse, Tensor query, Tensors key, Tensors value,
                                      MaybeTensors rows, MaybeTensors key_index, MaybeTensors key_count,
-                                     MaybeTensors value_index, MaybeTensors key_bias, MaybeTensors logit_scale,
-                                     MaybeTensors logit_bias, MaybeTensor query_order, MaybeTensor class_start,
+                                     std::vector<int64_t> key_block, MaybeTensors key_range, MaybeTensors value_index,
+                                     MaybeTensors key_bias, MaybeTensors logit_scale, MaybeTensors logit_bias,
+                                     MaybeTensor query_order, MaybeTensor class_start, int64_t query_block,
                                      double scale, Tensor out, Tensor lse, Tensor grad_query, Tensors grad_key,
                                      Tensors grad_value, Tensors grad_key_bias) {
   Call call("multi_source_attention_backward");
   const ScalarType dtype = call.floating(query, "query");
-  const Lists lists{key, value, rows, key_index, key_count, value_index, key_bias, logit_scale, logit_bias};
+  const Lists lists{key,       value,       rows,     key_index,   key_count, key_block,
+                    key_range, value_index, key_bias, logit_scale, logit_bias};
   AttentionBackwardParams g{};
   AttentionParams& p = g.forward;
-  p = attention_params(call, dtype, query, lists, query_order, class_start, scale);
-  const View result = call.input(out, "out", dtype, {p.b, p.n, p.h, p.d}, 1);
+  p = attention_params(call, dtype, query, lists, query_order, class_start, query_block, scale);
+  const View result = call.input(out, "out", dtype, {p.b, p.n, p.h, p.e}, 1);
   const View sums = call.input(lse, "lse", ScalarType::Double, {p.b, p.n, p.h}, 0);
-  const View grad = call.input(grad_out, "grad_out", dtype, {p.b, p.n, p.h, p.d}, 1);
+  const View grad = call.input(grad_out, "grad_out", dtype, {p.b, p.n, p.h, p.e}, 1);
   p.out = result.data;
   p.lse = sums.data;
   p.lse_is_double = true;
@@ -54,9 +57,9 @@ void multi_source_attention_backward(Tensor grad_out, MaybeTensor grad_lse, Tens
   call.count(grad_key_bias.size(), "grad_key_bias", p.sources, p.sources);
   for (int32_t i = 0; i < p.sources; ++i) {
     const AttentionSource& s = p.source[i];
-    g.grad_key[i] = call.output(grad_key[i], {"grad_key", i}, ScalarType::Float, {s.r, s.m, p.h, p.d}, 4).as<float>();
+    g.grad_key[i] = call.output(grad_key[i], {"grad_key", i}, ScalarType::Float, {s.r, s.m, s.k, p.d}, 4).as<float>();
     g.grad_value[i] =
-        call.output(grad_value[i], {"grad_value", i}, ScalarType::Float, {s.r, s.v, p.h, p.d}, 4).as<float>();
+        call.output(grad_value[i], {"grad_value", i}, ScalarType::Float, {s.r, s.v, s.k, p.e}, 4).as<float>();
     const Tensor& bias = grad_key_bias[i];
     if (!bias.defined() || bias.numel() == 0) continue;  // not wanted
     call.require(key_bias[i].has_value(), {"grad_key_bias", i}, "a tensor", "an empty one, since key_bias is None");

@@ -68,18 +68,19 @@ struct AttentionSm90 {
   }
 
   static void op(Tensor query, Tensors key, Tensors value, MaybeTensors rows, MaybeTensors key_index,
-                 MaybeTensors key_count, MaybeTensors value_index, MaybeTensors key_bias, MaybeTensors logit_scale,
-                 MaybeTensors logit_bias, MaybeTensor query_order, MaybeTensor class_start,
+                 MaybeTensors key_count, std::vector<int64_t> key_block, MaybeTensors key_range,
+                 MaybeTensors value_index, MaybeTensors key_bias, MaybeTensors logit_scale, MaybeTensors logit_bias,
+                 MaybeTensor query_order, MaybeTensor class_start, int64_t query_block,
                  std::vector<int64_t> softmax_group, MaybeTensors weight, MaybeTensors key_scale,
                  MaybeTensors value_scale, double scale, Tensor out, MaybeTensor lse) {
     Call call = Machine::call("multi_source_attention", query);
     align(query);
     for (Tensors* all : {&key, &value})
       for (Tensor& x : *all) align(x);
-    const Lists lists{key,      value,       rows,       key_index,  key_count,   value_index,
-                      key_bias, logit_scale, logit_bias, &key_scale, &value_scale};
-    AttentionParams p = forward_params(call, query, lists, query_order, class_start, softmax_group, weight.data(),
-                                       weight.size(), scale);
+    const Lists lists{key,         value,    rows,        key_index,  key_count,  key_block,   key_range,
+                      value_index, key_bias, logit_scale, logit_bias, &key_scale, &value_scale};
+    AttentionParams p = forward_params(call, query, lists, query_order, class_start, query_block, softmax_group,
+                                       weight.data(), weight.size(), scale);
     read_outputs(call, p, query.scalar_type(), out, lse);
     const char* lacking = attention_sm90_lacks(p);
     call.require(!lacking, "query", lacking ? lacking : "", "what the kernel for Hopper takes");
@@ -97,9 +98,9 @@ struct AttentionSm90 {
     try {
       Call call = Machine::call("multi_source_attention", query);
       given.emplace(call, tensors, layout);
-      p = forward_params(call, query, *given, given->query_order(), given->class_start(), given->groups,
+      p = forward_params(call, query, *given, given->query_order(), given->class_start(), 0, given->groups,
                          given->weight.data(), given->weight.size(), scale);
-      results.push_back(torch::stable::new_empty(query, {p.b, p.n, p.h, p.d}));
+      results.push_back(torch::stable::new_empty(query, {p.b, p.n, p.h, p.e}));
       if (return_lse) results.push_back(torch::stable::new_empty(query, {p.b, p.n, p.h}, ScalarType::Float));
       read_outputs(call, p, query.scalar_type(), results[0], return_lse ? MaybeTensor(results[1]) : MaybeTensor());
       if (attention_sm90_lacks(p)) return {};

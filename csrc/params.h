@@ -1,5 +1,6 @@
 // Parameters of the CPU kernels, some shared with the CUDA C++ kernels: plain structs, a shape on every pointer, no
-// torch. Sizes: b batch rows, n queries, h heads, d head_dim; a source has r rows of m keys. Strides count elements.
+// torch. Sizes: b batch rows, n queries, h heads, d head_dim; a source of attention has r rows of m keys and k heads,
+// and its values have head_dim e. Strides count elements.
 #pragma once
 #include <cstdint>
 
@@ -15,42 +16,48 @@ struct Parallel {
 
 constexpr int kMaxHeadDim = 256;
 constexpr int kMaxSources = 16;
+constexpr int kMaxKeyBlock = 65536;  // keys that an entry of an index list stands for
 
 // How the numbers of a source lie in memory: as the query's, or in 8 bits, of which each token and head has a scale.
 enum class Storage : int32_t { kElements, kInt8, kFloat8 };  // float8: e4m3, without infinities
 
 struct AttentionSource {
-  const void* key;             // [r, m, h, d]
-  const void* value;           // [r, v, h, d], v == m without value_index
+  const void* key;             // [r, m, k, d]
+  const void* value;           // [r, v, k, e], v == m without value_index
   const int32_t* rows;         // [b] or null: row b, or row 0 where r == 1; -1: this batch row does not read the source
-  const int32_t* key_index;    // [c or 1, r or 1, m] visible keys of a query class, or null: all
-  const int32_t* key_count;    // [c or 1, r or 1]
+  const int32_t* key_index;    // [c or 1, r or 1, h or 1, ⌈m / key_block⌉] visible keys of a query class, or null: all
+  const int32_t* key_count;    // [c or 1, r or 1, h or 1]
+  const int32_t* key_range;    // [b or 1, n, 2] first key that a query sees and the end of those, or null
   const int32_t* value_index;  // [r or b or 1, m] value token of each key, or null: the key's own
   const float* key_bias;       // [r or 1, m] or null
   const float* logit_scale;    // [b, h] or null: 1
   const float* logit_bias;     // [b, h] or null: 0
-  const float* key_scale;      // [r or 1, m or 1, h or 1] of keys in 8 bits: key = 8 bits · scale; else null
-  const float* value_scale;    // [r or 1, v or 1, h or 1], likewise
-  int64_t r, m, v;
+  const float* key_scale;      // [r or 1, m or 1, k or 1] of keys in 8 bits: key = 8 bits · scale; else null
+  const float* value_scale;    // [r or 1, v or 1, k or 1], likewise
+  int64_t r, m, v, k;
   int64_t key_stride[3];                                // row, key, head; the last dimension is contiguous
   int64_t value_stride[3];                              // row, key, head
-  int64_t index_stride[2];                              // class, row (0 where shared); keys are contiguous
-  int64_t count_stride[2];                              // class, row (0 where shared)
+  int64_t index_stride[3];                              // class, row, head (0 where shared); keys are contiguous
+  int64_t count_stride[3];                              // class, row, head (0 where shared)
+  int64_t range_stride;                                 // b (0 where shared); the last two dimensions are contiguous
   int64_t value_index_stride[2];                        // row, b: one of them is 0; keys are contiguous
   int64_t bias_rows, bias_stride;                       // 1 or r; row (0 where shared); keys are contiguous
   int64_t logit_scale_stride[2], logit_bias_stride[2];  // b, h
   int64_t key_scale_stride[3], value_scale_stride[3];   // row, token, head (0 where shared)
+  int32_t heads_per_key_head;                           // h / k: head i reads head i / heads_per_key_head of the source
+  int32_t key_block;                                    // keys of an entry of key_index: a power of two
   Storage storage;                                      // of keys and values
   int32_t softmax_group;                                // from 0 on, ascending over the sources
 };
 
 struct AttentionParams {
   const void* query;           // [b, n, h, d]
-  void* out;                   // [b, n, h, d]
+  void* out;                   // [b, n, h, e]
   void* lse;                   // [b, n, h] natural log, float or double, or null
   const int32_t* query_order;  // [b or 1, n] queries class by class, or null: one class, in order
   const int32_t* class_start;  // [b or 1, c + 1] where each class starts in query_order
-  int64_t b, n, h, d, c;
+  int64_t b, n, h, d, e, c;
+  int64_t query_block;      // not 0: class i is of the queries from i · query_block on; without query_order
   int64_t query_stride[3];  // b, n, h; the last dimension is contiguous
   int64_t out_stride[3];    // b, n, h
   int64_t lse_stride[3];    // b, n, h
@@ -69,11 +76,11 @@ struct AttentionParams {
 // Gradients of one softmax group without a weight; out, lse and the sources as in the forward pass.
 struct AttentionBackwardParams {
   AttentionParams forward;            // out and lse are read
-  const void* grad_out;               // [b, n, h, d]
+  const void* grad_out;               // [b, n, h, e]
   const float* grad_lse;              // [b, n, h] or null: 0
   void* grad_query;                   // [b, n, h, d] contiguous
-  float* grad_key[kMaxSources];       // [r, m, h, d] contiguous, added to
-  float* grad_value[kMaxSources];     // [r, v, h, d] contiguous, added to
+  float* grad_key[kMaxSources];       // [r, m, k, d] contiguous, added to
+  float* grad_value[kMaxSources];     // [r, v, k, e] contiguous, added to
   float* grad_key_bias[kMaxSources];  // [h, r or 1, m] contiguous, added to; or null
   int64_t grad_out_stride[3];         // b, n, h
   int64_t grad_lse_stride[3];         // b, n, h

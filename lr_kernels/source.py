@@ -8,13 +8,15 @@ from torch import Tensor
 class Source(NamedTuple):
     """Keys and values that queries attend to, with their own number of rows R and of tokens M.
 
-    Only `key` and `value` are needed. Strided views are read in place; only the last dimension must be contiguous.
+    Only `key` and `value` are needed. Strided views are read in place; only the last dimension must be contiguous. Keys
+    and values may have fewer heads K than the query has, H: query head h reads head h // (H // K), and none is copied.
     """
 
     key: Tensor
-    """(R, M, H, D), the query's device and dtype; or int8 or float8_e4m3fn, which key_scale turns into that dtype"""
+    """(R, M, K, D), the query's device and dtype; or int8 or float8_e4m3fn, which key_scale turns into that dtype. K is
+    H or a divisor of it"""
     value: Tensor
-    """(R, M, H, D), the dtype of the key"""
+    """(R, M, K, E), the dtype of the key; E, the head_dim of the values and of the result, may differ from D"""
     rows: Tensor | None = None
     """int (B,): the row that each query row reads, -1: none. Default: row b, or row 0 where R = 1"""
     key_mask: Tensor | None = None
@@ -34,6 +36,13 @@ class Source(NamedTuple):
     weight: float | Tensor | None = None
     """scalar, (B,) or (B, N): weight of the softmax group, taken from its first source"""
     key_scale: Tensor | None = None
-    """fp32 (R or 1, M or 1, H or 1), of 8-bit keys alone: K = key · key_scale, rounded to the query's dtype"""
+    """fp32 (R or 1, M or 1, K or 1), of 8-bit keys alone: K = key · key_scale, rounded to the query's dtype"""
     value_scale: Tensor | None = None
-    """fp32 (R or 1, M or 1, H or 1), of 8-bit values alone, by the values' own tokens: V = value · value_scale"""
+    """fp32 (R or 1, M or 1, K or 1), of 8-bit values alone, by the values' own tokens: V = value · value_scale"""
+    key_range: Tensor | None = None
+    """int (B or 1, N, 2): query i sees the keys from its first number up to, and without, its second one. Numbers
+    outside 0 … M count as the nearest of these"""
+    block_mask: Tensor | None = None
+    """bool (R or 1, H or 1, query blocks, key blocks): which blocks of keys a block of queries sees"""
+    block_size: tuple[int, int] = (128, 128)
+    """queries and keys in a block of block_mask; the last blocks may be shorter. Keys: a power of two"""

@@ -260,7 +260,8 @@ def _gradients(
     """
     one_group = len({s.softmax_group for s in inputs.sources}) == 1
     g = torch.Generator().manual_seed(seed)
-    grad_out = torch.randn(inputs.query.shape, generator=g).to(inputs.query)
+    shape = (*inputs.query.shape[:3], inputs.sources[0].value.shape[3])
+    grad_out = torch.randn(shape, generator=g).to(inputs.query)
     grad_lse = torch.randn(inputs.query.shape[:3], generator=g).to(grad_out.device) if one_group else None
     kwargs = {**kwargs, "query_groups": inputs.query_groups}
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lr_kernels import plan_attention
+from lr_kernels.attention.plan import keys_of_entry
 
 Arguments = list
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -69,13 +70,16 @@ class Draw:
 
 
 def drawn_attention(draw: Draw) -> tuple[tuple[int, ...], Arguments]:
-    """(sizes of query, the arguments from query to class_start)"""
-    shape = draw.size(0, 3), draw.size(0, 40), draw.size(0, 3), draw.size(1, 70)
+    """(sizes of out, the arguments from query to query_block)"""
+    shape = draw.size(0, 3), draw.size(0, 40), draw.random.choice((0, 1, 2, 3, 4)), draw.size(1, 70)
     batch, tokens, heads, head_dim = shape
+    value_dim = draw.size(1, 70) if draw.rarely() else head_dim
     dtype = draw.random.choice(FLOATS)
     groups = draw.below(4, draw.one_or(batch), tokens).byte() if draw.rarely() else None
+    block_size = (draw.size(1, 20), draw.random.choice((1, 4, 16)))
+    blocked = groups is None and draw.rarely()
     sources: list[list] = []
-    masks, bytes_ = [], []
+    masks, bytes_, blocks = [], [], []
     for _ in range(draw.size(1, 4)):
         keys, rows = draw.size(0, 30), draw.one_or(batch)
         table = None
@@ -90,11 +94,21 @@ def drawn_attention(draw: Draw) -> tuple[tuple[int, ...], Arguments]:
         bytes_.append(draw.below(4, draw.one_or(rows), keys).byte() if groups is not None and draw.often() else None)
         strengths = [draw.tensor(batch, 1).expand(batch, heads) if draw.rarely() else None for _ in range(2)]
         bias = draw.tensor(draw.one_or(rows), keys) if draw.rarely() else None
-        key = draw.tokens(rows, keys, heads, head_dim, dtype=dtype)
-        value = draw.tokens(rows, values, heads, head_dim, dtype=dtype)
-        sources.append([key, value, table, moved, bias, *strengths])
-    plan = plan_attention(masks, bytes_, groups)
-    key, value, rows, moved, *rest = (list(x) for x in zip(*sources))
+        key_heads = draw.random.choice([k for k in range(1, heads + 1) if heads % k == 0] or [0])
+        key = draw.tokens(rows, keys, key_heads, head_dim, dtype=dtype)
+        value = draw.tokens(rows, values, key_heads, value_dim, dtype=dtype)
+        ranges = draw.below(keys + 5, draw.one_or(batch), tokens, 2) - 2 if draw.rarely() else None
+        if blocked and draw.often():
+            counts = (-(-tokens // block_size[0]), -(-keys // block_size[1]))
+            blocks.append(draw.bits(draw.one_or(rows), draw.one_or(heads), *counts))
+        else:
+            blocks.append(None)
+        sources.append([key, value, table, ranges, moved, bias, *strengths])
+    plan = plan_attention(masks, bytes_, groups, block_masks=blocks, block_size=block_size)
+    key, value, rows, ranges, *rest = (list(x) for x in zip(*sources))
     query = draw.tokens(*shape, dtype=dtype)
-    lists = [key, value, rows, list(plan.key_index), list(plan.key_count), moved, *rest]
-    return shape, [query, *lists, plan.query_order, plan.class_start]
+    entries = [keys_of_entry(plan, i) for i in range(len(key))]
+    query_block = 0 if plan.block_size is None else block_size[0]
+    lists = [key, value, rows, list(plan.key_index), list(plan.key_count), entries, ranges, *rest]
+    out = (*shape[:3], value_dim)
+    return out, [query, *lists, plan.query_order, plan.class_start, query_block]

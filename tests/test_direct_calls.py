@@ -13,7 +13,7 @@ from lr_kernels.runtime import ops, platform
 from lr_kernels.runtime.schemas import COLUMNS
 
 OPS = torch.ops.lr_kernels
-VALUE_INDEX = 8
+VALUE_INDEX = 10
 """The place of value_index among the arguments of multi_source_attention_backward."""
 BACKENDS = [
     pytest.param("cpu", marks=pytest.mark.skipif(not platform.ERRORS_REACH_PYTHON, reason="errors end the process")),
@@ -79,7 +79,7 @@ def test_every_tensor_is_checked(name, backend, device):
         x = at(arguments, place)
         if isinstance(x, torch.Tensor) and x.numel():
             label = schema[place[0]] + (rf"(\[{place[1]}\])?" if len(place) > 1 else "")
-            for wrong in (x.int() if x.is_floating_point() else x.float(), x[None]):
+            for wrong in (x.int() if x.is_floating_point() and x.itemsize > 1 else x.double(), x[None]):
                 message = refuse(name, backend, replaced(arguments, place, own(wrong)), device)
                 assert re.search(f": {label}: expected", message), message
             checked += 1
@@ -125,14 +125,17 @@ def attention(**changes):
         "key": [x.clone(), x.clone()],
         "value": [x.clone(), x.clone()],
         "rows": [None, torch.tensor([1, -1], dtype=torch.int32)],
-        "key_index": [index.expand(2, 1, 6).clone(), None],
-        "key_count": [torch.full((2, 1), 4, dtype=torch.int32), None],
+        "key_index": [index.expand(2, 1, 1, 6).clone(), None],
+        "key_count": [torch.full((2, 1, 1), 4, dtype=torch.int32), None],
+        "key_block": [1, 1],
+        "key_range": [None, torch.tensor([[0, 6]] * 6, dtype=torch.int32)[None]],
         "value_index": [None, index[None].clone()],
         "key_bias": [None] * 2,
         "logit_scale": [None] * 2,
         "logit_bias": [None] * 2,
         "query_order": index[None].clone(),
         "class_start": torch.tensor([[0, 2, 6]], dtype=torch.int32),
+        "query_block": 0,
         "softmax_group": [0, 1],
         "weight": [None] * 2,
         "key_scale": [None] * 2,
@@ -160,13 +163,27 @@ IN_8_BITS = {"key": [BITS] * 2, "value": [BITS] * 2, "key_scale": [SCALE] * 2, "
         ({"rows": [None, int32(0)]}, r"rows\[1\]: expected shape \(2\), got \(1\)"),
         ({"rows": [None]}, "rows: expected 2 entries, got 1"),
         ({"key": [torch.zeros(3, 6, 2, 8)] * 2, "value": [torch.zeros(3, 6, 2, 8)] * 2}, r"rows\[0\]: expected a tens"),
-        ({"key_index": [int32([[0, 1, 2, 6, 0, 0]] * 2)[:, 0, None], None]}, r"key_index\[0\]: expected shape"),
+        ({"key_index": [int32([[[0, 1, 2, 6, 0, 0]]] * 2)[:, 0, None], None]}, r"key_index\[0\]: expected shape"),
         (
-            {"key_index": [int32([[0, 1, 2, 6, 0, 0]], [[0] * 6]), None]},
+            {"key_index": [int32([[[0, 1, 2, 6, 0, 0]]], [[[0] * 6]]), None]},
             r"key_index\[0\]: expected 0 to 5",
         ),
-        ({"key_count": [int32([7], [0]), None]}, r"key_count\[0\]: expected 0 to 6, got 7"),
-        ({"key_count": [int32([-1], [0]), None]}, r"key_count\[0\]: expected 0 to 6, got -1"),
+        ({"key_count": [int32([[7]], [[0]]), None]}, r"key_count\[0\]: expected 0 to 6, got 7"),
+        ({"key_count": [int32([[-1]], [[0]]), None]}, r"key_count\[0\]: expected 0 to 6, got -1"),
+        ({"key_block": [3, 1]}, r"key_block\[0\]: expected a power of two up to 65536, got 3"),
+        ({"key_block": [4, 1]}, r"key_index\[0\]: expected shape \(2, 1, 1, 2\), got \(2, 1, 1, 6\)"),
+        ({"key_block": [1]}, "key_block: expected 2 entries, got 1"),
+        (
+            {"key_range": [None, int32([[0, 6]] * 5)]},
+            r"key_range\[1\]: expected shape \(2 or 1, 6, 2\), got \(1, 5, 2\)",
+        ),
+        ({"query_block": -1}, "query_block: expected 0 to 2147483647, got -1"),
+        ({"query_block": 4}, "query_order: expected None beside a query_block"),
+        (
+            {"key": [torch.zeros(2, 6, 3, 8)] * 2, "value": [torch.zeros(2, 6, 3, 8)] * 2},
+            r"key\[0\]: expected 2 heads or a divisor of it, got 3",
+        ),
+        ({"value": [torch.zeros(2, 6, 2, 8), torch.zeros(2, 6, 2, 9)]}, r"value\[1\]: expected shape \(2, any, 2, 8\)"),
         ({"key_count": [None] * 2}, r"key_count\[0\]: expected a tensor beside key_index"),
         ({"value_index": [None, int32([0, 1, 2, 3, 4, 6])]}, r"value_index\[1\]: expected 0 to 5, got 6"),
         ({"query_order": int32([0, 1, 2, 3, 4, 6])}, "query_order: expected 0 to 5, got 6"),
@@ -212,7 +229,7 @@ def test_only_listed_keys_are_looked_at():
     arguments = attention()
     expected = torch.empty_like(arguments[-2])
     OPS.multi_source_attention_cpu(*arguments[:-2], expected, None)
-    arguments[4][0][:, :, 4:] = 2**31 - 1
+    arguments[4][0][..., 4:] = 2**31 - 1
     OPS.multi_source_attention_cpu(*arguments)
     assert torch.equal(arguments[-2], expected)
 

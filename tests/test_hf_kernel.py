@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import lr_kernels
-from lr_kernels import interop
+from lr_kernels.interop import one_source
 from lr_kernels.testing import assert_matches
 
 FOLDER = Path(lr_kernels.__file__).parents[1] / "hf_kernel"
@@ -102,8 +102,8 @@ def extensible():
 def calls(kernel, monkeypatch):
     """How often the operator ran."""
     seen = []
-    original = interop.multi_source_attention
-    monkeypatch.setattr(interop, "multi_source_attention", lambda *a, **k: seen.append(1) or original(*a, **k))
+    original = one_source.multi_source_attention
+    monkeypatch.setattr(one_source, "multi_source_attention", lambda *a, **k: seen.append(1) or original(*a, **k))
     return seen
 
 

@@ -36,13 +36,13 @@ def random_source(rows, keys, heads=2, head_dim=16, dtype=torch.float32):
 
 def right_call(draw: Draw) -> Arguments:
     shape, inputs = drawn_attention(draw)
-    query, key, value, bias = inputs[0], inputs[1], inputs[2], inputs[7]
+    query, key, value, bias = inputs[0], inputs[1], inputs[2], inputs[9]
     grad_lse = draw.tensor(*shape[:3]) if draw.rarely() else None
     out, grad_out = (draw.tokens(*shape, dtype=query.dtype) for _ in range(2))
     lse = draw.tensor(*shape[:3]).double()
     gradients = [[torch.zeros(x.shape) for x in kind] for kind in (key, value)]
     of_bias = [torch.zeros(shape[2], *x.shape) if x is not None and draw.often() else torch.zeros(0) for x in bias]
-    grad_query = torch.empty(shape, dtype=query.dtype)
+    grad_query = torch.empty(query.shape, dtype=query.dtype)
     return [grad_out, grad_lse, *inputs, 0.3, out, lse, grad_query, *gradients, of_bias]
 
 
@@ -227,8 +227,9 @@ def test_the_backward_op_passes_opcheck():
     none = [None] * len(sources)
     arguments = (
         torch.randn_like(out), torch.randn_like(lse), query, [s.key for s in sources], [s.value for s in sources],
-        [s.rows for s in sources], list(plan.key_index), list(plan.key_count), none, [s.key_bias for s in sources],
-        none, none, plan.query_order, plan.class_start, 0.3, out, lse.double(), torch.empty_like(out),
+        [s.rows for s in sources], list(plan.key_index), list(plan.key_count), [1] * len(sources), none, none,
+        [s.key_bias for s in sources], none, none, plan.query_order, plan.class_start, 0, 0.3,
+        out, lse.double(), torch.empty_like(out),
         *([torch.zeros(getattr(s, name).shape) for s in sources] for name in ("key", "value")),
         [torch.zeros(query.shape[2], *s.key_bias.shape) for s in sources],
     )  # fmt: skip

@@ -233,8 +233,8 @@ def test_rows_beyond_the_source_read_nothing(device):
         out = torch.full_like(inputs.query, math.nan, memory_format=torch.contiguous_format)
         table = [torch.tensor(rows, dtype=torch.int32, device=device)]
         OPS.multi_source_attention_triton(
-            inputs.query, [source.key], [source.value], table, nothing, nothing, nothing, nothing, nothing, nothing,
-            None, None, [0], nothing, nothing, nothing, 0.2, out, None,
+            inputs.query, [source.key], [source.value], table, nothing, nothing, [1], nothing, nothing, nothing, nothing,
+            nothing, None, None, 0, [0], nothing, nothing, nothing, 0.2, out, None,
         )  # fmt: skip
         return out
 
@@ -245,8 +245,8 @@ def by_op(query, key, value, value_index):
     """The op of one source with values of their own, without the checks of the public function."""
     out, nothing = torch.full_like(query, math.nan, memory_format=torch.contiguous_format), [None]
     OPS.multi_source_attention_triton(
-        query, [key], [value], nothing, nothing, nothing, [value_index], nothing, nothing, nothing, None, None,
-        [0], nothing, nothing, nothing, 0.2, out, None,
+        query, [key], [value], nothing, nothing, nothing, [1], nothing, [value_index], nothing, nothing, nothing,
+        None, None, 0, [0], nothing, nothing, nothing, 0.2, out, None,
     )  # fmt: skip
     return out
 
@@ -370,12 +370,15 @@ def test_one_compilation_for_every_step_weight_and_grouping(device):
             [s.rows for s in sources],
             [None] * 3,
             [None] * 3,
+            [1] * 3,
+            [None] * 3,
             [s.value_index.int() for s in sources],
             [None] * 3,
             [strength, None, None],
             [None, strength, strength],
             None,
             None,
+            0,
             groups,
             weights[: groups[-1] + 1],
             [None] * 3,

@@ -8,10 +8,12 @@
 // where alpha = scale · logit_scale is the factor of the scores, and delta = <grad_out, out>.
 // P is computed again from lse, so nothing of size N x M is stored. The products over keys hold queries in SIMD lanes
 // as the forward pass does; those over queries hold channels in lanes. One thread takes all batch rows that share a row
-// of a source, for one head: it alone adds to that gradient, in a fixed order. All arithmetic is fp32.
+// of a source, for all heads that share a head of it: it alone adds to that gradient, in a fixed order. All arithmetic
+// is fp32.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <numeric>
 #include <vector>
 
 #include "cpu/attention_block.h"
@@ -46,31 +48,42 @@ struct KeyBlock {
   int source;
   int64_t first;
   int count;
+  const TileRanges* ranges;  // or null: all queries of the tile see them
 
   int64_t token(int i) const { return keys.token(first + i); }
+  // Which of them the queries of a slice see; none is empty where all see all.
+  LaneRange seen(int slice, float (&from)[kSlice], float (&to)[kSlice]) const {
+    if (!ranges || ranges->whole(slice, {first, first + count})) return {};
+    return ranges->lanes(slice, first, count, from, to);
+  }
 };
 
 struct Scratch {
-  // one tile of queries, transposed: per slice [d, kSlice]
-  float *query, *grad_out, *grad_query, *delta, *grad_lse;
+  // one tile of queries, transposed: per slice [d, kSlice], grad_out and out [e, kSlice]
+  float *query, *grad_out, *out, *grad_query, *delta, *grad_lse;
   float *lse, *lse_rest;  // [kTileQueries] lse in log2 units and what rounding took from it; in coarse tiles the
                           // maximum in natural units and the log2 of the sum
-  // the same queries as rows: [kTileQueries, width]
+  // the same queries as rows: [kTileQueries, d and e in whole vectors]
   float *query_rows, *grad_out_rows;
   // per slice [kBlockKeys, kSlice]
   float *p, *ds;
-  // keys and values of a block [kBlockKeys, d], and what is added to their logits, in the units of lse
+  // keys and values of a block [kBlockKeys, d and e], and what is added to their logits, in the units of lse
   float *keys, *values, *bias;
+  int32_t* ranges;  // see TileRanges
 
-  Scratch(int d, int width) {
+  Scratch(int d, int e) {
     lay_out(
         [&](Arena& arena) {
-          for (float** x : {&query, &grad_out, &grad_query}) arena.take(*x, size_t(d) * kTileQueries);
+          for (float** x : {&query, &grad_query}) arena.take(*x, size_t(d) * kTileQueries);
+          for (float** x : {&grad_out, &out}) arena.take(*x, size_t(e) * kTileQueries);
           for (float** x : {&lse, &lse_rest, &delta, &grad_lse}) arena.take(*x, kTileQueries);
-          for (float** x : {&query_rows, &grad_out_rows}) arena.take(*x, size_t(width) * kTileQueries);
+          arena.take(query_rows, round_up(d, kLanes) * kTileQueries);
+          arena.take(grad_out_rows, round_up(e, kLanes) * kTileQueries);
           for (float** x : {&p, &ds}) arena.take(*x, size_t(kBlockKeys) * kTileQueries);
-          for (float** x : {&keys, &values}) arena.take(*x, size_t(kBlockKeys + kKeyTile) * d);
+          arena.take(keys, size_t(kBlockKeys + kKeyTile) * d);
+          arena.take(values, size_t(kBlockKeys + kKeyTile) * e);
           arena.take(bias, kBlockKeys + kKeyTile);
+          arena.take(ranges, 2 * kTileQueries);
         },
         thread_buffer);
   }
@@ -142,44 +155,54 @@ template <class S>
 class Backward {
  public:
   explicit Backward(const AttentionBackwardParams& params)
-      : g(params), p(params.forward), d(int(p.d)), width(int(round_up(d, kLanes))) {}
+      : g(params),
+        p(params.forward),
+        d(int(p.d)),
+        e(int(p.e)),
+        query_width(int(round_up(d, kLanes))),
+        value_width(int(round_up(e, kLanes))) {}
 
   void run(int64_t b, int64_t h, const Scratch& scratch) const {
     each_tile(p, b, h, kTileQueries, [&](const QueryTile& tile) { run_tile(tile, scratch); });
   }
 
-  int channels() const { return d; }
-  int row_width() const { return width; }
-
  private:
   const AttentionBackwardParams& g;
   const AttentionParams& p;
-  const int d, width;  // width: d rounded up to whole vectors
+  const int d, e, query_width, value_width;  // widths: d and e rounded up to whole vectors
 
   void run_tile(const QueryTile& tile, const Scratch& scratch) const {
     const bool coarse = load_queries(tile, scratch);
     if (coarse) {
       std::fill_n(scratch.lse, kTileQueries, -FLT_MAX);
       std::fill_n(scratch.lse_rest, kTileQueries, 0.0f);
-      each_block(tile, [&](const KeyBlock<S>& block) {
+      each_block(tile, scratch, [&](const KeyBlock<S>& block) {
         const float alpha = load_keys(block, true, scratch);
-        for (int s = 0; s < tile.slices(); ++s) add_to_sums(block.count, scratch, s, alpha);
+        for (int s = 0; s < tile.slices(); ++s) add_to_sums(block, scratch, s, alpha);
       });
       for (int i = 0; i < kTileQueries; ++i) {
         if (scratch.lse_rest[i] == 0 || i >= tile.count) scratch.lse[i] = INFINITY;  // sees nothing: P = 0
         scratch.lse_rest[i] = scratch.lse[i] == INFINITY ? 0.0f : std::log2(scratch.lse_rest[i]);
       }
     }
-    each_block(tile, [&](const KeyBlock<S>& block) { run_block(tile, block, coarse, scratch); });
+    each_block(tile, scratch, [&](const KeyBlock<S>& block) { run_block(tile, block, coarse, scratch); });
     store_grad_query(tile, scratch);
   }
 
   template <class Visit>
-  void each_block(const QueryTile& tile, const Visit& visit) const {
+  void each_block(const QueryTile& tile, const Scratch& x, const Visit& visit) const {
+    TileRanges ranges(x.ranges, tile.slices());
     for (int i = 0; i < p.sources; ++i) {
-      const VisibleKeys<S> keys(p.source[i], tile);
-      for (int64_t k = 0; k < keys.count; k += kBlockKeys)
-        visit(KeyBlock<S>{keys, i, k, int(std::min<int64_t>(kBlockKeys, keys.count - k))});
+      const AttentionSource& source = p.source[i];
+      const VisibleKeys<S> keys(source, tile);
+      Places seen{0, keys.count};
+      if (source.key_range && keys.row >= 0) {
+        ranges.read(p, tile, source, keys);
+        seen = ranges.hull(0, tile.slices());
+      }
+      for (int64_t k = seen.first; k < seen.last; k += kBlockKeys)
+        visit(KeyBlock<S>{keys, i, k, int(std::min<int64_t>(kBlockKeys, seen.last - k)),
+                          source.key_range ? &ranges : nullptr});
     }
   }
 
@@ -187,8 +210,8 @@ class Backward {
   bool load_queries(const QueryTile& tile, const Scratch& x) const {
     bool coarse = false;
     const int padded = tile.slices() * kSlice;
-    std::fill_n(x.query_rows, padded * width, 0.0f);
-    std::fill_n(x.grad_out_rows, padded * width, 0.0f);
+    std::fill_n(x.query_rows, padded * query_width, 0.0f);
+    std::fill_n(x.grad_out_rows, padded * value_width, 0.0f);
     const TileRows<const S> query(p, tile, static_cast<const S*>(p.query), p.query_stride);
     const TileRows<const S> out(p, tile, static_cast<const S*>(p.out), p.out_stride);
     const TileRows<const S> grad_out(p, tile, static_cast<const S*>(g.grad_out), g.grad_out_stride);
@@ -198,8 +221,8 @@ class Backward {
       double lse = INFINITY;  // P = 0
       float grad_lse = 0;
       if (position < tile.count) {
-        to_floats(query(position), d, x.query_rows + position * width);
-        to_floats(grad_out(position), d, x.grad_out_rows + position * width);
+        to_floats(query(position), d, x.query_rows + position * query_width);
+        to_floats(grad_out(position), e, x.grad_out_rows + position * value_width);
         if (g.grad_lse) grad_lse = *grad_lses(position);
         lse = *lses(position);
         coarse |= std::isfinite(lse) && std::abs(lse) > kCoarse;
@@ -210,17 +233,16 @@ class Backward {
       x.grad_lse[position] = grad_lse;  // apart from delta: dP and delta nearly cancel where one key has all the weight
     }
     for (int s = 0; s < tile.slices(); ++s) {
-      auto rows_of = [&](const float* rows) {
+      auto rows_of = [&](const float* rows, int width) {
         return [=](int64_t lane) { return rows + (s * kSlice + lane) * width; };
       };
-      rows_to_columns(rows_of(x.query_rows), kSlice, d, x.query + s * d * kSlice);
-      rows_to_columns(rows_of(x.grad_out_rows), kSlice, d, x.grad_out + s * d * kSlice);
-      float* outs = x.grad_query + s * d * kSlice;  // not in use yet
+      rows_to_columns(rows_of(x.query_rows, query_width), kSlice, d, x.query + s * d * kSlice);
+      rows_to_columns(rows_of(x.grad_out_rows, value_width), kSlice, e, x.grad_out + s * e * kSlice);
       auto out_row = [&](int64_t lane) { return out(std::min(s * kSlice + int(lane), tile.count - 1)); };
-      rows_to_columns(out_row, kSlice, d, outs);
-      lane_products(x.grad_out + s * d * kSlice, outs, x.delta + s * kSlice);
-      std::fill_n(outs, d * kSlice, 0.0f);
+      rows_to_columns(out_row, kSlice, e, x.out);
+      lane_products(x.grad_out + s * e * kSlice, x.out, x.delta + s * kSlice);
     }
+    std::fill_n(x.grad_query, tile.slices() * d * kSlice, 0.0f);
     std::fill(x.delta + tile.count, x.delta + padded, 0.0f);
     return coarse;
   }
@@ -229,9 +251,9 @@ class Backward {
   void lane_products(const float* a, const float* b, float* products) const {
     for (int j = 0; j < kSlice; j += kLanes) {
       Vec sum{};
-      for (int u = 0; u < d; u += kChain) {
+      for (int u = 0; u < e; u += kChain) {
         Vec part{};
-        for (int c = u; c < std::min(d, u + kChain); ++c) part += load(a + c * kSlice + j) * load(b + c * kSlice + j);
+        for (int c = u; c < std::min(e, u + kChain); ++c) part += load(a + c * kSlice + j) * load(b + c * kSlice + j);
         sum += part;
       }
       store(products + j, sum);
@@ -240,16 +262,16 @@ class Backward {
 
   // row(i) for the keys of a block as fp32, zeros up to whole key tiles.
   template <class Row>
-  void load_rows(const Row& row, int count, float* to) const {
-    for (int i = 0; i < count; ++i) to_floats(row(i), d, to + i * d);
-    std::fill_n(to + count * d, (round_up(count, kKeyTile) - count) * d, 0.0f);
+  static void load_rows(const Row& row, int count, int channels, float* to) {
+    for (int i = 0; i < count; ++i) to_floats(row(i), channels, to + i * channels);
+    std::fill_n(to + count * channels, (round_up(count, kKeyTile) - count) * channels, 0.0f);
   }
 
   // Loads the keys of a block and what is added to their logits: in natural units in a coarse tile, else in log2 units.
   // Returns the factor of the scores.
   float load_keys(const KeyBlock<S>& block, bool coarse, const Scratch& x) const {
     const VisibleKeys<S>& keys = block.keys;
-    load_rows([&](int i) { return keys.key(block.token(i)); }, block.count, x.keys);
+    load_rows([&](int i) { return keys.key(block.token(i)); }, block.count, d, x.keys);
     for (int i = 0; i < block.count; ++i) {
       const int64_t token = block.token(i);
       if (coarse) {
@@ -271,15 +293,20 @@ class Backward {
   }
 
   // The running maximum and sum of one slice, in lse and lse_rest.
-  void add_to_sums(int count, const Scratch& x, int s, float alpha) const {
+  void add_to_sums(const KeyBlock<S>& block, const Scratch& x, int s, float alpha) const {
     const float* query = x.query + s * d * kSlice;
+    const int count = block.count;
+    alignas(64) float from[kSlice], to[kSlice];
+    const LaneRange seen = block.seen(s, from, to);
     for (int k = 0; k < count; k += kKeyTile) {
       Vec t[kKeyTile][2];
       score_tile<Fp32>(reinterpret_cast<const char*>(x.keys + k * d), d * 4, query, d, t);
       for (int i = 0; i < std::min(kKeyTile, count - k); ++i)
         for (int j = 0; j < 2; ++j) {
           float *top = x.lse + s * kSlice + j * kLanes, *sum = x.lse_rest + s * kSlice + j * kLanes;
-          const Vec logit = coarse_logit(t[i][j], alpha, x.bias[k + i]), old = load(top), now = max(old, logit);
+          Vec logit = coarse_logit(t[i][j], alpha, x.bias[k + i]);
+          if (seen) logit = seen.keep(logit, k + i, j, set1(-INFINITY));
+          const Vec old = load(top), now = max(old, logit);
           store(sum, load(sum) * exp2<6>((old - now) * kLog2E) + exp2<6>((logit - now) * kLog2E));
           store(top, now);
         }
@@ -291,22 +318,23 @@ class Backward {
     const AttentionSource& source = p.source[block.source];
     const int count = block.count, slices = tile.slices();
     const float alpha = load_keys(block, coarse, x);
-    load_rows([&](int i) { return keys.value(block.token(i)); }, count, x.values);
+    load_rows([&](int i) { return keys.value(block.token(i)); }, count, e, x.values);
     float* grad_bias = g.grad_key_bias[block.source];
     float bias_sums[kBlockKeys] = {};
 
-    for (int s = 0; s < slices; ++s) weigh(count, x, s, alpha, coarse, grad_bias ? bias_sums : nullptr);
+    for (int s = 0; s < slices; ++s) weigh(block, x, s, alpha, coarse, grad_bias ? bias_sums : nullptr);
 
     float *key_rows[kBlockKeys], *value_rows[kBlockKeys];
-    float* grad_key = g.grad_key[block.source] + (keys.row * source.m * p.h + tile.h) * d;
-    float* grad_value = g.grad_value[block.source] + (keys.row * source.v * p.h + tile.h) * d;
+    const int64_t heads = source.k, head = tile.h / source.heads_per_key_head;
+    float* grad_key = g.grad_key[block.source] + (keys.row * source.m * heads + head) * d;
+    float* grad_value = g.grad_value[block.source] + (keys.row * source.v * heads + head) * e;
     for (int i = 0; i < count; ++i) {
       const int64_t token = block.token(i);
-      key_rows[i] = grad_key + token * p.h * d;
-      value_rows[i] = grad_value + keys.value_token(token) * p.h * d;
+      key_rows[i] = grad_key + token * heads * d;
+      value_rows[i] = grad_value + keys.value_token(token) * heads * e;
     }
-    add_outer(x.p, x.grad_out_rows, width, slices, count, d, value_rows);
-    add_outer(x.ds, x.query_rows, width, slices, count, d, key_rows);
+    add_outer(x.p, x.grad_out_rows, value_width, slices, count, e, value_rows);
+    add_outer(x.ds, x.query_rows, query_width, slices, count, d, key_rows);
     if (grad_bias) {
       grad_bias += (tile.h * source.bias_rows + (source.bias_rows > 1 ? keys.row : 0)) * source.m;
       for (int i = 0; i < count; ++i) grad_bias[block.token(i)] += bias_sums[i];
@@ -314,8 +342,11 @@ class Backward {
   }
 
   // P and alpha · dS of one slice, and their part in grad_query.
-  void weigh(int count, const Scratch& x, int s, float alpha, bool coarse, float* bias_sums) const {
-    const float *query = x.query + s * d * kSlice, *grad_out = x.grad_out + s * d * kSlice;
+  void weigh(const KeyBlock<S>& block, const Scratch& x, int s, float alpha, bool coarse, float* bias_sums) const {
+    const float *query = x.query + s * d * kSlice, *grad_out = x.grad_out + s * e * kSlice;
+    const int count = block.count;
+    alignas(64) float from[kSlice], to[kSlice];
+    const LaneRange seen = block.seen(s, from, to);
     const Vec l0 = load(x.lse + s * kSlice), l1 = load(x.lse + s * kSlice + kLanes);
     const Vec d0 = load(x.delta + s * kSlice), d1 = load(x.delta + s * kSlice + kLanes);
     const Vec g0 = load(x.grad_lse + s * kSlice), g1 = load(x.grad_lse + s * kSlice + kLanes);
@@ -342,11 +373,17 @@ class Backward {
           store(p_rows + (k + i) * kSlice + kLanes, exp2<6>(min(t[i][1] * scale + z1 - r1, Vec{})));
         }
       }
-      score_tile<Fp32>(reinterpret_cast<const char*>(x.values + k * d), d * 4, grad_out, d, t);
+      score_tile<Fp32>(reinterpret_cast<const char*>(x.values + k * e), e * 4, grad_out, e, t);
 #pragma GCC unroll 16
       for (int i = 0; i < kKeyTile; ++i) {
         const int at = (k + i) * kSlice;
-        const Vec e0 = load(p_rows + at) * (t[i][0] - d0 + g0), e1 = load(p_rows + at + kLanes) * (t[i][1] - d1 + g1);
+        Vec e0 = load(p_rows + at) * (t[i][0] - d0 + g0), e1 = load(p_rows + at + kLanes) * (t[i][1] - d1 + g1);
+        if (__builtin_expect(bool(seen), 0)) {
+          store(p_rows + at, seen.keep(load(p_rows + at), k + i, 0, Vec{}));
+          store(p_rows + at + kLanes, seen.keep(load(p_rows + at + kLanes), k + i, 1, Vec{}));
+          e0 = seen.keep(e0, k + i, 0, Vec{});
+          e1 = seen.keep(e1, k + i, 1, Vec{});
+        }
         store(ds_rows + at, e0 * alpha);
         store(ds_rows + at + kLanes, e1 * alpha);
         if (bias_sums && k + i < count) {
@@ -405,17 +442,20 @@ void backward(const AttentionBackwardParams& g, const Parallel& parallel) {
   struct Job {
     const AttentionBackwardParams& g;
     const std::vector<BatchRow>& rows;
+    int64_t heads = 1;  // that one thread takes: whole groups of all sources
     std::atomic<int64_t> next{0};
   } job{g, rows};
+  for (int i = 0; i < g.forward.sources; ++i)
+    job.heads = std::lcm(job.heads, int64_t(g.forward.source[i].heads_per_key_head));
   auto worker = [](void* context, int64_t) {
     Job& job = *static_cast<Job*>(context);
     const Backward<S> backward(job.g);
-    const Scratch scratch(backward.channels(), backward.row_width());
-    const int64_t h = job.g.forward.h, items = int64_t(job.rows.size()) * h;
+    const Scratch scratch(int(job.g.forward.d), int(job.g.forward.e));
+    const int64_t groups = job.g.forward.h / job.heads, items = int64_t(job.rows.size()) * groups;
     for (int64_t i; (i = job.next.fetch_add(1)) < items;) {
-      const int64_t leader = i / h;
+      const int64_t leader = i / groups, first = i % groups * job.heads;
       for (int64_t b = leader; b < int64_t(job.rows.size()); ++b)
-        if (job.rows[b].leader == leader) backward.run(b, i % h, scratch);
+        for (int64_t h = first; job.rows[b].leader == leader && h < first + job.heads; ++h) backward.run(b, h, scratch);
     }
   };
   parallel.run(parallel.threads, worker, &job);

@@ -157,35 +157,49 @@ LR_INLINE void add_values(const typename C::Unit* values, const typename C::Unit
 
 // ---- one block of keys for one slice of queries ----
 
+// The keys [first, last) of a block that the query in each lane sees: [kSlice] each; null: all of them.
+struct LaneRange {
+  const float *first = nullptr, *last = nullptr;
+
+  explicit operator bool() const { return first != nullptr; }
+  // x in the lanes of half `half` that see key i, `otherwise` in the others.
+  LR_INLINE Vec keep(Vec x, int i, int half, Vec otherwise) const {
+    const Vec place = set1(float(i)), from = load(first + half * kLanes), to = load(last + half * kLanes);
+    return ((place >= from) & (place < to)) ? x : otherwise;
+  }
+};
+
 // A packed block, of one source or several whose logits have one form: keys as rows of units, values as rows of units
 // (a row holds kPack keys).
 template <class C>
 struct Block {
   const char* keys;                // keys x units, padded with zeros to whole key tiles
-  const typename C::Unit* values;  // [keys / kPack, d]; Bf16Tiles: transposed
+  const typename C::Unit* values;  // [keys / kPack, e]; Bf16Tiles: transposed
   const float* bias;               // [keys] key_bias + shift, padded with -inf to whole key tiles, log2 units
   int keys_count;
   bool biased;  // whether the logits need bias; else scale > 0 and shift are enough
   float scale;  // logit factor in log2 units
   float shift;  // added to the logits, log2 units
+  LaneRange seen;
 };
 
 template <class C>
 struct Slice {
   typename C::Unit* query;  // [units, kSlice]
-  float* out;               // [d, kSlice] of one softmax group, not yet divided by sum
-  float* total;             // [d, kSlice] sum over the finished softmax groups, where there are several
+  float* out;               // [e, kSlice] of one softmax group, not yet divided by sum
+  float* total;             // [e, kSlice] sum over the finished softmax groups, where there are several
   float* max;               // [kSlice] log2 units
   float* sum;               // [kSlice] Σ 2^(logit - max)
   uint32_t beyond;          // bit per query: fp32 cannot hold its logits or sums
+  bool started;             // whether the softmax group has had a block of keys
 };
 
 // What the slice has summed so far, for a maximum that has moved.
 template <class C>
-void rescale(const Slice<C>& s, int d, Vec f0, Vec f1) {
+void rescale(const Slice<C>& s, int e, Vec f0, Vec f1) {
   store(s.sum, load(s.sum) * f0);
   store(s.sum + kLanes, load(s.sum + kLanes) * f1);
-  for (int c = 0; c < d; ++c) {
+  for (int c = 0; c < e; ++c) {
     store(s.out + c * kSlice, load(s.out + c * kSlice) * f0);
     store(s.out + c * kSlice + kLanes, load(s.out + c * kSlice + kLanes) * f1);
   }
@@ -211,13 +225,19 @@ LR_INLINE void tile_logits(const Block<C>& block, int tile, const typename C::Un
     for (int i = 0; i < kKeyTile; ++i)
       if (i >= rest) x[i][0] = x[i][1] = set1(-INFINITY);
   }
+  if (__builtin_expect(bool(block.seen), 0)) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kKeyTile; ++i)
+      for (int half = 0; half < 2; ++half)
+        x[i][half] = block.seen.keep(x[i][half], tile * kKeyTile + i, half, set1(-INFINITY));
+  }
 }
 
 // Softmax weights of one block into p, and their products with the values into the slice. The running maximum is lazy:
 // it is taken from the first keys that the slice sees, and the block is redone only where a weight would reach 2^60.
 // Unbiased logits keep their factor out of the scores until the exponent: 2^(scale·s + shift - max) is one fma.
 template <class C, bool kBiased>
-void attend_block(const Slice<C>& s, const Block<C>& block, int units, int d, typename C::Unit* p, bool first) {
+void attend_block(const Slice<C>& s, const Block<C>& block, int units, int e, typename C::Unit* p, bool first) {
   const int tiles = (block.keys_count + kKeyTile - 1) / kKeyTile;
   const float scale = kBiased ? 1.0f : block.scale, shift = kBiased ? 0.0f : block.shift;
   const Vec floor = set1(-FLT_MAX);
@@ -241,7 +261,7 @@ void attend_block(const Slice<C>& s, const Block<C>& block, int units, int d, ty
       if (__builtin_expect(any_greater(max(m0, -m0), limit) || any_greater(max(m1, -m1), limit), 0)) {
         store(s.max, m0);
         store(s.max + kLanes, m1);
-        return attend_block<C, true>(s, block, units, d, p, first);
+        return attend_block<C, true>(s, block, units, e, p, first);
       }
     }
     Vec sum0 = Vec{}, sum1 = Vec{}, top0 = set1(-INFINITY), top1 = top0;
@@ -290,11 +310,11 @@ void attend_block(const Slice<C>& s, const Block<C>& block, int units, int d, ty
       break;
     }
     const Vec n0 = max(m0, top0), n1 = max(m1, top1);
-    if (!first) rescale(s, d, exp2<6>(m0 - n0), exp2<6>(m1 - n1));
+    if (!first) rescale(s, e, exp2<6>(m0 - n0), exp2<6>(m1 - n1));
     m0 = n0;
     m1 = n1;
   }
-  add_values<C>(block.values, p, (block.keys_count + C::kPack - 1) / C::kPack, d, s.out);
+  add_values<C>(block.values, p, (block.keys_count + C::kPack - 1) / C::kPack, e, s.out);
 }
 
 }  // namespace

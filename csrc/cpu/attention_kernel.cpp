@@ -83,30 +83,33 @@ LR_INLINE Vec load_as_float(const Pair* p) {
 
 // ---- one tile of queries ----
 
-// Scratch of one thread, laid out for a head_dim.
+// Scratch of one thread, laid out for the head_dims d of queries and keys and e of values.
 template <class S, class C>
 struct Scratch {
   std::vector<Slice<C>> slices;
   typename C::Unit *keys, *values, *p;
   float *bias, *factor, *scores;
-  S* room;         // for the 8-bit rows that are read together, as elements
-  int units, row;  // row: elements from one row of the room to the next
+  int32_t* ranges;  // see TileRanges
+  S* room;          // for the 8-bit rows that are read together, as elements
+  int units, row;   // row: elements from one row of the room to the next
 
-  static size_t slice_bytes(int d, bool several_groups) {
-    const size_t channels = round_up(d, C::kChannels), rows = (several_groups ? 2 * channels : channels) + 2;
+  static size_t slice_bytes(int d, int e, bool several_groups) {
+    const size_t channels = round_up(e, C::kChannels), rows = (several_groups ? 2 * channels : channels) + 4;
     return units_of<C>(d) * kSlice * sizeof(typename C::Unit) + rows * kSlice * sizeof(float);
   }
 
-  Scratch(int d, int count, bool several_groups) : slices(count), units(units_of<C>(d)), row(int(round_up(d, kLanes))) {
+  Scratch(int d, int e, int count, bool several_groups)
+      : slices(count), units(units_of<C>(d)), row(int(round_up(std::max(d, e), kLanes))) {
     lay_out(
         [&](Arena& arena) {
-          const size_t channels = round_up(d, C::kChannels);
+          const size_t channels = round_up(e, C::kChannels);
           arena.take(keys, size_t(C::kBlock + C::kKeys) * units);
           arena.take(values, size_t(C::kBlock / C::kPack + 1) * channels);
           arena.take(p, size_t(C::kBlock + C::kKeys) * kSlice);
           arena.take(bias, C::kBlock + C::kKeys);
           arena.take(factor, kSlice);
           arena.take(scores, std::is_same_v<C, Bf16Tiles> ? 2 * C::kKeys * kSlice : 0);
+          arena.take(ranges, 2 * slices.size() * kSlice);
           arena.take(room, size_t(std::is_same_v<C, Bf16Tiles> ? C::kKeys : C::kPack) * row);
           for (Slice<C>& s : slices) {
             arena.take(s.query, size_t(units) * kSlice);
@@ -123,13 +126,13 @@ struct Scratch {
 template <class S, class C>
 class Attention {
  public:
-  explicit Attention(const AttentionParams& params) : p(params), d(int(params.d)) {}
+  explicit Attention(const AttentionParams& params) : p(params), d(int(params.d)), e(int(params.e)) {}
 
   void run(const QueryTile& tile, Scratch<S, C>& scratch) const {
     const int slices = tile.slices();
     for (int s = 0; s < slices; ++s) load_queries(tile, s, scratch.slices[s]);
     KeyList list;
-    bool first = true;
+    TileRanges ranges(scratch.ranges, slices);
     auto finish = [&](int group) {
       for (int s = 0; s < slices; ++s) finish_group(tile, s, scratch, group, list.live);
       list.live = false;
@@ -138,28 +141,34 @@ class Attention {
       if (list.count == 0) return;
       const Block<C> block = pack_block(list, scratch);
       for (int s = 0; s < slices; ++s) {
-        if (block.biased)
-          attend_slice<true>(scratch, s, block, first);
+        if (list.ranged)
+          attend_range(scratch, s, block, ranges, list.start);
         else
-          attend_slice<false>(scratch, s, block, first);
+          attend_slice(scratch, s, block);
       }
+      list.start += list.count;
       list.count = 0;
-      first = false;
     };
     for (int i = 0; i < p.sources; ++i) {
       const AttentionSource& source = p.source[i];
       if (i > 0 && source.softmax_group != p.source[i - 1].softmax_group) {
         attend_list();
         finish(p.source[i - 1].softmax_group);
-        first = true;
       }
       const VisibleKeys<S> keys(source, tile);
       if (keys.row < 0) continue;
       const Logits logits = logits_of(keys);
-      if (!(logits == list.logits)) attend_list();
+      if (!(logits == list.logits) || list.ranged || source.key_range) attend_list();
       list.logits = logits;
-      for (int64_t k = 0; k < keys.count;) {
-        const int n = int(std::min<int64_t>(C::kBlock - list.count, keys.count - k));
+      list.ranged = source.key_range != nullptr;
+      Places seen{0, keys.count};
+      if (list.ranged) {  // such a source shares no block with others
+        ranges.read(p, tile, source, keys);
+        seen = ranges.hull(0, slices);
+        list.start = seen.first;
+      }
+      for (int64_t k = seen.first; k < seen.last;) {
+        const int n = int(std::min<int64_t>(C::kBlock - list.count, seen.last - k));
         append_keys(keys, k, n, list, scratch.bias);
         k += n;
         if (list.count == C::kBlock) attend_list();
@@ -175,16 +184,37 @@ class Attention {
 
  private:
   const AttentionParams& p;
-  const int d;
+  const int d, e;
 
-  template <bool kBiased>
-  void attend_slice(const Scratch<S, C>& x, int slice, const Block<C>& block, bool first) const {
+  void attend_slice(Scratch<S, C>& x, int slice, const Block<C>& block) const {
+    Slice<C>& s = x.slices[slice];
+    const bool first = !s.started;
+    s.started = true;
 #if defined(__AMX_BF16__)
     if constexpr (std::is_same_v<C, Bf16Tiles>)
-      return TileBlock(x.slices[slice], block, x.units, d, x.p, x.scores).attend(first);
+      return TileBlock(s, block, x.units, e, x.p, x.scores).attend(first);
     else
 #endif
-      return attend_block<C, kBiased>(x.slices[slice], block, x.units, d, x.p, first);
+        if (block.biased)
+      return attend_block<C, true>(s, block, x.units, e, x.p, first);
+    else
+      return attend_block<C, false>(s, block, x.units, e, x.p, first);
+  }
+
+  // The part of a block that the queries of a slice see. start: the place of the block's first key.
+  void attend_range(Scratch<S, C>& x, int slice, Block<C> block, const TileRanges& ranges, int64_t start) const {
+    const Places seen = ranges.hull(slice, 1).within({start, start + block.keys_count});
+    if (seen.empty()) return;
+    const int first = int(seen.first - start) / C::kKeys * C::kKeys, last = int(seen.last - start);
+    const bool padded = last < block.keys_count && last % C::kKeys;  // with keys in place of zeros
+    block.keys += int64_t(first) * x.units * sizeof(typename C::Unit);
+    block.values += std::is_same_v<C, Bf16Tiles> ? first / C::kPack : first / C::kPack * e;
+    block.bias += first;
+    block.keys_count = last - first;
+    alignas(64) float from[kSlice], to[kSlice];
+    if (padded || !ranges.whole(slice, {start + first, start + last}))
+      block.seen = ranges.lanes(slice, start + first, block.keys_count, from, to);
+    attend_slice(x, slice, block);
   }
 
   // Lanes past the end of the tile repeat its last query.
@@ -200,13 +230,14 @@ class Attention {
       if (d % 2)
         for (int lane = 0; lane < kSlice; ++lane) s.query[d / 2 * kSlice + lane] = row(lane)[d - 1].bits;
     }
-    if (p.softmax_groups > 1) std::fill_n(s.total, d * kSlice, 0.0f);
+    if (p.softmax_groups > 1) std::fill_n(s.total, e * kSlice, 0.0f);
     s.beyond = 0;
     start_group(s);
   }
 
-  void start_group(const Slice<C>& s) const {
-    std::fill_n(s.out, round_up(d, C::kChannels) * kSlice, 0.0f);
+  void start_group(Slice<C>& s) const {
+    s.started = false;
+    std::fill_n(s.out, round_up(e, C::kChannels) * kSlice, 0.0f);
     std::fill_n(s.max, kSlice, -FLT_MAX);
     std::fill_n(s.sum, kSlice, 0.0f);
   }
@@ -230,7 +261,9 @@ class Attention {
     StoredRow key[C::kBlock], value[C::kBlock];
     Logits logits{};
     int count = 0;
-    bool live = false;  // whether the group has had a key whose bias is not -inf
+    bool live = false;    // whether the group has had a key whose bias is not -inf
+    bool ranged = false;  // whether its source has a key_range
+    int64_t start = 0;    // then: the place of the first key
   };
 
   // Appends the visible keys k .. k + n of a source.
@@ -256,18 +289,18 @@ class Attention {
       const S* row[C::kKeys];
       for (int i = 0; i < count; i += C::kKeys) {
         const int keys = std::min(count - i, C::kKeys);
-        for (int j = 0; j < keys; ++j) row[j] = elements_of(list.value[i + j], d, scratch.room + j * scratch.row);
-        transpose_values([&](int j) { return reinterpret_cast<const uint16_t*>(row[j]); }, keys, d,
+        for (int j = 0; j < keys; ++j) row[j] = elements_of(list.value[i + j], e, scratch.room + j * scratch.row);
+        transpose_values([&](int j) { return reinterpret_cast<const uint16_t*>(row[j]); }, keys, e,
                          scratch.values + i / 2);
       }
     }
 #endif
     if constexpr (!std::is_same_v<C, Bf16Tiles>) {
       for (int i = 0; i < count; i += C::kPack) {
-        const S* even = elements_of(list.value[i], d, scratch.room);
+        const S* even = elements_of(list.value[i], e, scratch.room);
         const S* odd =
-            C::kPack == 1 || i + 1 == count ? nullptr : elements_of(list.value[i + 1], d, scratch.room + scratch.row);
-        pack_values<S, C>(even, odd, d, scratch.values + int64_t(i / C::kPack) * d);
+            C::kPack == 1 || i + 1 == count ? nullptr : elements_of(list.value[i + 1], e, scratch.room + scratch.row);
+        pack_values<S, C>(even, odd, e, scratch.values + int64_t(i / C::kPack) * e);
       }
     }
     return {reinterpret_cast<const char*>(scratch.keys),
@@ -276,7 +309,8 @@ class Attention {
             count,
             list.logits.biased,
             list.logits.scale,
-            list.logits.shift};
+            list.logits.shift,
+            {}};
   }
 
   // Divides a slice's output by its sum and multiplies it by the weight of the softmax group. Where there are several
@@ -290,7 +324,7 @@ class Attention {
     for (int lane = 0; p.weight[group] && lane < lanes; ++lane) factor[lane] *= weight_at(tile, group, first + lane);
     const bool several = p.softmax_groups > 1;
     Vec odd[2] = {};  // 0, or NaN in the lanes of results that are not finite
-    for (int i = 0; i < d * kSlice; i += kSlice) {
+    for (int i = 0; i < e * kSlice; i += kSlice) {
       for (int j = i; j < i + kSlice; j += kLanes) {
         const Vec x = load(s.out + j) * load(factor + (j - i));
         odd[j > i] += x * 0.0f;
@@ -315,7 +349,7 @@ class Attention {
   void store_out(const QueryTile& tile, int slice, const Slice<C>& s) const {
     const int first = slice * kSlice, lanes = std::min(kSlice, tile.count - first);
     const TileRows<S> out(p, tile, static_cast<S*>(p.out), p.out_stride);
-    columns_to_rows(p.softmax_groups > 1 ? s.total : s.out, kSlice, lanes, d,
+    columns_to_rows(p.softmax_groups > 1 ? s.total : s.out, kSlice, lanes, e,
                     [&](int64_t lane) { return out(first + lane); });
     for (int lane = 0; p.lse && lane < lanes; ++lane)
       store_lse(tile, first + lane, s.sum[lane] == 0 ? -INFINITY : s.max[lane] * kLn2 + std::log(double(s.sum[lane])));
@@ -336,8 +370,8 @@ class Attention {
     for (int position = slice * kSlice; lanes && position < tile.count; ++position, lanes >>= 1) {
       if (!(lanes & 1)) continue;
       auto weight_of = [&](int group) { return p.weight[group] ? double(weight_at(tile, group, position)) : 1.0; };
-      const double lse = WideQuery<S>(p, tile, queries(position)).attend(weight_of, result);
-      for (int c = 0; c < d; ++c) from_float(static_cast<float>(result[c]), out(position)[c]);
+      const double lse = WideQuery<S>(p, tile, position, queries(position)).attend(weight_of, result);
+      for (int c = 0; c < e; ++c) from_float(static_cast<float>(result[c]), out(position)[c]);
       if (p.lse) store_lse(tile, position, lse);
     }
   }
@@ -358,9 +392,11 @@ void attend(const AttentionParams& p, const Parallel& parallel) {
   using C = ProductsOf<S>;
   int64_t keys = 0;
   for (int i = 0; i < p.sources; ++i) keys += p.source[i].m;
-  const bool tiny = p.b * p.n * p.h * p.d * keys < (1 << 18);  // a second thread would cost more than it brings
+  const bool tiny =
+      p.b * p.n * p.h * std::max(p.d, p.e) * keys < (1 << 18);  // a second thread would cost more than it brings
   const int threads = tiny ? 1 : parallel.threads;
-  int slices = std::clamp<int>(kTileBytes / Scratch<S, C>::slice_bytes(int(p.d), p.softmax_groups > 1), 1, kMaxSlices);
+  const size_t slice_bytes = Scratch<S, C>::slice_bytes(int(p.d), int(p.e), p.softmax_groups > 1);
+  int slices = std::clamp<int>(kTileBytes / slice_bytes, 1, kMaxSlices);
   // Four tiles per thread or more balance the load; tiles below four slices would pack each block for too few queries.
   while (slices > 4 && p.b * p.h * ((p.n + slices * kSlice - 1) / (slices * kSlice)) < 4 * threads) slices /= 2;
   // All tiles as large as the largest may be small: each costs a packing of all keys.
@@ -381,7 +417,7 @@ void attend(const AttentionParams& p, const Parallel& parallel) {
     std::optional<TileSession> session;
     if (std::is_same_v<C, Bf16Tiles>) session.emplace();
 #endif
-    Scratch<S, C> scratch(int(job.p.d), job.slices, job.p.softmax_groups > 1);
+    Scratch<S, C> scratch(int(job.p.d), int(job.p.e), job.slices, job.p.softmax_groups > 1);
     const Attention<S, C> attention(job.p);
     // Tiles of one batch row and head follow each other: its keys stay in cache.
     const int64_t per_head = int64_t(job.tiles.size());

@@ -3,6 +3,7 @@
 #pragma once
 #include <algorithm>
 #include <cfloat>
+#include <climits>
 #include <cmath>
 
 #include "cpu/attention_block.h"
@@ -26,30 +27,48 @@ template <class Visit>
 void each_tile(const AttentionParams& p, int64_t b, int64_t h, int64_t queries, const Visit& visit) {
   for (int64_t c = 0; c < p.c; ++c) {
     const int32_t* start = p.class_start ? p.class_start + b * p.class_stride + c : nullptr;
-    const int64_t begin = start ? start[0] : 0, end = start ? start[1] : p.n;
+    const int64_t begin = start ? start[0] : c * p.query_block;
+    const int64_t end = start ? start[1] : p.query_block ? std::min(p.n, begin + p.query_block) : p.n;
     for (int64_t i = begin; i < end; i += queries) visit(QueryTile{b, h, c, i, int(std::min(queries, end - i))});
   }
 }
+
+// Which query stands at a position of a tile.
+class TileOrder {
+ public:
+  TileOrder(const AttentionParams& p, const QueryTile& tile)
+      : order_(p.query_order ? p.query_order + tile.b * p.order_stride : nullptr), start_(tile.start) {}
+
+  int64_t operator()(int64_t position) const {
+    const int64_t i = start_ + position;
+    return order_ ? order_[i] : i;
+  }
+
+ private:
+  const int32_t* order_;
+  int64_t start_;
+};
 
 // A tile's queries in a [b, n, h, d] or [b, n, h] tensor.
 template <class T>
 class TileRows {
  public:
   TileRows(const AttentionParams& p, const QueryTile& tile, T* data, const int64_t (&stride)[3])
-      : data_(data + tile.b * stride[0] + tile.h * stride[2]),
-        order_(p.query_order ? p.query_order + tile.b * p.order_stride : nullptr),
-        start_(tile.start),
-        stride_(stride[1]) {}
+      : data_(data + tile.b * stride[0] + tile.h * stride[2]), order_(p, tile), stride_(stride[1]) {}
 
-  T* operator()(int64_t position) const {
-    const int64_t i = start_ + position;
-    return data_ + (order_ ? order_[i] : i) * stride_;
-  }
+  T* operator()(int64_t position) const { return data_ + order_(position) * stride_; }
 
  private:
   T* data_;
-  const int32_t* order_;
-  int64_t start_, stride_;
+  TileOrder order_;
+  int64_t stride_;
+};
+
+// Places [first, last) in the list of a source's visible keys.
+struct Places {
+  int64_t first, last;
+  bool empty() const { return first >= last; }
+  Places within(const Places& other) const { return {std::max(first, other.first), std::min(last, other.last)}; }
 };
 
 // The row of a source that batch row b reads, or -1.
@@ -77,12 +96,21 @@ struct VisibleKeys {
     if (row < 0) return;
     count = source.m;
     if (source.key_index) {
-      index_ = source.key_index + tile.query_class * source.index_stride[0] + row * source.index_stride[1];
-      count = source.key_count[tile.query_class * source.count_stride[0] + row * source.count_stride[1]];
+      const auto at = [&](const int64_t (&stride)[3]) {
+        return tile.query_class * stride[0] + row * stride[1] + tile.h * stride[2];
+      };
+      index_ = source.key_index + at(source.index_stride);
+      count = source.key_count[at(source.count_stride)];
+      while (source.key_block >> shift_ > 1) ++shift_;
+      if (shift_ && count > 0) {  // the last block of keys may be shorter
+        const int64_t beyond = (int64_t(index_[count - 1]) + 1) * source.key_block - source.m;
+        count = (count << shift_) - std::max<int64_t>(beyond, 0);
+      }
     }
-    keys_ = Rows(source.key, source.key_stride, source.key_scale, source.key_scale_stride, source.storage, row, tile.h);
+    const int64_t head = tile.h / source.heads_per_key_head;
+    keys_ = Rows(source.key, source.key_stride, source.key_scale, source.key_scale_stride, source.storage, row, head);
     values_ = Rows(source.value, source.value_stride, source.value_scale, source.value_scale_stride, source.storage,
-                   row, tile.h);
+                   row, head);
     if (source.value_index)
       moved_ = source.value_index + row * source.value_index_stride[0] + tile.b * source.value_index_stride[1];
     if (source.key_bias) bias = source.key_bias + row * source.bias_stride;
@@ -95,13 +123,31 @@ struct VisibleKeys {
   }
 
   // The token of the i-th visible key; what follows is of a token.
-  int64_t token(int64_t i) const { return index_ ? index_[i] : i; }
+  int64_t token(int64_t i) const {
+    if (!index_) return i;
+    return shift_ ? (int64_t(index_[i >> shift_]) << shift_) + (i & ((int64_t(1) << shift_) - 1)) : index_[i];
+  }
   int64_t value_token(int64_t token) const { return moved_ ? moved_[token] : token; }
   StoredRow stored_key(int64_t token) const { return keys_[token]; }
   StoredRow stored_value(int64_t token) const { return values_[value_token(token)]; }
   // The same of a source that is not in 8 bits.
   const S* key(int64_t token) const { return static_cast<const S*>(keys_[token].data); }
   const S* value(int64_t token) const { return static_cast<const S*>(values_[value_token(token)].data); }
+  // The place of the first visible key whose token is `token` or a later one.
+  int64_t place_of(int64_t token) const {
+    if (!index_) return std::clamp<int64_t>(token, 0, count);
+    int64_t low = 0, high = count;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (this->token(middle) < token)
+        low = middle + 1;
+      else
+        high = middle;
+    }
+    return low;
+  }
+  // The visible keys in a query's entry of key_range.
+  Places places_of(const int32_t* range) const { return {place_of(range[0]), place_of(range[1])}; }
   float bias_of(int64_t token) const { return bias ? bias[token] : 0.0f; }
   float log2_bias_of(int64_t token) const { return bias ? to_log2(bias[token], shift) : shift; }  // with the shift
 
@@ -128,6 +174,48 @@ struct VisibleKeys {
   };
   Rows keys_, values_;
   const int32_t *index_ = nullptr, *moved_ = nullptr;
+  int shift_ = 0;  // log2 of the keys of an entry of index_
+};
+
+// Which visible keys of a source each query of a tile sees by its entry of key_range.
+class TileRanges {
+ public:
+  // room: 2 · kSlice numbers for each slice of a tile.
+  TileRanges(int32_t* room, int slices) : first_(room), last_(room + slices * kSlice) {}
+
+  template <class S>
+  void read(const AttentionParams& p, const QueryTile& tile, const AttentionSource& source,
+            const VisibleKeys<S>& keys) {
+    const TileOrder order(p, tile);
+    const int32_t* ranges = source.key_range + tile.b * source.range_stride;
+    for (int i = 0; i < tile.slices() * kSlice; ++i) {  // lanes past the end of the tile repeat its last query
+      const Places seen = keys.places_of(ranges + 2 * order(std::min(i, tile.count - 1)));
+      first_[i] = seen.empty() ? INT32_MAX : int32_t(seen.first);
+      last_[i] = seen.empty() ? 0 : int32_t(seen.last);
+    }
+  }
+  // The places from the first that some query of these slices sees to the last.
+  Places hull(int slice, int slices) const {
+    const int from = slice * kSlice, to = (slice + slices) * kSlice;
+    return {*std::min_element(first_ + from, first_ + to), *std::max_element(last_ + from, last_ + to)};
+  }
+  // Whether each query of a slice sees all these places.
+  bool whole(int slice, const Places& places) const {
+    const int from = slice * kSlice, to = from + kSlice;
+    return *std::max_element(first_ + from, first_ + to) <= places.first &&
+           *std::min_element(last_ + from, last_ + to) >= places.last;
+  }
+  // What each query of a slice sees of `count` keys from place `start` on, as numbers for lanes.
+  LaneRange lanes(int slice, int64_t start, int count, float (&first)[kSlice], float (&last)[kSlice]) const {
+    for (int i = 0; i < kSlice; ++i) {
+      first[i] = float(std::clamp<int64_t>(first_[slice * kSlice + i] - start, 0, count));
+      last[i] = float(std::clamp<int64_t>(last_[slice * kSlice + i] - start, 0, count));
+    }
+    return {first, last};
+  }
+
+ private:
+  int32_t *first_, *last_;  // [slices, kSlice]
 };
 
 }  // namespace

@@ -69,8 +69,8 @@ void transpose_values(Row row, int keys, int d, uint32_t* values) {
 // holds both.
 class TileBlock {
  public:
-  TileBlock(const Slice<Bf16Tiles>& slice, const Block<Bf16Tiles>& block, int units, int d, uint32_t* p, float* scores)
-      : s_(slice), block_(block), units_(units), tiles_((d + kTileRow - 1) / kTileRow), p_(p), scores_(scores) {}
+  TileBlock(const Slice<Bf16Tiles>& slice, const Block<Bf16Tiles>& block, int units, int e, uint32_t* p, float* scores)
+      : s_(slice), block_(block), units_(units), tiles_((e + kTileRow - 1) / kTileRow), p_(p), scores_(scores) {}
 
   void attend(bool first) {
     const int groups = (block_.keys_count + kGroup - 1) / kGroup;
@@ -116,7 +116,7 @@ class TileBlock {
  private:
   const Slice<Bf16Tiles>& s_;
   const Block<Bf16Tiles>& block_;
-  const int units_, tiles_;  // of head_dim: units, and tiles of 16 channels
+  const int units_, tiles_;  // units of a key, and tiles of 16 channels of a value
   uint32_t* const p_;        // 2 spans x kSpan groups x [16 pairs of keys, kSlice]
   float* const scores_;      // 2 groups x [32 keys, kSlice]
   Vec m0_, m1_;              // the running maximum, log2 units
@@ -225,14 +225,14 @@ class TileBlock {
         store_scores(g + 1);
       }
       if (quarter == 2) add_pending(share);
-      if (rounded || block_.keys_count - g * kGroup < kGroup)
+      if (rounded || block_.seen || block_.keys_count - g * kGroup < kGroup)
         weigh_quarter<true>(g, quarter, sum0, sum1);
       else
         weigh_quarter<false>(g, quarter, sum0, sum1);
     }
   }
 
-  // kCareful handles a bias per key, huge logits and the padding after the last key.
+  // kCareful handles a bias per key, huge logits, keys that some queries do not see and the padding after the last key.
   template <bool kCareful>
   LR_INLINE void weigh_quarter(int g, int quarter, Vec& sum0, Vec& sum1) const {
     constexpr int kKeys = kGroup / 4;
@@ -243,8 +243,9 @@ class TileBlock {
     auto exponent = [&](int i, int half) __attribute__((always_inline)) {
       const Vec x = load(row + i * kSlice + half * kLanes);
       if constexpr (kCareful) {
-        const Vec logit = x * scale + block_.bias[g * kGroup + quarter * kKeys + i];
-        return logit - (half ? m1_ : m0_);
+        const int key = g * kGroup + quarter * kKeys + i;
+        const Vec logit = x * scale + block_.bias[key] - (half ? m1_ : m0_);
+        return block_.seen ? block_.seen.keep(logit, key, half, set1(-INFINITY)) : logit;
       } else {
         return x * scale + (half ? z1 : z0);
       }
@@ -265,8 +266,13 @@ class TileBlock {
     const float* row = scores_ + g % 2 * kGroup * kSlice;
     for (int i = 0; i < kGroup; ++i, row += kSlice) {
       const float bias = block_.bias[g * kGroup + i];
-      m0 = max(m0, load(row) * block_.scale + bias);
-      m1 = max(m1, load(row + kLanes) * block_.scale + bias);
+      Vec x0 = load(row) * block_.scale + bias, x1 = load(row + kLanes) * block_.scale + bias;
+      if (block_.seen) {
+        x0 = block_.seen.keep(x0, g * kGroup + i, 0, m0);
+        x1 = block_.seen.keep(x1, g * kGroup + i, 1, m1);
+      }
+      m0 = max(m0, x0);
+      m1 = max(m1, x1);
     }
     m0_ = m0;
     m1_ = m1;

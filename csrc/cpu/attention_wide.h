@@ -32,28 +32,28 @@ struct WideSoftmax {
 template <class S>
 class WideQuery {
  public:
-  // query: [d]
-  WideQuery(const AttentionParams& params, const QueryTile& its_tile, const S* query)
-      : p(params), tile(its_tile), d(int(params.d)) {
+  // query: [d], at a position of the tile
+  WideQuery(const AttentionParams& params, const QueryTile& its_tile, int64_t position, const S* query)
+      : p(params), tile(its_tile), number(TileOrder(params, its_tile)(position)), d(int(params.d)), e(int(params.e)) {
     for (int c = 0; c < d; ++c) q[c] = double(to_float(query[c]));
   }
 
-  // result: [d], the groups' weighted sum; weight_at(g): the weight of group g, 1 where it has none. Returns the lse of
+  // result: [e], the groups' weighted sum; weight_at(g): the weight of group g, 1 where it has none. Returns the lse of
   // the last group.
   template <class Weight>
   double attend(Weight weight_at, double* result) {
-    std::fill_n(result, d, 0.0);
+    std::fill_n(result, e, 0.0);
     double lse = -INFINITY;
     for (int first = 0; first < p.sources;) {
       const int group = p.source[first].softmax_group;
       WideSoftmax softmax;
       for (; first < p.sources && p.source[first].softmax_group == group; ++first) {
-        if (add_keys(VisibleKeys<S>(p.source[first], tile), softmax)) continue;
-        std::fill_n(result, d, double(NAN));
+        if (add_keys(p.source[first], softmax)) continue;
+        std::fill_n(result, e, double(NAN));
         return NAN;
       }
       const double factor = softmax.sum == 0 ? 0.0 : weight_at(group) / softmax.sum;
-      for (int c = 0; c < d; ++c) result[c] += softmax.out[c] * factor;
+      for (int c = 0; c < e; ++c) result[c] += softmax.out[c] * factor;
       // sum is NaN beside a top of +inf
       lse = softmax.top == INFINITY ? double(INFINITY) : softmax.top + std::log(softmax.sum);
     }
@@ -63,19 +63,24 @@ class WideQuery {
  private:
   const AttentionParams& p;
   const QueryTile& tile;
-  const int d;
+  const int64_t number;  // of the query
+  const int d, e;
   double q[kMaxHeadDim];
 
   // False where a logit is NaN: so is the result, then.
-  bool add_keys(const VisibleKeys<S>& keys, WideSoftmax& softmax) const {
+  bool add_keys(const AttentionSource& source, WideSoftmax& softmax) const {
+    const VisibleKeys<S> keys(source, tile);
     const double scale = p.scale * double(keys.logit_scale);
+    Places seen{0, keys.count};
+    if (source.key_range && keys.row >= 0)
+      seen = keys.places_of(source.key_range + tile.b * source.range_stride + 2 * number);
     S room[kMaxHeadDim];
-    for (int64_t i = 0; i < keys.count; ++i) {
+    for (int64_t i = seen.first; i < seen.last; ++i) {
       const int64_t token = keys.token(i);
       const S* key = elements_of(keys.stored_key(token), d, room);
       const double logit = scale * score(key) + double(keys.logit_bias) + double(keys.bias_of(token));
       if (std::isnan(logit)) return false;
-      softmax.add(logit, elements_of(keys.stored_value(token), d, room), d);
+      softmax.add(logit, elements_of(keys.stored_value(token), e, room), e);
     }
     return true;
   }

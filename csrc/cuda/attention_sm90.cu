@@ -96,7 +96,7 @@ const char* make_maps(Problem& x, const Cut& c) {
     const AttentionSource& source = p.source[s];
     if (source.key_index || source.storage != Storage::kElements || source.m == 0 || source.r == 0) continue;
     const auto make = [&](sm90::TensorMap& map, uint32_t& set, const void* data, const int64_t (&of)[3]) {
-      const int64_t dim[4] = {p.d, p.h, source.m, source.r};
+      const int64_t dim[4] = {p.d, source.k, source.m, source.r};
       int64_t stride[4] = {2, of[2], of[1], of[0]};
       if (!describable(dim, stride)) return static_cast<const char*>(nullptr);
       for (int i = 1; i < 4; ++i)
@@ -122,10 +122,14 @@ const char* attention_sm90_lacks(const AttentionParams& p) {
   };
   if (p.dtype == DType::kFloat32) return "float32";
   if (p.d % 8) return "head_dim that is not a multiple of 8";
+  if (p.e != p.d) return "value whose head_dim is not that of the keys";
+  if (p.query_block) return "blocks of queries";
   if (unaligned(p.query, p.query_stride)) return "query whose rows are not at multiples of 8 numbers";
   if (unaligned(p.out, p.out_stride)) return "out whose rows are not at multiples of 8 numbers";
   for (int s = 0; s < p.sources; ++s) {
     const AttentionSource& x = p.source[s];
+    if (x.key_range) return "key_range";
+    if (x.key_index && (x.key_block != 1 || x.index_stride[2] || x.count_stride[2])) return "blocks of keys";
     if (unaligned(x.key, x.key_stride, x.storage)) return "key whose rows are not at multiples of 8 numbers";
     if (unaligned(x.value, x.value_stride, x.storage)) return "value whose rows are not at multiples of 8 numbers";
     if (x.key_stride[1] >> 30 || x.value_stride[1] >> 30) return "tokens that are 2 GiB or more apart";

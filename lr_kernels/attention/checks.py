@@ -12,7 +12,15 @@ from ..runtime.checks import FLOAT32_MAX, check_entries, check_memory, fail, has
 from ..runtime.schemas import EIGHT_BIT_LARGEST, MAX_HEAD_DIM, MAX_SOURCES, MAX_TOKENS
 from ..runtime.tensors import check_dense, is_plain, resolved, within_float32
 from ..source import Source
-from .plan import AttentionPlan, as_made, changed_mask, check_lists, check_masks, check_parts
+from .plan import (
+    AttentionPlan,
+    as_made,
+    changed_mask,
+    check_block_masks,
+    check_lists,
+    check_masks,
+    check_parts,
+)
 
 OP = "multi_source_attention"
 _REAL_TABLES = ("key_bias", "logit_scale", "logit_bias", "weight")
@@ -69,8 +77,12 @@ def _check(query: Tensor, sources: Sequence[Source], query_groups: Tensor | None
         fail(OP, "sources", f"1 to {MAX_SOURCES}", len(sources))
     first_of_group: dict[int, int] = {}
     lazy, requires_grad = eager and query._is_zerotensor(), query.requires_grad
+    blocked = False
     for i, source in enumerate(sources):
         lazy |= _check_source(i, source, query, eager)
+        blocked |= source.block_mask is not None
+        if source.value.shape[3] != sources[0].value.shape[3]:
+            fail(OP, f"value[{i}]", f"head_dim {sources[0].value.shape[3]} as value[0]", source.value.shape[3])
         requires_grad = requires_grad or _requires_grad(source)
         if not isinstance(source.softmax_group, (int, Integral)):
             fail(OP, f"softmax_group[{i}]", "an int", repr(source.softmax_group), error=TypeError)
@@ -83,7 +95,13 @@ def _check(query: Tensor, sources: Sequence[Source], query_groups: Tensor | None
                 "a weight",
             )
     if plan is None:
-        check_masks(OP, [s.key_mask for s in sources], [s.key_groups for s in sources], query_groups)
+        masks, groups = [s.key_mask for s in sources], [s.key_groups for s in sources]
+        check_masks(OP, masks, groups, query_groups)
+        if blocked:
+            sizes = [s.block_size for s in sources]
+            check_block_masks(OP, [s.block_mask for s in sources], sizes, masks, groups, query_groups)
+            for i, source in enumerate(sources):
+                _check_block_mask(i, source, query)
     else:
         _check_plan(plan, sources, query_groups, query, eager)
     if query_groups is not None:
@@ -117,7 +135,7 @@ def _check_source(i: int, source: Source, query: Tensor, eager: bool) -> bool:
         fail(OP, f"sources[{i}]", "a Source", type(source).__name__, error=TypeError)
     batch, _, heads, head_dim = query.shape
     lazy = False
-    for name in ("rows", "key_mask", "key_groups", "key_bias", "value_index"):
+    for name in ("rows", "key_mask", "key_groups", "key_bias", "value_index", "key_range", "block_mask"):
         x = getattr(source, name)
         if x is None:
             continue
@@ -138,10 +156,12 @@ def _check_source(i: int, source: Source, query: Tensor, eager: bool) -> bool:
             fail(OP, f"{name}[{i}]", "shape (rows, keys, heads, head_dim)", tuple(shape))
         if shape[0] > MAX_TOKENS or shape[1] > MAX_TOKENS:
             fail(OP, f"{name}[{i}]", f"at most {MAX_TOKENS} rows and keys", tuple(shape))
-        if shape[3] != head_dim:
-            fail(OP, f"{name}[{i}]", f"head_dim {head_dim}", shape[3])
-        if shape[2] != heads:
-            fail(OP, f"{name}[{i}]", f"{heads} heads", shape[2])
+        if x is source.key and shape[3] != head_dim:
+            fail(OP, f"key[{i}]", f"head_dim {head_dim}", shape[3])
+        if not 1 <= shape[3] <= MAX_HEAD_DIM:
+            fail(OP, f"{name}[{i}]", f"head_dim from 1 to {MAX_HEAD_DIM}", shape[3])
+        if shape[2] != heads and (shape[2] == 0 or heads % shape[2]):
+            fail(OP, f"{name}[{i}]", f"{heads} heads or a divisor of it", shape[2])
         if x.dtype != query.dtype and x.dtype not in EIGHT_BIT_LARGEST:
             _refuse_dtype(f"{name}[{i}]", x, query)
         if x.device != query.device:
@@ -154,6 +174,8 @@ def _check_source(i: int, source: Source, query: Tensor, eager: bool) -> bool:
         lazy |= _check_scales(i, source, query, eager)
     rows, keys = source.key.shape[:2]
     value_rows, values = source.value.shape[:2]
+    if source.value.shape[2] != source.key.shape[2]:
+        fail(OP, f"value[{i}]", f"{source.key.shape[2]} heads as key[{i}]", source.value.shape[2])
     if value_rows != rows or (source.value_index is None and values != keys):
         fail(OP, f"value[{i}]", f"{rows} rows of {keys} keys as in key[{i}]", (value_rows, values))
     if source.rows is None:
@@ -169,6 +191,8 @@ def _check_source(i: int, source: Source, query: Tensor, eager: bool) -> bool:
         check_entries(OP, f"rows[{i}]", source.rows, -1, rows - 1)  # on a GPU, others read as -1
     if source.value_index is not None:
         _check_value_index(i, source, query)
+    if source.key_range is not None:
+        _check_key_range(i, source.key_range, query)
     for name in ("logit_scale", "logit_bias", "weight"):
         strength = getattr(source, name)
         if strength is not None:
@@ -276,6 +300,31 @@ def _check_value_index(i: int, source: Source, query: Tensor) -> None:
     check_entries(OP, f"value_index[{i}]", index, 0, tokens - 1)
 
 
+def _check_key_range(i: int, ranges: Tensor, query: Tensor) -> None:
+    if ranges.dtype not in _INDEX_DTYPES:
+        fail(OP, f"key_range[{i}]", "an integer dtype", ranges.dtype, error=TypeError)
+    batch, tokens = query.shape[:2]
+    if not has_shape(ranges, (batch, tokens, 2), (1, tokens, 2)):
+        fail(OP, f"key_range[{i}]", f"shape ({batch} or 1, {tokens}, 2)", tuple(ranges.shape))
+    if ranges.device != query.device:
+        fail(OP, f"key_range[{i}]", str(query.device), ranges.device)
+
+
+def _check_block_mask(i: int, source: Source, query: Tensor) -> None:
+    """The sizes of a block mask that has passed `check_block_masks`."""
+    blocks = source.block_mask
+    if blocks is None:
+        return
+    rows, keys = source.key.shape[:2]
+    tokens, heads = query.shape[1:3]
+    expected = (-(-tokens // source.block_size[0]), -(-keys // source.block_size[1]))
+    if not one_of(blocks.shape[0], 1, rows) or not one_of(blocks.shape[1], 1, heads) or blocks.shape[2:] != expected:
+        shape = f"shape ({rows} or 1, {heads} or 1, {expected[0]}, {expected[1]})"
+        fail(OP, f"block_mask[{i}]", shape, tuple(blocks.shape), f"of blocks of {tuple(source.block_size)}")
+    if blocks.device != query.device:
+        fail(OP, f"block_mask[{i}]", str(query.device), blocks.device)
+
+
 def check_copies(query: Tensor, sources: Sequence[Source]) -> None:
     """Refuse the copies that autocast makes of query, keys and values where they are beyond the memory; 8-bit ones it
     leaves alone."""
@@ -320,6 +369,16 @@ def _check_plan(
     for i, source in enumerate(sources):
         if plan.key_masks[i] is not source.key_mask or plan.key_groups[i] is not source.key_groups:
             fail(OP, "plan", f"a plan built from key_mask[{i}] and key_groups[{i}]", "one built from other tensors")
+    block_masks = plan.block_masks or (None,) * len(sources)
+    if len(block_masks) != len(sources):
+        fail(OP, "plan.block_masks", f"{len(sources)} entries or None", len(block_masks))
+    for i, source in enumerate(sources):
+        if block_masks[i] is not source.block_mask:
+            fail(OP, "plan", f"a plan built from block_mask[{i}]", "one built from another tensor")
+        if source.block_mask is not None:
+            if plan.block_size is None or tuple(source.block_size) != tuple(plan.block_size):
+                fail(OP, "plan", f"a plan of block_size[{i}] {tuple(source.block_size)}", plan.block_size)
+            _check_block_mask(i, source, query)
     if plan.query_groups is not query_groups:
         fail(OP, "plan", "a plan built from query_groups", "one built from another tensor")
     if eager:

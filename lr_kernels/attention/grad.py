@@ -49,7 +49,7 @@ class _Attention(torch.autograd.Function):
         """fields: those of each source, which autograd only sees as arguments of their own."""
         tables = lay_out(query, _sources(fields), plan, options.scale)
         plain = len(tables.weight) == 1 and tables.weight[0] is None
-        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        out = query.new_empty(*query.shape[:3], tables.value[0].shape[3])
         lse = query.new_empty(query.shape[:3], dtype=torch.float64) if plain or options.return_lse else None
         kernel("multi_source_attention", options.backend)(query, *tables, out, lse)
         given = (
@@ -70,13 +70,15 @@ class _Attention(torch.autograd.Function):
         count = len(rest) // (2 + _FIELDS)
         sources = _sources(rest[2 * count :])
         wanted = ctx.needs_input_grad[4:]
-        grad_out = torch.zeros_like(query) if grad_out is None else written_out(grad_out)
+        if grad_out is None:
+            grad_out = query.new_zeros(*query.shape[:3], sources[0].value.shape[3])
+        grad_out = written_out(grad_out)
         grad_lse = None if grad_lse is None else written_out(grad_lse)
         if _beyond_kernels(grad_out, grad_lse):
             call = (ctx.options, query, sources, query_groups)
             found = _gradients_of_reference(*call, grad_out, grad_lse, (ctx.needs_input_grad[1], *wanted))
             return (None, found[0], None, None, *found[1:])
-        plan = AttentionPlan((), (), None, tuple(rest[:count]), tuple(rest[count : 2 * count]), order, start)
+        plan = _plan_of_lists(sources, rest[:count], rest[count : 2 * count], order, start)
         tables = lay_out(query, sources, plan, ctx.options.scale)
         places = sorted(
             range(count), key=lambda i: sources[i].softmax_group
@@ -97,6 +99,20 @@ class _Attention(torch.autograd.Function):
 
 def _sources(fields: Sequence[Any]) -> list[Source]:
     return [Source(*fields[i : i + _FIELDS]) for i in range(0, len(fields), _FIELDS)]
+
+
+def _plan_of_lists(
+    sources: Sequence[Source],
+    key_index: Sequence[Tensor | None],
+    key_count: Sequence[Tensor | None],
+    query_order: Tensor | None,
+    class_start: Tensor | None,
+) -> AttentionPlan:
+    """The plan of a forward pass, from its lists."""
+    masks, blocks = (tuple(getattr(s, name) for s in sources) for name in ("key_mask", "block_mask"))
+    size = next((s.block_size for s in sources if s.block_mask is not None), None)
+    lists = tuple(key_index), tuple(key_count), query_order, class_start
+    return AttentionPlan(masks, (), None, *lists, None if size is None else blocks, size)
 
 
 def _beyond_kernels(grad_out: Tensor, grad_lse: Tensor | None) -> bool:
@@ -152,7 +168,7 @@ def _sum_of_groups(
     for g, weight in enumerate(tables.weight):
         members = [i for i, group in enumerate(tables.softmax_group) if group == g]
         group = _group_tables(tables, members)
-        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        out = torch.empty_like(grad_out, memory_format=torch.contiguous_format)
         lse = query.new_empty(query.shape[:3], dtype=torch.float64)
         kernel("multi_source_attention", backend)(query, *group, out, lse)
         grad = grad_out if weight is None else (grad_out * weight[:, :, None, None]).to(query.dtype)

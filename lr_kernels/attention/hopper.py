@@ -56,6 +56,9 @@ def lacks(query: Tensor, sources: Sequence[Source], gradients: bool, on_hopper: 
     tensors = {"query": query}
     for i, source in enumerate(sources):
         tensors |= {f"key[{i}]": source.key, f"value[{i}]": source.value}
+        reasons += [f"{name}[{i}]" for name in ("key_range", "block_mask") if getattr(source, name) is not None]
+        if source.value.shape[3] != query.shape[3]:
+            reasons.append(f"value[{i}] whose head_dim is not that of the keys")
     for name, x in tensors.items():
         if not _aligned(x):
             reasons.append(f"{name} whose rows do not start at multiples of {8 * x.element_size()} bytes")
@@ -152,8 +155,10 @@ def _pack(
         if source.__class__ is not Source:
             return None
         (key, value, rows, key_mask, key_groups, bias, logit_scale, logit_bias, value_index, group, weight, key_scale,
-         value_scale) = source  # fmt: skip
+         value_scale, key_range, block_mask, _) = source  # fmt: skip
         if key_mask is not mask or key_groups is not bits_of_keys:
+            return None
+        if key_range is not None or block_mask is not None:
             return None
         tensors += (key, value)
         bits = 0

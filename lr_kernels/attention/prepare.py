@@ -60,7 +60,8 @@ def prepare(
         query, sources = resolve(query, sources)
     if return_lse and facts.groups > 1:
         fail(OP, "return_lse", "one softmax group", "several", "each group has its own lse")
-    result_bytes = query.numel() * query.element_size() + return_lse * query.shape[:3].numel() * 4
+    cells = query.shape[:3].numel()
+    result_bytes = cells * (sources[0].value.shape[3] * query.element_size() + return_lse * 4)
     check_memory(OP, "query", result_bytes, query.device)
     gradients = torch.is_grad_enabled() and facts.requires_grad
     lacking = _lacking(sources) if gradients else {}
@@ -90,9 +91,13 @@ def prepare(
 
 def _plan(sources: Sequence[Source], query_groups: Tensor | None) -> AttentionPlan:
     masks, groups = [s.key_mask for s in sources], [s.key_groups for s in sources]
-    if query_groups is None and all(x is None for x in (*masks, *groups)):
+    blocks = [s.block_mask for s in sources]
+    if query_groups is None and all(x is None for x in (*masks, *groups, *blocks)):
         return _EVERY_KEY[len(sources)]
-    return build_plan(masks, groups, query_groups)
+    sizes = [s.block_size for s in sources if s.block_mask is not None]
+    if not sizes:
+        return build_plan(masks, groups, query_groups)
+    return build_plan(masks, groups, query_groups, None, blocks, sizes[0])
 
 
 def _every_key(count: int) -> AttentionPlan:
@@ -105,7 +110,7 @@ _EVERY_KEY = [_every_key(count) for count in range(MAX_SOURCES + 1)]
 
 
 def _run(backend: str, query: Tensor, tables: AttentionTables, return_lse: bool) -> Result:
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    out = query.new_empty(*query.shape[:3], tables.value[0].shape[3])
     lse = query.new_empty(query.shape[:3], dtype=torch.float32) if return_lse else None
     ops.kernel(OP, backend)(query, *tables, out, lse)
     return out if lse is None else (out, lse)

@@ -19,8 +19,9 @@ _PLAIN = (Tensor, Parameter)
 def signature(
     query: Tensor, sources: Sequence[Source], query_groups: Tensor | None, scale: float | None, return_lse: bool,
     plan: AttentionPlan | None,
-) -> tuple[list, list[Tensor]] | None:  # fmt: skip
-    """The parts of a call that decide how it is launched, as a dictionary's key, and the tensors it is launched with.
+) -> tuple[list, list[Tensor], int] | None:  # fmt: skip
+    """The parts of a call that decide how it is launched, as a dictionary's key, the tensors it is launched with, and
+    the head_dim of its result.
 
     None for a call that must be checked and laid out anew: gradients, masks without a plan, a plan for other masks (the
     checks say what is wrong), numbers instead of tensors as strengths, tensors of a subclass, a dispatch mode.
@@ -42,6 +43,9 @@ def signature(
             return None
         if plan.query_groups is not query_groups or len(plan.key_masks) != len(sources) or changed_mask(plan):
             return None
+        if plan.block_masks is not None and len(plan.block_masks) != len(sources):
+            return None
+        key.append(plan.block_size)
         for x in (*plan.key_index, *plan.key_count, plan.query_order, plan.class_start):
             key.append(x is None)
             if x is not None:
@@ -52,11 +56,16 @@ def signature(
         mask, groups = (None, None) if plan is None else (plan.key_masks[i], plan.key_groups[i])
         if source.key_mask is not mask or source.key_groups is not groups:
             return None
+        blocks, size = None, None
+        if plan is not None and plan.block_masks is not None:
+            blocks, size = plan.block_masks[i], plan.block_size
+        if source.block_mask is not blocks or (blocks is not None and source.block_size != size):
+            return None
         tensors.append(source.key)
         tensors.append(source.value)
         given: tuple[Any, ...] = (
             source.rows, source.key_bias, source.logit_scale, source.logit_bias, source.value_index, source.weight,
-            source.key_scale, source.value_scale,
+            source.key_scale, source.value_scale, source.key_range,
         )  # fmt: skip
         for x in given:
             key.append(x is None)
@@ -70,4 +79,4 @@ def signature(
         if x.__class__ not in _PLAIN or (gradients and x.requires_grad) or not is_plain(x):
             return None
         key += (x.shape, x.stride(), x.dtype, x.get_device())
-    return key, tensors
+    return key, tensors, sources[0].value.shape[-1]

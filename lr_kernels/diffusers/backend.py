@@ -18,7 +18,7 @@ from diffusers.models.attention_processor import (
 )
 from torch import Tensor, nn
 
-from ..interop import attend, attend_with_lse, refuse_unless_off
+from ..interop import attend, attend_with_lse, causal_range, refuse_unless_off
 from ..runtime.checks import fail
 from .processors.install import check_model, install_processors
 from .processors.joint import CustomSD3AttnProcessor, joint_attention, joint_processors
@@ -67,19 +67,27 @@ def attention(
     _parallel_config: object = None,
     **attention_kwargs: object,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """What diffusers calls: query (B, N, H, D), key and value (B, M, H, D) -> (B, N, H, D), and the lse (B, N, H).
+    """What diffusers calls: query (B, N, H, D), key (B, M, H, D), value (B, M, H, E) -> (B, N, H, E), and the lse
+    (B, N, H).
+
+    attn_mask, is_causal and enable_gqa are those of `lr_kernels.interop.scaled_dot_product_attention`; a mask (B, M) is
+    padding, as in other backends of diffusers.
 
     Raises:
-        NotImplementedError: dropout_p, is_causal, context parallelism, a mask that differs between heads or queries,
-            and every other argument that is on, such as window_size and softcap, which other backends take.
+        NotImplementedError: dropout_p, context parallelism, a mask of another kind, is_causal beside a mask, and every
+            other argument that is on, such as window_size and softcap, which other backends take.
     """
-    refuse_unless_off(
-        "attention_backend", dropout_p=dropout_p, is_causal=is_causal, _parallel_config=_parallel_config,
-        **attention_kwargs,
-    )  # fmt: skip
+    op = "attention_backend"
+    refuse_unless_off(op, dropout_p=dropout_p, _parallel_config=_parallel_config, **attention_kwargs)
+    order = None
+    if is_causal:
+        refuse_unless_off(op, attn_mask=attn_mask)
+        order = causal_range(query.shape[1], query.device)
+    if attn_mask is not None and attn_mask.shape == (query.shape[0], key.shape[1]):
+        attn_mask = attn_mask[:, None, None]
     if return_lse:
-        return attend_with_lse("attention_backend", query, key, value, attn_mask, scale, enable_gqa)
-    return attend("attention_backend", query, key, value, attn_mask, scale, enable_gqa)
+        return attend_with_lse(op, query, key, value, attn_mask, scale, enable_gqa, order)
+    return attend(op, query, key, value, attn_mask, scale, enable_gqa, key_range=order)
 
 
 @contextlib.contextmanager

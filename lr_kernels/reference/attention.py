@@ -46,7 +46,8 @@ def source_rows(source: Source, batch: int) -> Tensor:
 
 
 def visible_keys(query: Tensor, source: Source, query_groups: Tensor | None) -> Tensor:
-    """(B, N, M) bool: key j is visible to query (b, i) iff rows[b] >= 0, key_mask[j] and the groups share a bit."""
+    """(B, H or 1, N, M) bool: key j is visible to query (b, i) iff rows[b] >= 0, key_mask[j], the groups share a bit,
+    key_range[b, i] holds j, and block_mask is true of their blocks."""
     batch, tokens, keys = query.shape[0], query.shape[1], source.key.shape[1]
     rows = source_rows(source, batch)
     visible = (rows >= 0)[:, None, None].expand(batch, tokens, keys)
@@ -54,6 +55,15 @@ def visible_keys(query: Tensor, source: Source, query_groups: Tensor | None) -> 
         visible = visible & _row_of(source.key_mask, rows)[:, None, :]
     if source.key_groups is not None and query_groups is not None:
         visible = visible & ((query_groups[:, :, None] & _row_of(source.key_groups, rows)[:, None, :]) != 0)
+    if source.key_range is not None:
+        place = torch.arange(keys, device=query.device)
+        visible = visible & (place >= source.key_range[..., :1]) & (place < source.key_range[..., 1:])
+    visible = visible[:, None]
+    if source.block_mask is not None:
+        blocks = source.block_mask
+        for dim, size, count in zip((2, 3), source.block_size, (tokens, keys)):
+            blocks = blocks.repeat_interleave(size, dim).narrow(dim, 0, count)
+        visible = visible & _row_of(blocks, rows)
     return visible
 
 
@@ -132,10 +142,10 @@ def multi_source_attention(
 def _softmax_groups(
     query: Tensor, sources: Sequence[Source], query_groups: Tensor | None, scale: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """out (B, N, H, D) and the last group's lse (B, N, H) in dtype, and bool (B, N, H): whether float32 holds what the
+    """out (B, N, H, E) and the last group's lse (B, N, H) in dtype, and bool (B, N, H): whether float32 holds what the
     query meets."""
     batch, tokens, heads, _ = query.shape
-    out = torch.zeros(query.shape, dtype=dtype, device=query.device)
+    out = torch.zeros(*query.shape[:3], sources[0].value.shape[3], dtype=dtype, device=query.device)
     lse = torch.full((batch, tokens, heads), -math.inf, dtype=dtype, device=query.device)
     held = torch.ones((batch, tokens, heads), dtype=torch.bool, device=query.device)
     for group in sorted({s.softmax_group for s in sources}):
@@ -152,8 +162,8 @@ class _Gathered(NamedTuple):
     """One source as each query row reads it."""
 
     key: Tensor  # (B, M, H, D), 0 where no query sees the key
-    value: Tensor  # (B, M, H, D), likewise
-    visible: Tensor  # (B, N, M)
+    value: Tensor  # (B, M, H, E), likewise
+    visible: Tensor  # (B, H or 1, N, M)
     alpha: Tensor  # (B or 1, H or 1, 1, 1)
     scores: Tensor  # (B, H, N, M), -inf where hidden
 
@@ -161,9 +171,9 @@ class _Gathered(NamedTuple):
 def _gather(query: Tensor, source: Source, query_groups: Tensor | None, scale: float, dtype: torch.dtype) -> _Gathered:
     rows = source_rows(source, query.shape[0])
     visible = visible_keys(query, source, query_groups)
-    seen = visible.any(1)[:, :, None, None]  # a key that no query sees must not leak through 0 · NaN
-    key = torch.where(seen, source.key[rows.clamp(min=0)].to(dtype), 0)
-    value = source.value[rows.clamp(min=0)].to(dtype)
+    seen = visible.any(2).transpose(1, 2)[..., None]  # a key that no query sees must not leak through 0 · NaN
+    key, value = (_per_query_head(x[rows.clamp(min=0)], query).to(dtype) for x in (source.key, source.value))
+    key = torch.where(seen, key, 0)
     if source.value_index is not None:
         value = value.gather(1, _value_tokens(source, rows)[:, :, None, None].expand(-1, -1, *value.shape[2:]))
     alpha = scale * _per_head(source.logit_scale, 1.0, query, dtype)
@@ -171,8 +181,20 @@ def _gather(query: Tensor, source: Source, query_groups: Tensor | None, scale: f
     scores = scores + _per_head(source.logit_bias, 0.0, query, dtype)
     if source.key_bias is not None:
         scores = scores + _row_of(source.key_bias.to(dtype), rows)[:, None, None, :]
-    scores = scores.masked_fill(~visible[:, None], -math.inf)
+    scores = scores.masked_fill(~visible, -math.inf)
     return _Gathered(key, torch.where(seen, value, 0), visible, alpha, scores)
+
+
+def _per_query_head(x: Tensor, query: Tensor) -> Tensor:
+    """(B, M, K, …) -> (B, M, H, …): keys or values as each head of the query reads them."""
+    heads = query.shape[2]
+    return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], 2)
+
+
+def _per_key_head(x: Tensor, key: Tensor) -> Tensor:
+    """(B, M, H, …) -> (B, M, K, …): the sum over the query's heads that read a head of the keys."""
+    heads = key.shape[2]
+    return x if x.shape[2] == heads else x.unflatten(2, (heads, -1)).sum(3)
 
 
 def _value_tokens(source: Source, rows: Tensor) -> Tensor:
@@ -185,7 +207,7 @@ def _value_tokens(source: Source, rows: Tensor) -> Tensor:
 class _Softmax(NamedTuple):
     """One softmax over the keys of several sources."""
 
-    out: Tensor  # (B, N, H, D)
+    out: Tensor  # (B, N, H, E)
     lse: Tensor  # (B, H, N)
     held: Tensor  # bool (B, N, H), whether float32 holds the logits and the sums
     top: Tensor  # (B, H, N), the largest logit
@@ -199,17 +221,20 @@ def _joint_softmax(
     parts = [_gather(query, s, query_groups, scale, dtype) for s in sources if s.key.shape[0] and s.key.shape[1]]
     if not parts:
         blank = query.new_full((*query.transpose(1, 2).shape[:3],), -math.inf)
-        return _Softmax(torch.zeros_like(query), blank, torch.ones_like(query[..., 0], dtype=torch.bool), blank, blank)
+        nothing = query.new_zeros(*query.shape[:3], sources[0].value.shape[3])
+        return _Softmax(nothing, blank, torch.ones_like(query[..., 0], dtype=torch.bool), blank, blank)
     s, value = torch.cat([x.scores for x in parts], -1), torch.cat([x.value for x in parts], 1)
     top, mass, blind = _log_sum(s, -1)
     lse = torch.where(blind, -math.inf, top + mass)
     p = torch.where(blind[..., None], 0, s.masked_fill(blind[..., None], 0).softmax(-1))
     finite = value.isfinite()
     out = torch.einsum("bhnm,bmhd->bnhd", p, torch.where(finite, value, 0))
-    visible = torch.cat([x.visible for x in parts], -1)
-    held = ~visible.any(-1)[..., None] | ((lse.abs() < _FAR).transpose(1, 2) & out.isfinite().all(-1))
+    heads = max(x.visible.shape[1] for x in parts)
+    visible = torch.cat([x.visible.expand(-1, heads, -1, -1) for x in parts], -1)
+    held = ~visible.any(-1).transpose(1, 2) | ((lse.abs() < _FAR).transpose(1, 2) & out.isfinite().all(-1))
     if not finite.all():
-        reached = torch.einsum("bnm,bmhd->bnhd", visible.to(dtype), (~finite).to(dtype)) > 0
+        seen = visible.expand(-1, query.shape[2], -1, -1).to(dtype)
+        reached = torch.einsum("bhnm,bmhd->bnhd", seen, (~finite).to(dtype)) > 0
         out = out.masked_fill(reached, math.nan)
     return _Softmax(out, lse, held, top, mass.detach())
 
@@ -244,7 +269,7 @@ def multi_source_attention_backward(
     grad_lse: Tensor | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, list[SourceGradients]]:
-    """Gradients of query, key, value and key_bias, given those of out (B, N, H, D) and of lse (B, N, H).
+    """Gradients of query, key, value and key_bias, given those of out (B, N, H, E) and of lse (B, N, H).
 
         P = softmax_g(logit)      dP = w_g·⟨grad_out, V⟩      dS = P·(dP - w_g·⟨grad_out, out_g⟩ + grad_lse)
         grad_Q = Σ α·dS·K           grad_K = Σ α·dS·Q           grad_V = Σ P·w_g·grad_out       grad_bias = Σ dS
@@ -271,11 +296,14 @@ def multi_source_attention_backward(
             rows = source_rows(source, query.shape[0])
             read = rows >= 0
             x = _gather(q, source, query_groups, scale, dtype)
-            p = torch.where(x.scores == -math.inf, 0, (x.scores - top[..., None] - mass[..., None]).exp())
+            hidden = x.scores == -math.inf
+            p = torch.where(hidden, 0, (x.scores - top[..., None] - mass[..., None]).exp())
             ds = p * (torch.einsum("bnhd,bmhd->bhnm", grad, x.value) - delta.transpose(1, 2)[..., None])
+            ds = torch.where(hidden, 0, ds)  # a value of NaN that this query does not see
             grad_query += torch.einsum("bhnm,bmhd->bnhd", x.alpha * ds, x.key)
-            key.index_add_(0, rows[read], torch.einsum("bhnm,bnhd->bmhd", x.alpha * ds, q)[read])
-            moved = torch.einsum("bhnm,bnhd->bmhd", p, grad)
+            of_keys = _per_key_head(torch.einsum("bhnm,bnhd->bmhd", x.alpha * ds, q), source.key)
+            key.index_add_(0, rows[read], of_keys[read])
+            moved = _per_key_head(torch.einsum("bhnm,bnhd->bmhd", p, grad), source.value)
             if source.value_index is not None:
                 tokens = _value_tokens(source, rows)[:, :, None, None].expand_as(moved)
                 moved = moved.new_zeros(len(rows), *value.shape[1:]).scatter_add(1, tokens, moved)

@@ -34,43 +34,49 @@ from .attention_arguments import (
 from .attention_checks import attention_inputs
 from .attention_steps import attend_queries
 from .launch import architecture, check_grid, on_device, strides
-from .sources import query_tile
+from .sources import block_tile, query_tile
 
 
 @triton.jit(
     do_not_specialize=[
-        "N", "H", "classes", "tiles_per_head", "with_rows", "with_index", "with_bias", "with_scale", "with_shift",
+        "N", "H", "classes", "query_block", "tiles_per_head",
+        "with_rows", "with_index", "with_range", "with_bias", "with_scale", "with_shift",
         "with_value_index", "with_weight", "group_ends", "with_eight_bit", "with_float8",
         "query_b", "query_n", "query_h", "out_b", "out_n", "out_h", "lse_b", "lse_n", "lse_h", "order_b", "class_b",
     ]
 )  # fmt: skip
 def multi_source_attention_forward_kernel(
     query,  # (B, N, H, D)
-    key, value,  # S x (R, M, H, D); None where all sources are in 8 bits
+    key, value,  # S x (R, M, K, D), S x (R, M, K, E); None where all sources are in 8 bits
     rows,  # S x int32 (B,); here and in all up to weight, None where no source has it
-    key_index, key_count,  # S x int32 (C or 1, R or 1, M), S x int32 (C or 1, R or 1)
+    key_index, key_count,  # S x int32 (C or 1, R or 1, H or 1, entries), S x int32 (C or 1, R or 1, H or 1)
+    key_range,  # S x int32 (B or 1, N, 2)
     value_index,  # S x int32 (R or B or 1, M)
     key_bias,  # S x fp32 (R or 1, M)
     logit_scale, logit_bias,  # S x fp32 (B, H)
     weight,  # S x fp32 (B, N), of the source's group
     query_order, class_start,  # int32 (B or 1, N), (B or 1, C + 1), or None: one class
-    out, lse,  # (B, N, H, D), fp32 or fp64 (B, N, H) or None
+    out, lse,  # (B, N, H, E), fp32 or fp64 (B, N, H) or None
     M, R, V,  # S encoded integers each, as all strides of sources; V, tokens of the values, None without value_index
+    key_block,  # log2 of the keys of an entry of key_index; None: 0 for all
+    heads_per_key_head,  # H / K; None: 1 for all
     key_stride, value_stride,  # (row, key, head) x S, in units of UNIT elements
-    index_stride, count_stride, value_index_stride, bias_stride,  # (class, row), same, (row, b), (row,)
+    index_stride, count_stride, range_stride,  # (class, row, head), same, (b,)
+    value_index_stride, bias_stride,  # (row, b), (row,)
     scale_stride, shift_stride, weight_stride,  # (start, b, h), same, (start, b, n)
-    N, H, classes, tiles_per_head, scale,
-    with_rows, with_index, with_bias, with_scale, with_shift,  # bit s: source s has it
+    N, H, classes, query_block, tiles_per_head, scale,  # query_block: of a class; None: by class_start
+    with_rows, with_index, with_range, with_bias, with_scale, with_shift,  # bit s: source s has it
     with_value_index, with_weight,  # the same, None where no source has it
     group_ends,  # bit s: source s is the last of its softmax group; None: one group
     query_b, query_n, query_h, out_b, out_n, out_h,  # strides in units of UNIT elements
     lse_b, lse_n, lse_h, order_b, class_b,
-    key8, value8,  # S x int8 (R, M, H, D) of the sources in 8 bits; here and below, None without any
-    key_scale, value_scale,  # S x fp32 (R or 1, M or 1, H or 1)
+    key8, value8,  # S x int8 (R, M, K, D or E) of the sources in 8 bits; here and below, None without any
+    key_scale, value_scale,  # S x fp32 (R or 1, M or 1, K or 1)
     key8_stride, value8_stride,  # (row, key, head) x S, in units of UNIT8 elements
     key_scale_stride, value_scale_stride,  # (start, row, token, head) x S
     with_eight_bit, with_float8,  # bit s: source s is in 8 bits; and they are e4m3, None where all are alike
-    S: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    S: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, E: tl.constexpr, E0: tl.constexpr,
+    E1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     UNIT: tl.constexpr, NARROW: tl.constexpr, PER_PAIR: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     UNIT8: tl.constexpr, EIGHT_BIT: tl.constexpr,
 ):  # fmt: skip
@@ -82,7 +88,11 @@ def multi_source_attention_forward_kernel(
     b = pid // tiles_per_head // H
     b64 = b.to(tl.int64)
     c = 0
-    if query_order is None:
+    if query_block is not None:
+        c, first, end = block_tile(query_block, tile, N, BM)
+        if first >= end:
+            return
+    elif query_order is None:
         first = tile * BM
         end = N
     else:
@@ -92,17 +102,18 @@ def multi_source_attention_forward_kernel(
         query_order += b64 * order_b
     scale = tl.cast(scale, tl.float32)  # the interpreter takes a tiny number for fp64
     call = (
-        query, key, value, rows, key_index, key_count, value_index, key_bias, logit_scale, logit_bias, weight,
-        query_order, out, lse, M, R, V, key_stride, value_stride,
-        index_stride, count_stride, value_index_stride, bias_stride, scale_stride, shift_stride, weight_stride, scale,
-        with_rows, with_index, with_bias, with_scale, with_shift, with_value_index, with_weight, group_ends,
+        query, key, value, rows, key_index, key_count, key_range, value_index, key_bias, logit_scale, logit_bias,
+        weight, query_order, out, lse, M, R, V, key_block, heads_per_key_head, key_stride, value_stride,
+        index_stride, count_stride, range_stride, value_index_stride, bias_stride, scale_stride, shift_stride,
+        weight_stride, scale, with_rows, with_index, with_range, with_bias, with_scale, with_shift,
+        with_value_index, with_weight, group_ends,
         query_b, query_n, query_h, out_b, out_n, out_h, lse_b, lse_n, lse_h,
         key8, value8, key_scale, value_scale, key8_stride, value8_stride, key_scale_stride, value_scale_stride,
         with_eight_bit, with_float8,
     )  # fmt: skip
     again = attend_queries(
         call, first, end, b, h, c,
-        S, D, D0, D1, BM, BN, UNIT, NARROW, PER_PAIR, PRECISION, UPCAST, UNIT8, EIGHT_BIT, False,
+        S, D, D0, D1, E, E0, E1, BM, BN, UNIT, NARROW, PER_PAIR, PRECISION, UPCAST, UNIT8, EIGHT_BIT, False,
     )  # fmt: skip
     if again != 0:  # in small tiles: this walk must not take registers from the first
         tl.debug_barrier()  # other threads store the same results now
@@ -110,7 +121,7 @@ def multi_source_attention_forward_kernel(
         for start in range(first, last, 16):
             attend_queries(
                 call, start, last, b, h, c,
-                S, D, D0, D1, 16, 16, UNIT, False, True, PRECISION, UPCAST, UNIT8, EIGHT_BIT, True,
+                S, D, D0, D1, E, E0, E1, 16, 16, UNIT, False, True, PRECISION, UPCAST, UNIT8, EIGHT_BIT, True,
             )  # fmt: skip
 
 
@@ -155,14 +166,15 @@ def launch_arguments(
     """(positional arguments, constants and options, number of programs) of the kernel on an architecture."""
     B, N, H, D = query.shape
     key, value, groups = tables.key, tables.value, tables.softmax_group
-    S = len(key)
-    sources, order, eight = source_arguments(tables), query_order(tables), eight_bit_arguments(tables)
+    S, E = len(key), value[0].shape[3]
+    sources, order, eight = source_arguments(H, tables), query_order(N, tables), eight_bit_arguments(tables)
     value_index, _, with_value_index = tables_of(tables.value_index)
     weights, weight_strides, with_weight = strided_tables([tables.weight[g] for g in groups])
     grouped = groups[0] != groups[-1]
     group_ends = sum(1 << s for s in range(S) if s == S - 1 or groups[s + 1] != groups[s]) if grouped else None
     per_pair = sources.bias is not None or sources.scales is not None or not tables.scale > 0
     biased = per_pair or sources.shifts is not None or value_index is not None or eight.formats > 0
+    biased |= sources.ranges is not None
     kind = "grouped" if grouped else "biased" if biased else "dense" if sources.lists is None else "gathered"
     plain_key, plain_value = key, value
     if eight.formats:
@@ -170,28 +182,30 @@ def launch_arguments(
     unit, units = in_units(query, out, *plain_key, *plain_value)
     query_strides, out_strides, *source_strides = units
     plain = len(plain_key)  # S, or 0 where all sources are in 8 bits
-    tile = tiles.attention_tile(arch, D, query.dtype, kind, B * N * H, eight.formats > 0)
+    widest, least = max(D, E), 16
+    tile = tiles.attention_tile(arch, widest, query.dtype, kind, B * N * H, eight.formats > 0)
     if query.element_size() == 2 and arch != tiles.INTERPRETER:
         # int8 beside e4m3 takes the small tile too: in the others Triton 3.6 spills
         both = eight.formats == 3
         if both or 1 in (unit, eight.unit) or any(x.data_ptr() % 16 for x in (query, *key, *value)):
-            tile = tiles.unaligned_tile(arch, D)
-    tiles_per_head = triton.cdiv(N, tile.BM) + order.classes - 1
+            tile, least = tiles.unaligned_tile(arch, widest), 64
+    tiles_per_head = order.tiles(N, tile.BM)
     arguments = (
         query, tuple(plain_key) or None, tuple(plain_value) or None, sources.rows, sources.lists, sources.counts,
-        value_index, sources.bias, sources.scales, sources.shifts, weights, order.order, order.starts, out, lse,
-        sources.keys_of_source, sources.rows_of_source,
+        sources.ranges, value_index, sources.bias, sources.scales, sources.shifts, weights, order.order, order.starts,
+        out, lse, sources.keys_of_source, sources.rows_of_source,
         None if value_index is None else encode(v.shape[1] for v in value),
+        sources.key_block, sources.heads_per_key_head,
         by_dimension(source_strides[:plain]) or None, by_dimension(source_strides[plain:]) or None,
-        sources.index_strides, sources.count_strides, _value_index_strides(value_index, key), sources.bias_strides,
-        sources.scale_strides, sources.shift_strides, weight_strides,
-        N, H, order.classes, tiles_per_head, tables.scale,
+        sources.index_strides, sources.count_strides, sources.range_strides, _value_index_strides(value_index, key),
+        sources.bias_strides, sources.scale_strides, sources.shift_strides, weight_strides,
+        N, H, order.classes, order.block, tiles_per_head, tables.scale,
         *sources.bits, with_value_index or None, with_weight or None, group_ends,
         *query_strides, *out_strides, *((0, 0, 0) if lse is None else strides(lse, 0, 1, 2)), *order.strides,
         *eight[:-2],
     )  # fmt: skip
     constants = {
-        "S": S, **constants_of(tile, D, unit, query.dtype), "PER_PAIR": per_pair,
+        "S": S, **constants_of(tile, D, E, least, unit, query.dtype), "PER_PAIR": per_pair,
         "UNIT8": eight.unit, "EIGHT_BIT": eight.formats,
         "NARROW": all(x.shape[1] * x.stride(1) < 2**31 for x in (*key, *value)),
     }  # fmt: skip
@@ -211,7 +225,7 @@ def _check(query: Tensor, tables: AttentionTables, out: Tensor, lse: Tensor | No
     for g, weight in enumerate(tables.weight):
         if weight is not None:
             call.input(f"weight[{g}]", weight, (batch, tokens), 0, torch.float32)
-    call.output("out", out, query.shape)
+    call.output("out", out, (*query.shape[:3], tables.value[0].shape[3]))
     if lse is not None:
         call.require(groups[-1] == 0, "lse", "None, since each softmax group has its own", "a tensor")
         dtype = torch.float64 if lse.dtype == torch.float64 else torch.float32

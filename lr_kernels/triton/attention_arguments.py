@@ -64,34 +64,45 @@ class SourceArguments(NamedTuple):
     rows: Pointers
     lists: Pointers
     counts: Pointers
+    ranges: Pointers
     bias: Pointers
     scales: Pointers
     shifts: Pointers
     keys_of_source: tuple[int, ...]
     rows_of_source: tuple[int, ...]
+    key_block: tuple[int, ...] | None
+    """log2 of the keys of an entry of the lists; None: every entry is one key"""
+    heads_per_key_head: tuple[int, ...] | None
+    """None: every source has as many heads as the query"""
     index_strides: Strides
     count_strides: Strides
+    range_strides: Strides
     bias_strides: Strides
     scale_strides: Strides
     shift_strides: Strides
-    bits: tuple[int, int, int, int, int]
-    """Bit sets over the sources, bit s for source s: which have a table of rows, a list of keys, a bias, a scale, a
-    shift."""
+    bits: tuple[int, int, int | None, int, int, int]
+    """Bit sets over the sources, bit s for source s: which have a table of rows, a list of keys, ranges (None: no
+    source), a bias, a scale, a shift."""
 
 
-def source_arguments(tables: AttentionTables) -> SourceArguments:
-    """The tables of all sources, contiguous in the last dimension, and their strides."""
+def source_arguments(heads: int, tables: AttentionTables) -> SourceArguments:
+    """The tables of all sources, contiguous in the last dimension, and their strides. heads: of the query."""
     rows, _, with_rows = tables_of(tables.rows)
-    index, index_strides, with_index = tables_of(tables.key_index, 0, 1)
-    count, count_strides, _ = tables_of(tables.key_count, 0, 1)
+    index, index_strides, with_index = tables_of(tables.key_index, 0, 1, 2)
+    count, count_strides, _ = tables_of(tables.key_count, 0, 1, 2)
+    ranges, range_strides, with_range = tables_of(tables.key_range, 0)
+    blocks = [n if x is not None else 1 for n, x in zip(tables.key_block, tables.key_index)]
+    shared = [heads // max(1, k.shape[2]) for k in tables.key]
     bias, bias_strides, with_bias = tables_of(tables.key_bias, 0)
     scales, scale_strides, with_scale = strided_tables(tables.logit_scale)
     shifts, shift_strides, with_shift = strided_tables(tables.logit_bias)
     return SourceArguments(
-        rows, index, count, bias, scales, shifts,
+        rows, index, count, ranges, bias, scales, shifts,
         encode(k.shape[1] for k in tables.key), encode(k.shape[0] for k in tables.key),
-        index_strides, count_strides, bias_strides, scale_strides, shift_strides,
-        (with_rows, with_index, with_bias, with_scale, with_shift),
+        encode(n.bit_length() - 1 for n in blocks) if max(blocks) > 1 else None,
+        encode(shared) if max(shared) > 1 else None,
+        index_strides, count_strides, range_strides, bias_strides, scale_strides, shift_strides,
+        (with_rows, with_index, with_range or None, with_bias, with_scale, with_shift),
     )  # fmt: skip
 
 
@@ -150,10 +161,21 @@ class QueryOrder(NamedTuple):
     classes: int
     strides: tuple[int, int]
     """The strides of the batch row in `order` and in `starts`."""
+    block: int | None = None
+    """Queries of a class, where the classes are blocks of queries in order."""
+
+    def tiles(self, queries: int, size: int) -> int:
+        """Tiles of `size` queries of a batch row and head, at most."""
+        if self.block is not None:
+            return self.classes * -(-self.block // size)
+        return -(-queries // size) + self.classes - 1
 
 
-def query_order(tables: AttentionTables) -> QueryOrder:
+def query_order(queries: int, tables: AttentionTables) -> QueryOrder:
     """The order of the queries, contiguous in the last dimension; without one all queries are one class."""
+    if tables.query_block:
+        classes = -(-queries // tables.query_block)
+        return QueryOrder(None, None, classes, (0, 0), tables.query_block)
     order, starts = dense_last(tables.query_order), dense_last(tables.class_start)
     if order is None or starts is None:
         return QueryOrder(None, None, 1, (0, 0))
@@ -174,10 +196,16 @@ def by_dimension(steps: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
     return tuple(encode(x) for x in zip(*steps))
 
 
-def constants_of(tile: Tile, head_dim: int, unit: int, dtype: torch.dtype) -> dict[str, object]:
-    """The compile-time arguments and options of a kernel of attention."""
+def constants_of(
+    tile: Tile, head_dim: int, value_dim: int, least: int, unit: int, dtype: torch.dtype
+) -> dict[str, object]:
+    """The compile-time arguments and options of a kernel of attention. The tile is that of the larger head_dim; the
+    smaller one is computed in one part of a power of two of columns, of `least` or more."""
+    columns = {max(head_dim, value_dim): (tile.D0, tile.D1)}
+    d, e = (columns.get(x) or (max(least, 1 << (x - 1).bit_length()), 0) for x in (head_dim, value_dim))
     return {
-        "D": head_dim, "D0": tile.D0, "D1": tile.D1, "BM": tile.BM, "BN": tile.BN, "UNIT": unit,
+        "D": head_dim, "D0": d[0], "D1": d[1], "E": value_dim, "E0": e[0], "E1": e[1],
+        "BM": tile.BM, "BN": tile.BN, "UNIT": unit,
         "PRECISION": dot_precision(dtype), "UPCAST": INTERPRETED,
         "num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True,
     }  # fmt: skip

@@ -9,7 +9,9 @@ from .sources import (
     INF,
     LOG2E,
     MAX,
+    in_range,
     key_entries,
+    key_head,
     key_list,
     key_shift,
     key_tokens,
@@ -17,6 +19,9 @@ from .sources import (
     per_head,
     pick,
     pick_int,
+    query_ranges,
+    query_tokens,
+    range_places,
     source_row,
     to_log2,
 )
@@ -74,17 +79,18 @@ def weights(t):
 @triton.jit
 def source_logits(
     key, rows, key_index, key_count, key_bias, logit_scale, logit_bias,
-    M, R, key_stride, index_stride, count_stride, bias_stride, scale_stride, shift_stride,
-    with_rows, with_index, with_bias, with_scale, with_shift, scale, s, b, h64, c64,
+    M, R, key_block, heads_per_key_head, key_stride, index_stride, count_stride, bias_stride, scale_stride,
+    shift_stride, with_rows, with_index, with_bias, with_scale, with_shift, scale, s, b, h64, c64,
     S: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Source s as query row b and head h read it: its row, keys, their stride, list of keys, entries of it, number of
-    keys, alpha, own scale, beta, biases and number of those."""
+    """Source s as query row b and head h read it: its row and head, keys, their stride, list of keys, keys in it, log2
+    of the keys of an entry, number of keys, alpha, own scale, beta, biases and number of those."""
     b64 = b.to(tl.int64)
     row, reads = source_row(rows, with_rows, R, s, b, S)
-    index, index_count, count = key_list(
-        key_index, key_count, index_stride, count_stride, with_index, M, s, c64, row, reads, S
+    index, index_count, block, count = key_list(
+        key_index, key_count, index_stride, count_stride, key_block, with_index, M, s, c64, row, h64, reads, S
     )
+    head = key_head(heads_per_key_head, s, h64, S)
     alpha = scale * LOG2E  # rounded as in the forward pass: P must fit its lse
     own = 1.0
     if logit_scale is not None:
@@ -101,15 +107,61 @@ def source_logits(
         bias = pick(key_bias, s, S) + row * pick_int(bias_stride[0], s, S)
     k_n = pick_int(key_stride[1], s, S)
     k = pick(key, s, S)
-    k += (row * pick_int(key_stride[0], s, S) + h64 * pick_int(key_stride[2], s, S)) * UNIT
-    return row, k, k_n, index, index_count, count, alpha, own, beta, bias, bias_count
+    k += (row * pick_int(key_stride[0], s, S) + head * pick_int(key_stride[2], s, S)) * UNIT
+    return row, head, k, k_n, index, index_count, block, count, alpha, own, beta, bias, bias_count
+
+
+@triton.jit
+def range_of_tile(
+    key_range, range_stride, with_range, key_index, index, index_count, block, count, query_order, slot, end, s, b64,
+    S: tl.constexpr,
+):  # fmt: skip
+    """(first place, end place, (BM,) and (BM,) or None): the places among a source's keys that some query of the tile
+    sees, and the tokens between which each does; without ranges all places."""
+    if key_range is None:
+        return 0, count, None
+    else:
+        low, high = query_ranges(key_range, range_stride, with_range, s, b64, query_order, slot, end, S)
+        first, _, _, last = range_places(key_index, index, index_count, block, count, low, high)
+        return first, last, (low, high)
+
+
+@triton.jit
+def queries_in_range(ranges, query_order, low, high, tokens, ok):
+    """[low, high) narrowed to the places from the first to the last whose query sees some of these tokens. ranges:
+    those of the batch row; ok: which tokens exist."""
+    least = tl.min(tl.where(ok, tokens, 0x7FFFFFFF), 0)
+    most = tl.max(tl.where(ok, tokens, -1), 0)
+    first = high
+    last = low
+    for j in range(low, high, 128):
+        slot = j + tl.arange(0, 128)
+        inside = slot < high
+        at = ranges + query_tokens(query_order, slot, inside) * 2
+        begin = tl.load(at, mask=inside, other=0)
+        end = tl.load(at + 1, mask=inside, other=0)
+        hit = inside & (begin <= most) & (end > least) & (begin < end)
+        first = tl.minimum(first, tl.min(tl.where(hit, slot, high), 0))
+        last = tl.maximum(last, tl.max(tl.where(hit, slot + 1, low), 0))
+    return first, tl.maximum(last, first)
+
+
+@triton.jit
+def seen_keys(ok, tokens, ranges):
+    """(1 or BM, BN): which of the keys, where they exist, each query of a tile sees."""
+    if ranges is None:
+        return ok[None, :]
+    else:
+        low, high = ranges
+        return ok[None, :] & in_range(tokens, low, high)
 
 
 @triton.jit
 def sums_again(
-    q0, q1, key, rows, key_index, key_count, key_bias, logit_scale, logit_bias,
-    M, R, key_stride, index_stride, count_stride, bias_stride, scale_stride, shift_stride,
-    with_rows, with_index, with_bias, with_scale, with_shift, scale, b, h64, c64,
+    q0, q1, key, rows, key_index, key_count, key_range, key_bias, logit_scale, logit_bias, query_order, slot, end,
+    M, R, key_block, heads_per_key_head, key_stride, index_stride, count_stride, range_stride, bias_stride,
+    scale_stride, shift_stride, with_rows, with_index, with_range, with_bias, with_scale, with_shift,
+    scale, b, h64, c64,
     S: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     UNIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -118,18 +170,24 @@ def sums_again(
     top = tl.full([BM], -MAX, tl.float32)
     mass = tl.zeros([BM], tl.float32)
     for s in range(S):
-        _, k, k_n, index, index_count, count, alpha, _, beta, bias, bias_count = source_logits(
+        _, _, k, k_n, index, index_count, block, count, alpha, _, beta, bias, bias_count = source_logits(
             key, rows, key_index, key_count, key_bias, logit_scale, logit_bias,
-            M, R, key_stride, index_stride, count_stride, bias_stride, scale_stride, shift_stride,
-            with_rows, with_index, with_bias, with_scale, with_shift, scale, s, b, h64, c64, S, UNIT,
+            M, R, key_block, heads_per_key_head, key_stride, index_stride, count_stride, bias_stride, scale_stride,
+            shift_stride, with_rows, with_index, with_bias, with_scale, with_shift, scale, s, b, h64, c64, S, UNIT,
         )  # fmt: skip
-        for j in tl.range(0, count, BN, num_stages=1):
+        first, last, ranges = range_of_tile(
+            key_range, range_stride, with_range, key_index, index, index_count, block, count, query_order, slot, end,
+            s, b.to(tl.int64), S,
+        )  # fmt: skip
+        for j in tl.range(first, last, BN, num_stages=1):
             at = j + on
-            ok = at < count
-            tokens = key_tokens(key_index, key_entries(key_index, index, at, index_count), at, index_count)
+            ok = at < last
+            entries = key_entries(key_index, index, at, index_count, block)
+            tokens = key_tokens(key_index, entries, at, index_count, block)
             shift = key_shift(key_bias, bias, tokens, at, bias_count, beta)
             k0, k1 = load_parts(k + (tokens.to(tl.int64) * k_n)[:, None] * UNIT, ok, D, D0, D1, UPCAST)
-            t = tl.where(ok[None, :], tl.fma(products(q0, q1, k0, k1, D1, PRECISION), alpha, shift), -INF)
+            seen = seen_keys(ok, tokens, ranges)
+            t = tl.where(seen, tl.fma(products(q0, q1, k0, k1, D1, PRECISION), alpha, shift), -INF)
             new_top = tl.minimum(tl.maximum(top, tl.max(t, 1)), MAX)
             mass = mass * tl.exp2(top - new_top) + tl.sum(tl.exp2(t - new_top[:, None]), 1)
             top = new_top

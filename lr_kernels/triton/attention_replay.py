@@ -17,8 +17,8 @@ class Call:
     out: Tensor
     lse: Tensor | None = None
 
-    def __init__(self, key: list, tensors: list[Tensor], return_lse: bool) -> None:
-        self.return_lse = return_lse
+    def __init__(self, key: list, tensors: list[Tensor], value_dim: int, return_lse: bool) -> None:
+        self.value_dim, self.return_lse = value_dim, return_lse
         self.pointers = pointers = [x.data_ptr() for x in tensors]
         # Which tensors are the same (a recorded launch finds a pointer at its first place), and whether Triton may take
         # every address for a multiple of 16
@@ -54,7 +54,7 @@ class Call:
 
     def allocate(self, query: Tensor) -> None:
         """Allocate the results."""
-        self.out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        self.out = query.new_empty(*query.shape[:3], self.value_dim)
         self.pointers.append(self.out.data_ptr())
         if self.return_lse:
             self.lse = query.new_empty(query.shape[:3], dtype=torch.float32)

@@ -71,9 +71,11 @@ def rows(head_dims: Sequence[int], architectures: Sequence[int]) -> list[Row]:
         jobs += [(attention_row, arch, 64, dtype, "gathered") for dtype in (torch.float16, torch.float32)]
         jobs += [(attention_row, arch, D, bf16, "gathered biased") for D in (40, 64)]
         jobs += [(attention_row, arch, 64, bf16, "gathered warped")]
+        jobs += [(attention_row, arch, D, bf16, kind) for D in (64, 128) for kind in ("ranged", "blocks shared")]
         jobs += [(attention_row, arch, D, bf16, "dense int8") for D in head_dims]
         jobs += [(attention_row, arch, 64, bf16, kind) for kind in EIGHT_BIT_KINDS]
         jobs += [(backward_rows, arch, D, bf16) for D in head_dims]
+        jobs += [(backward_rows, arch, 64, bf16, kind) for kind in ("ranged", "blocks shared")]
         jobs += [(example_rows, arch)]
     for arch in (x for x in RELATED if x in architectures):
         jobs += [(attention_row, arch, D, bf16, kind) for D in head_dims for kind in ("dense", "gathered")]
@@ -100,7 +102,9 @@ def attention_case(head_dim: int, dtype: torch.dtype, features: str) -> tuple[Te
     """(a query, the tables of a call with what `features` names)"""
     B, N, H, S = 2, 4096, 8, 3
     like = torch.empty(B, N, H, head_dim, dtype=dtype, device="meta")
-    lists = torch.empty(2, 2, N, dtype=torch.int32, device="meta")
+    lists = torch.empty(2, 2, 1, N, dtype=torch.int32, device="meta")
+    blocks = torch.empty(N // 128, 1, H, N // 64, dtype=torch.int32, device="meta")
+    ranges = torch.empty(1, N, 2, dtype=torch.int32, device="meta")
     per_head = torch.empty(B, H, device="meta")
     per_token = torch.empty(B, N, device="meta")
 
@@ -108,21 +112,26 @@ def attention_case(head_dim: int, dtype: torch.dtype, features: str) -> tuple[Te
         return [x if feature in features else None] * S
 
     gathered, grouped = "gathered" in features, "grouped" in features
-    key = [like, *(like.to(EIGHT_BIT[x]) for x in features.split() if x in EIGHT_BIT)]
+    blocked = "blocks" in features
+    key = [like[:, :, :2] if "shared" in features else like]
+    key += [like.to(EIGHT_BIT[x]) for x in features.split() if x in EIGHT_BIT]
     key += [key[-1]] * (S - len(key))
-    scale = [None if x is like else torch.empty(B, N, H, device="meta") for x in key]
+    scale = [None if x.dtype == dtype else torch.empty(B, N, H, device="meta") for x in key]
     return like, AttentionTables(
         key=key,
         value=key,
-        rows=[lists[0, 0, :B]] * S,
-        key_index=where("gathered", lists),
-        key_count=where("gathered", lists[:, :, 0]),
-        value_index=where("warped", lists[0]),
+        rows=[lists[0, 0, 0, :B]] * S,
+        key_index=where("blocks", blocks) if blocked else where("gathered", lists),
+        key_count=where("blocks", blocks[..., 0]) if blocked else where("gathered", lists[..., 0]),
+        key_block=[64 if blocked else 1] * S,
+        key_range=where("ranged", ranges),
+        value_index=where("warped", lists[0, 0]),
         key_bias=where("biased", per_token),
         logit_scale=where("biased", per_head),
         logit_bias=where("biased", per_head),
-        query_order=lists[0] if gathered else None,
-        class_start=lists[0] if gathered else None,
+        query_order=lists[0, 0] if gathered else None,
+        class_start=lists[0, 0] if gathered else None,
+        query_block=128 if blocked else 0,
         softmax_group=[0, 0, 1] if grouped else [0] * S,
         weight=[per_token] * 2 if grouped else [None],
         key_scale=scale,
@@ -131,12 +140,13 @@ def attention_case(head_dim: int, dtype: torch.dtype, features: str) -> tuple[Te
     )
 
 
-def backward_rows(arch: int, head_dim: int, dtype: torch.dtype) -> list[Row]:
-    """Both backward kernels with every argument that takes registers: lists, classes, biases, a gradient of lse."""
-    like, tables = attention_case(head_dim, dtype, "gathered biased")
+def backward_rows(arch: int, head_dim: int, dtype: torch.dtype, features: str = "gathered biased") -> list[Row]:
+    """Both backward kernels with what `features` names and a gradient of lse; by default with every argument of plain
+    masks that takes registers."""
+    like, tables = attention_case(head_dim, dtype, features)
     lse = like[..., 0].double()
     single, sums = lse.float(), like.float()
-    name = f"D{head_dim} {_TYPES[dtype]}"
+    name = f"D{head_dim} {_TYPES[dtype]}" + ("" if features == "gathered biased" else f" {features}")
     arguments, constants, _ = attention_backward.query_launch(like, single, like, tables, like, lse, like, sums, arch)
     query = measure(
         f"backward query {name}", arch, attention_backward.attention_backward_query_kernel, arguments, constants

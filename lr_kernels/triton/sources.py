@@ -104,21 +104,90 @@ def source_row(rows, with_rows, R, s, b, S: tl.constexpr):
 
 
 @triton.jit
-def key_list(key_index, key_count, index_stride, count_stride, with_index, M, s, c64, row, reads, S: tl.constexpr):
-    """(list of the keys of source s that class c64 sees, entries of it, number of keys): all of them without a list,
-    else the count read from the device; 0 entries where this source has no list."""
+def key_list(
+    key_index, key_count, index_stride, count_stride, key_block, with_index, M, s, c64, row, h64, reads,
+    S: tl.constexpr,
+):  # fmt: skip
+    """(list of the keys of source s that class c64 and head h64 see, keys in it, log2 of the keys of an entry, number
+    of keys): all of them without a list, else as the count on the device says; 0 keys where this source has no list."""
     count = pick_int(M, s, S).to(tl.int32)
     index = count
     index_count = 0
+    block = 0
     if key_index is not None:
         gathered = ((with_index >> s) & 1) != 0
         index = pick(key_index, s, S)
         index += c64 * pick_int(index_stride[0], s, S) + row * pick_int(index_stride[1], s, S)
+        index += h64 * pick_int(index_stride[2], s, S)
         counts = pick(key_count, s, S)
         counts += c64 * pick_int(count_stride[0], s, S) + row * pick_int(count_stride[1], s, S)
-        count = tl.where(gathered, tl.load(counts, mask=gathered & reads, other=0), count)
+        counts += h64 * pick_int(count_stride[2], s, S)
+        listed = tl.load(counts, mask=gathered & reads, other=0)
+        if key_block is not None:  # the last block may be shorter
+            block = pick_int(key_block, s, S).to(tl.int32)
+            last = tl.load(index + tl.maximum(listed - 1, 0), mask=listed > 0, other=-1).to(tl.int64)
+            beyond = ((last + 1) << block) - count
+            listed = (listed << block) - tl.maximum(beyond, 0).to(tl.int32)
+        count = tl.where(gathered, listed, count)
         index_count = tl.where(gathered, count, 0)
-    return index, index_count, tl.where(reads, count, 0)
+    return index, index_count, block, tl.where(reads, count, 0)
+
+
+@triton.jit
+def query_ranges(key_range, range_stride, with_range, s, b64, query_order, slot, end, S: tl.constexpr):
+    """(BM,) twice: from which token on, and before which, the queries at these places see keys of source s. Of a place
+    from `end` on those of the last query, and of one that sees nothing (2^31 - 1, 0)."""
+    slot = tl.minimum(slot, end - 1)
+    i = query_tokens(query_order, slot, slot >= 0)
+    at = pick(key_range, s, S) + b64 * pick_int(range_stride[0], s, S) + i * 2
+    has = ((with_range >> s) & 1) != 0
+    low = tl.where(has, tl.load(at), 0)  # what stands in for a source without ranges may be read
+    high = tl.where(has, tl.load(at + 1), 0x7FFFFFFF)
+    return tl.where(low < high, low, 0x7FFFFFFF), tl.where(low < high, high, 0)
+
+
+@triton.jit
+def range_places(key_index, index, index_count, block, count, low, high):
+    """Four places in the list of a source's keys, ascending: from the first on some query sees keys, from the second on
+    all do, to the third, and before the fourth some do. low, high: from `query_ranges`."""
+    four = tl.arange(0, 4)
+    token = tl.where(four < 2, tl.min(low, 0), tl.max(high, 0))
+    token = tl.where(four == 1, tl.max(low, 0), tl.where(four == 2, tl.min(high, 0), token))
+    place = tl.minimum(tl.maximum(token, 0), count)
+    if key_index is not None:
+        found = tl.zeros([4], tl.int32)
+        above = found + index_count
+        left = index_count
+        while left > 0:
+            middle = (found + above) >> 1
+            entry = tl.load(index + (middle >> block), mask=found < above, other=0)
+            before = ((entry << block) + (middle & ((1 << block) - 1))) < token
+            found, above = (
+                tl.where((found < above) & before, middle + 1, found),
+                tl.where((found < above) & (before == 0), middle, above),
+            )
+            left = left >> 1
+        place = tl.where(index_count > 0, found, place)
+    first = tl.sum(tl.where(four == 0, place, 0), 0)
+    last = tl.maximum(tl.sum(tl.where(four == 3, place, 0), 0), first)
+    inner = tl.minimum(tl.sum(tl.where(four == 1, place, 0), 0), last)
+    outer = tl.maximum(tl.minimum(tl.sum(tl.where(four == 2, place, 0), 0), last), inner)
+    return first, inner, outer, last
+
+
+@triton.jit
+def in_range(tokens, low, high):
+    """(BM, BN): which of these tokens each query sees by its range."""
+    return (tokens[None, :] >= low[:, None]) & (tokens[None, :] < high[:, None])
+
+
+@triton.jit
+def key_head(heads_per_key_head, s, h64, S: tl.constexpr):
+    """int64: the head of source s that head h64 of the query reads; None: all sources have as many."""
+    if heads_per_key_head is None:
+        return h64
+    else:
+        return h64 // pick_int(heads_per_key_head, s, S)
 
 
 @triton.jit
@@ -131,23 +200,23 @@ def per_head(table, table_stride, with_table, s, b64, h64, otherwise: tl.constex
 
 
 @triton.jit
-def key_entries(key_index, index, at, index_count):
-    """(BN,) entries `at` of the list of keys, 0 past its end. A loop loads those of its next tile: the loads of keys
-    and values then start from registers, and run as many tiles ahead as those of a source without a list."""
+def key_entries(key_index, index, at, index_count, block):
+    """(BN,) entries of the list of keys for places `at`, 0 past its end. A loop loads those of its next tile: the loads
+    of keys and values then start from registers, and run as many tiles ahead as those of a source without a list."""
     if key_index is None:
         return 0
     else:
-        return tl.load(index + at, mask=at < index_count, other=0)
+        return tl.load(index + (at >> block), mask=at < index_count, other=0)
 
 
 @triton.jit
-def key_tokens(key_index, entries, at, index_count):
+def key_tokens(key_index, entries, at, index_count, block):
     """(BN,) tokens of the keys at places `at`, whose entries of the list are known; index_count is 0 where this source
     has no list."""
     if key_index is None:
         return at
     else:
-        return tl.where(at < index_count, entries, at)
+        return tl.where(at < index_count, (entries << block) + (at & ((1 << block) - 1)), at)
 
 
 @triton.jit
@@ -185,3 +254,12 @@ def query_tile(class_start, tile, classes, BM: tl.constexpr):
         end = tl.where(here, high, end)
         tile -= count
     return c_found, first, end
+
+
+@triton.jit
+def block_tile(query_block, tile, N, BM: tl.constexpr):
+    """The same where every class is a block of query_block queries in order."""
+    tiles = tl.cdiv(query_block, BM)
+    c = tile // tiles
+    first = c * query_block + (tile - c * tiles) * BM
+    return c, first, tl.minimum((c + 1) * query_block, N)

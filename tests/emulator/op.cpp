@@ -23,19 +23,19 @@ struct Extents {
     }
     if (data) emulator::g_buffers.add(data, reach * bytes, writable);
   }
-  void add_tokens(const void* data, int64_t rows, int64_t tokens, const int64_t (&stride)[3], bool writable = false,
-                  Storage storage = Storage::kElements) const {
-    add(data, storage == Storage::kElements ? 2 : 1, {rows, tokens, p.h, p.d}, {stride[0], stride[1], stride[2], 1},
+  void add_tokens(const void* data, int64_t rows, int64_t tokens, int64_t heads, const int64_t (&stride)[3],
+                  bool writable = false, Storage storage = Storage::kElements) const {
+    add(data, storage == Storage::kElements ? 2 : 1, {rows, tokens, heads, p.d}, {stride[0], stride[1], stride[2], 1},
         writable);
   }
   void add_source(const AttentionSource& s) const {
-    add_tokens(s.key, s.r, s.m, s.key_stride, false, s.storage);
-    add_tokens(s.value, s.r, s.v, s.value_stride, false, s.storage);
-    add(s.key_scale, 4, {s.r, s.m, p.h}, s.key_scale_stride);
-    add(s.value_scale, 4, {s.r, s.v, p.h}, s.value_scale_stride);
+    add_tokens(s.key, s.r, s.m, s.k, s.key_stride, false, s.storage);
+    add_tokens(s.value, s.r, s.v, s.k, s.value_stride, false, s.storage);
+    add(s.key_scale, 4, {s.r, s.m, s.k}, s.key_scale_stride);
+    add(s.value_scale, 4, {s.r, s.v, s.k}, s.value_scale_stride);
     add(s.rows, 4, {p.b}, {1});
     add(s.key_index, 4, {p.c, s.r, s.m}, {s.index_stride[0], s.index_stride[1], 1});
-    add(s.key_count, 4, {p.c, s.r}, s.count_stride);
+    add(s.key_count, 4, {p.c, s.r}, {s.count_stride[0], s.count_stride[1]});
     add(s.value_index, 4, {s.r, p.b, s.m}, {s.value_index_stride[0], s.value_index_stride[1], 1});
     add(s.key_bias, 4, {s.r, s.m}, {s.bias_stride, 1});
     add(s.logit_scale, 4, {p.b, p.h}, s.logit_scale_stride);
@@ -43,8 +43,8 @@ struct Extents {
   }
   void add_all() const {
     emulator::g_buffers.clear();
-    add_tokens(p.query, p.b, p.n, p.query_stride);
-    add_tokens(p.out, p.b, p.n, p.out_stride, true);
+    add_tokens(p.query, p.b, p.n, p.h, p.query_stride);
+    add_tokens(p.out, p.b, p.n, p.h, p.out_stride, true);
     add(p.lse, p.lse_is_double ? 8 : 4, {p.b, p.n, p.h}, p.lse_stride, true);
     add(p.query_order, 4, {p.b, p.n}, {p.order_stride, 1});
     add(p.class_start, 4, {p.b, p.c + 1}, {p.class_stride, 1});

@@ -82,6 +82,7 @@ LR_DEVICE void attend_precisely(const Problem& x, const Work<C>& w, int slot, in
   for (int s = 0; s < p.sources; ++s) {
     const AttentionSource& source = p.source[s];
     const int begin = shuffle(w.begin, s), stop = shuffle(w.stop, s), row = shuffle(w.row, s);
+    const int head = w.h / source.heads_per_key_head;
     double alpha = p.scale, beta = 0;
     if (source.logit_scale)
       alpha *=
@@ -100,9 +101,9 @@ LR_DEVICE void attend_precisely(const Problem& x, const Work<C>& w, int slot, in
         from = from < 0 ? 0 : from < source.v ? from : source.v - 1;
       }
       const StoredRow key = stored_row<C>(source, source.key, source.key_stride, source.key_scale,
-                                          source.key_scale_stride, row, token, w.h, lane);
+                                          source.key_scale_stride, row, token, head, lane);
       const StoredRow value = stored_row<C>(source, source.value, source.value_stride, source.value_scale,
-                                            source.value_scale_stride, row, from, w.h, lane);
+                                            source.value_scale_stride, row, from, head, lane);
       double dot = 0;
 #pragma unroll
       for (int k = 0; k < kParts; ++k)

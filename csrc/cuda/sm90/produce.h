@@ -115,10 +115,11 @@ struct Producer {
   LR_DEVICE void bring(Ring<C::Stages>& ring, const Work<C>& w, int s, int row, int begin, int stop) const {
     const AttentionSource& source = x.attention.source[s];
     const bool key_boxes = x.maps.keys >> s & 1, value_boxes = x.maps.values >> s & 1;
+    const int head = w.h / source.heads_per_key_head;
     const auto* key = static_cast<const char*>(source.key) +
-                      2 * (row * source.key_stride[0] + w.h * source.key_stride[2]) + 16 * unit;
+                      2 * (row * source.key_stride[0] + head * source.key_stride[2]) + 16 * unit;
     const auto* value = static_cast<const char*>(source.value) +
-                        2 * (row * source.value_stride[0] + w.h * source.value_stride[2]) + 16 * unit;
+                        2 * (row * source.value_stride[0] + head * source.value_stride[2]) + 16 * unit;
     const int key_step = static_cast<int>(2 * source.key_stride[1]);
     const int value_step = static_cast<int>(2 * source.value_stride[1]);
     const Keys keys(w, source, s, row, stop);
@@ -130,7 +131,7 @@ struct Producer {
       if (ring.round) mbarrier_wait(shared.empty_key(ring.stage), ring.round - 1, "empty_key");
       const float shift = keys.shift(token, exists);
       if (key_boxes) {
-        copy_boxes(shared.key(ring.stage), &x.maps.key[s], w.h, start, row, shared.full_key(ring.stage));
+        copy_boxes(shared.key(ring.stage), &x.maps.key[s], head, start, row, shared.full_key(ring.stage));
       } else {
         copy_rows<16>(shared.key(ring.stage), key, key_step, token, left);
         copy_async_arrive(shared.full_key(ring.stage));
@@ -138,7 +139,7 @@ struct Producer {
       store_shift(ring.stage, shift, exists);
       if (ring.round) mbarrier_wait(shared.empty_value(ring.stage), ring.round - 1, "empty_value");
       if (value_boxes) {
-        copy_boxes(shared.value(ring.stage), &x.maps.value[s], w.h, start, row, shared.full_value(ring.stage));
+        copy_boxes(shared.value(ring.stage), &x.maps.value[s], head, start, row, shared.full_value(ring.stage));
       } else {
         copy_rows<16>(shared.value(ring.stage), value, value_step, keys.value(token, exists), left);
         copy_async_arrive(shared.full_value(ring.stage));
@@ -172,7 +173,7 @@ struct Producer {
         const AttentionSource& source = x.attention.source[forget(s)];
         const auto of_source = [&](const int64_t (&key)[3], const int64_t (&value)[3], int token) {
           const auto stride = [&](int i) { return values ? value[i] : key[i]; };
-          return row * stride(0) + token * stride(1) + w.h * stride(2);
+          return row * stride(0) + token * stride(1) + w.h / source.heads_per_key_head * stride(2);
         };
         const float* scales = values ? source.value_scale : source.key_scale;
         scale[0] =

@@ -1,0 +1,147 @@
+"""Attention over one source, with a mask in PyTorch's form."""
+
+import functools
+from collections.abc import Sequence
+from numbers import Real
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from ..attention.api import multi_source_attention
+from ..runtime.checks import fail
+from ..runtime.tensors import check_dense
+from ..source import Source
+from .masks import read_mask
+
+
+def attend(
+    op: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    gqa: bool = False,
+    mask_name: str = "attn_mask",
+    key_range: Tensor | None = None,
+    more: Sequence[Source] = (),
+) -> Tensor:
+    """`multi_source_attention` of one source: (B, N, H, D), (B, M, H, D), (B, M, H, E) and a mask as in
+    `scaled_dot_product_attention`; with gqa keys and values may have fewer heads. `op` and `mask_name` are the names in
+    errors; key_range is that of the source, beside the mask; `more` are sources in the same softmax."""
+    return _of_one_source(op, query, key, value, mask, scale, gqa, mask_name, key_range, more, return_lse=False)[0]
+
+
+def attend_with_lse(
+    op: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    gqa: bool = False,
+    key_range: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`attend`, and the lse (B, N, H) in fp32."""
+    out, lse = _of_one_source(op, query, key, value, mask, scale, gqa, "attn_mask", key_range, (), return_lse=True)
+    assert lse is not None
+    return out, lse
+
+
+def _of_one_source(
+    op: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    gqa: bool,
+    mask_name: str,
+    key_range: Tensor | None,
+    more: Sequence[Source],
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    heads, key_heads = query.shape[2], key.shape[2]
+    if heads != key_heads:
+        if not gqa or key_heads == 0 or heads % key_heads:
+            fail(op, "key", f"{heads} heads" + (" or a divisor of it" if gqa else ""), key_heads)
+        if value.shape[2] != key_heads:
+            fail(op, "value", f"{key_heads} heads, as key has", value.shape[2])
+    if query.shape[0] == 1 and key.shape[0] > 1:
+        query = query.expand(key.shape[0], -1, -1, -1)
+    if query.shape[3] == 0:
+        fail(op, "query", "head_dim of at least 1", 0)
+    if key.shape[3] != query.shape[3]:
+        fail(op, "key", f"head_dim {query.shape[3]}, as query has", key.shape[3])
+    query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
+    source, plan, query_groups = Source(key, value, key_range=key_range), None, None
+    if mask is not None:
+        shape = (query.shape[0], heads, query.shape[1], key.shape[1])
+        parts = read_mask(op, mask_name, mask, shape, query.dtype)
+        query_groups = parts.query_groups
+        plan = parts.plan if not more else None
+        source = source._replace(
+            key_mask=parts.key_mask,
+            key_bias=parts.key_bias,
+            key_groups=parts.key_groups,
+            key_range=intersect(key_range, parts.key_range),
+        )
+    found = multi_source_attention(
+        query, [source, *more], query_groups=query_groups, scale=scale, plan=plan, return_lse=return_lse
+    )
+    return found if isinstance(found, tuple) else (found, None)
+
+
+def intersect(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    """The key_range (B or 1, N, 2) of what both hold; None holds all."""
+    if first is None or second is None:
+        return second if first is None else first
+    begin = torch.maximum(first[..., 0], second[..., 0])
+    return torch.stack([begin, torch.minimum(first[..., 1], second[..., 1])], -1)
+
+
+def causal_range(queries: int, device: torch.device, offset: int = 0, window: int | None = None) -> Tensor:
+    """key_range (1, N, 2) int32 of causal order: query i sees keys 0 … i + offset, of which with a window the last
+    `window` ones."""
+    if torch.compiler.is_compiling():
+        return _causal_range(queries, device, offset, window)
+    return _remembered_causal_range(queries, device, offset, window)
+
+
+def _causal_range(queries: int, device: torch.device, offset: int, window: int | None) -> Tensor:
+    end = torch.arange(1, queries + 1, dtype=torch.int32, device=device) + offset
+    begin = torch.zeros_like(end) if window is None else end - window
+    return torch.stack([begin, end], -1)[None]
+
+
+_remembered_causal_range = functools.lru_cache(maxsize=16)(_causal_range)
+
+
+def check_mask_type(op: str, name: str, mask: object) -> None:
+    """TypeError unless the mask is None or a tensor."""
+    if mask is not None:
+        check_dense(op, name, mask)
+
+
+def check_dimensions(op: str, query: Tensor, key: Tensor, value: Tensor, expected: str, allowed: tuple) -> None:
+    """Refuse tensors of other numbers of dimensions."""
+    check_dense(op, "query", query)
+    if query.dim() not in allowed:
+        fail(op, "query", expected, query.dim())
+    for name, x in (("key", key), ("value", value)):
+        check_dense(op, name, x)
+        if x.dim() != query.dim():
+            fail(op, name, f"{query.dim()} dimensions, as query has", x.dim())
+
+
+def refuse_unless_off(op: str, /, **arguments: object) -> None:
+    """Refuse every argument except None, False and 0, which mean off."""
+    for name, x in arguments.items():
+        if x is not None and x is not False and not (isinstance(x, Real) and x == 0):
+            not_implemented(op, name, "none", f"a tensor {tuple(x.shape)}" if isinstance(x, Tensor) else x)
+
+
+def not_implemented(op: str, argument: str, expected: str, got: object) -> NoReturn:
+    """Refuse what the operator has no form for."""
+    fail(op, argument, expected, got, "the operator has no such thing; use PyTorch's attention", NotImplementedError)
