@@ -390,7 +390,7 @@ class ReferenceBank(KeyValueBank):
         return tokens // columns, columns
 
     def save(self, path: str | PathLike, model: str = "") -> None:
-        """Write a safetensors file, whole or not at all. `model` says what it was computed with; `load` can ask for it."""
+        """Write a safetensors file, whole or not at all. `model` says what made it; `load` can ask for it."""
         if not isinstance(model, str):
             fail("ReferenceBank", "model", "a string", type(model).__name__)
         if len(self._filled) != len(self.timesteps):
@@ -421,7 +421,7 @@ class ReferenceBank(KeyValueBank):
         storage: str = "device",
         model: str | None = None,
     ) -> "ReferenceBank":
-        """A saved bank. On the CPU its keys and values are the file's pages, mapped, which processes of a machine share.
+        """A saved bank. On the CPU keys and values are the file's pages, mapped, which processes of a machine share.
 
         Raises:
             ValueError: no safetensors file, or one whose fields are not those of a bank, each named, also numbers that
