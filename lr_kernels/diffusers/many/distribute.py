@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import PIL.Image
 import torch
-from torch.distributed import HashStore, Store, TCPStore
 from tqdm import tqdm
 
 from ...runtime.checks import fail
@@ -21,6 +20,7 @@ from .items import OP, ImageItem, check_items, pending, write_images, write_reco
 
 if TYPE_CHECKING:
     from accelerate import PartialState
+    from torch.distributed import Store
 
 Generate = Callable[[ImageItem, torch.Generator], PIL.Image.Image | Sequence[PIL.Image.Image]]
 PATIENCE = timedelta(hours=6)
@@ -124,8 +124,10 @@ def process_state() -> "PartialState":
     return state
 
 
-def _shared_store(state: "PartialState") -> Store:
+def _shared_store(state: "PartialState") -> "Store":
     """A fresh store of counters that all processes share."""
+    from torch.distributed import HashStore, TCPStore  # not in every build of torch
+
     if state.num_processes == 1:
         return HashStore()
     from accelerate.utils import broadcast_object_list
@@ -136,7 +138,7 @@ def _shared_store(state: "PartialState") -> Store:
     return TCPStore(host, port, is_master=False) if store is None else store
 
 
-def _claimed(store: Store, count: int, process: int, processes: int) -> Iterator[int]:
+def _claimed(store: "Store", count: int, process: int, processes: int) -> Iterator[int]:
     """The places in a list of `count` that a process takes, one whenever it asks: those of its own part in their order,
     then what is left of the parts of others. Each place is taken once in all processes together."""
     for other in range(processes):

@@ -94,11 +94,11 @@ class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader; a key that stands twice in a mapping is an error, and not the last one's value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        found = super().construct_mapping(node, deep)
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        if doubled := [key for key in found if keys.count(key) > 1]:
+        own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        keys = [self.construct_object(key, deep=True) for key in own]
+        if doubled := [key for key in keys if keys.count(key) > 1]:
             raise yaml.constructor.ConstructorError(None, None, f"the key {doubled[0]!r} twice", node.start_mark)
-        return found
+        return super().construct_mapping(node, deep)
 
 
 def read_run(path: str | Path) -> Run:
@@ -322,6 +322,9 @@ def _arguments(given: object, pipeline: type[DiffusionPipeline], method: str) ->
         annotation, default = known[name]
         if not (value is None and default is None) and not _fits(value, annotation):
             fail(OP, where, f"what the file can hold of {_shown(annotation)}", repr(value))
+    if method == METHODS[0]:
+        of_stock = {field.name for field in fields(StockArguments)} & set(given)
+        StockArguments.given({name: given[name] for name in of_stock}, xl=METHOD_CLASSES[pipeline.__name__].pools)
     return given
 
 
