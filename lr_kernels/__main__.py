@@ -1,4 +1,4 @@
-"""`python -m lr_kernels`: info, demo, presets and knobs."""
+"""`python -m lr_kernels`: info, demo, presets, knobs and generate."""
 
 import argparse
 import sys
@@ -36,6 +36,9 @@ def parser() -> Parser:
     presets.add_argument("--output", type=Path, default=Path("outputs/presets"), help="folder for the PNG")
     knobs = commands.add_parser("knobs", help="what the pipeline's arguments do, on the embedded toy model: a picture")
     knobs.add_argument("--output", type=Path, default=Path("outputs/knobs"), help="folder for the PNG")
+    generate = commands.add_parser("generate", help="many prompts and subjects, in one process or under a launcher")
+    generate.add_argument("run", type=Path, help="a file in YAML or JSON that says what to make: docs/many-prompts.md")
+    generate.add_argument("--dry-run", action="store_true", help="list the images, and make none")
     return made
 
 
@@ -81,6 +84,10 @@ def run(options: argparse.Namespace) -> None:
         from .toy.knobs import run as turn
 
         print(turn(options.output))
+    elif options.command == "generate":
+        from .diffusers.many.command import command
+
+        sys.exit(command(options.run, dry_run=options.dry_run))
     else:
         from .toy.demo import run as demonstrate
 

@@ -125,7 +125,7 @@ def test_a_loaded_bank_is_the_files_pages_not_a_copy(tmp_path):
 def test_a_bank_survives_a_write_that_fails(tmp_path, monkeypatch):
     bank().save(tmp_path / "bank")
     before = (tmp_path / "bank").read_bytes()
-    monkeypatch.setattr("lr_kernels.diffusers.dit.cached.bank.save_file", _full_disk)
+    monkeypatch.setattr("lr_kernels.diffusers.processors.bank_files.save_file", _full_disk)
     with pytest.raises(OSError, match="No space left"):
         bank(torch.float64).save(tmp_path / "bank")
     assert (tmp_path / "bank").read_bytes() == before and len(list(tmp_path.iterdir())) == 1

@@ -12,6 +12,7 @@ PAGES = [
     "docs/references.md",
     "docs/own-method.md",
     "docs/layout-and-retouch.md",
+    "docs/many-prompts.md",
     "hf_kernel/README.md",
 ]
 

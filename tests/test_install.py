@@ -159,8 +159,8 @@ def told(call):
 for name in ("lr_kernels.diffusers", "lr_kernels.toy", "benchmarks.method", "benchmarks.price", "benchmarks.plots",
              "benchmarks.__main__"):
     told(lambda: importlib.import_module(name))
-for command in ("demo", "presets", "knobs"):
-    sys.argv = ["lr_kernels", command]
+for command in ("demo", "presets", "knobs", "generate run.yaml"):
+    sys.argv = ["lr_kernels", *command.split()]
     told(lambda: runpy.run_module("lr_kernels", run_name="__main__"))
 from lr_kernels import interop
 told(interop.register_with_transformers)
@@ -177,7 +177,7 @@ def test_what_needs_an_extra_says_which():
     of_diffusers = f"{missing}; {how.format('diffusers')}"
     of_bench = f"lr_kernels: {{}} is not installed; {how.format('bench')}"
     modules = [of_diffusers] * 2 + [of_bench.format(name) for name in ("rich", "rich", "matplotlib", "tqdm")]
-    expected = [f"ModuleNotFoundError {text}" for text in modules] + [f"SystemExit {of_diffusers}"] * 3
+    expected = [f"ModuleNotFoundError {text}" for text in modules] + [f"SystemExit {of_diffusers}"] * 4
     transformers = f"lr_kernels: transformers is not installed; {how.format('diffusers')}"
     assert printed == [*expected, f"ModuleNotFoundError {transformers}"]
 
@@ -254,7 +254,7 @@ def command_line(monkeypatch, *words: str) -> None:
 def test_without_a_command_there_is_help(monkeypatch, capsys):
     command_line(monkeypatch)
     text = capsys.readouterr().out
-    assert all(command in text for command in ("info", "demo", "presets", "knobs"))
+    assert all(command in text for command in ("info", "demo", "presets", "knobs", "generate"))
 
 
 WRONG = {
@@ -263,6 +263,7 @@ WRONG = {
     "demo --seeds 0": "argument --seeds: expected a number from 1 on, got '0'",
     "demo --backend cuda": "argument --backend: 'cuda' cannot run: ",
     "demo --backend gpu": "argument --backend: 'gpu' cannot run: no such backend",
+    "generate": "the following arguments are required: run",
     "info --output x": "unrecognized arguments: --output x",
 }
 

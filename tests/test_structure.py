@@ -37,6 +37,7 @@ ALLOWED = {
     "diffusers.methods": {
         "runtime", "attention", "presets", "diffusers.processors", "diffusers.subjects", "diffusers.pipelines",
     },
+    "diffusers.many": {"runtime", "diffusers.processors", "diffusers.pipelines"},
     "diffusers.backend": {"runtime", "interop", "diffusers.processors"},
     "diffusers.guider": {"runtime", "diffusers.pipelines"},
     "toy": {"", "runtime", "info", "features", "presets", "diffusers", "diffusers.methods", "diffusers.subjects",

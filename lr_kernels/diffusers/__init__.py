@@ -30,6 +30,9 @@ from .dit.flux.settings import FluxSettings
 from .dit.ip_adapter import MultiSourceFluxIPAdapterAttnProcessor, use_ip_adapter_masks
 from .dit.regions import Regions, regional_joint_attention
 from .guider import StepBlendGuidance
+from .many.command import generate_from_file
+from .many.distribute import GenerationReport, generate_many
+from .many.items import ImageItem
 from .methods.features import noised_rows, reference_adain, shared_group_norms
 from .methods.sharing import sharing
 from .pipelines.components import PersonalizedStableDiffusionPipeline
@@ -87,6 +90,8 @@ __all__ = [
     "FluxRetouchProcessor",
     "FluxSettings",
     "FrameRouting",
+    "GenerationReport",
+    "ImageItem",
     "Installation",
     "JointRouting",
     "LayoutRetouch",
@@ -121,6 +126,8 @@ __all__ = [
     "ddim_table",
     "extract_references",
     "find_subjects",
+    "generate_from_file",
+    "generate_many",
     "install_processors",
     "invert",
     "joint_attention",

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers.models.attention_processor import Attention
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ...attention.api import multi_source_attention
@@ -17,13 +16,14 @@ from ...attention.eight_bit import quantize
 from ...attention.plan import AttentionPlan, plan_attention
 from ...runtime.checks import check_choice, check_integer, fail
 from ...source import Source
-from .bank_files import FIELDS, SCALE, open_file, read_field, stored_layers
+from .bank_files import FIELDS, SCALE, open_file, read_field, stored_layers, write_file
 from .bank_values import (
     EIGHT_BITS,
     MAX_TIMESTEP,
     as_bias,
     as_foreground,
     as_table,
+    as_timestep,
     check_device,
     check_file,
     check_numbers,
@@ -93,17 +93,12 @@ class BankLayer:
             fail(self._op, "bank", f"built for {built}", f"{got} in {self.name}", "call reset()")
 
 
-def _number(timestep: float | Tensor) -> float:
-    """A timestep as the bank keeps it: an int if it is whole, else a float."""
-    value = float(timestep)
-    return int(value) if value.is_integer() else value
-
-
 class KeyValueBank:
     """Keys and values of some rows in the self-attention layers, at every step of a part of a schedule.
 
     The layers touch one buffer each, whose address never changes (it can be captured in a CUDA graph); `extract` copies
-    it to the storage after the UNet has run, `read` from it before. Bytes: 2 x rows x tokens x channels x element
+    it to the storage after the UNet has run, `read` from it before. (A bank that was loaded for a model on the CPU has
+    none: there the layers read the pages of its file.) Bytes: 2 x rows x tokens x channels x element
     size, per layer and step, plus one step of buffers; `nbytes` counts them. With 8 bits the element size is 1, and
     each row, token and head has 2 scales of 4 bytes: of bf16's bytes they take 1/2 + 2 / head_dim. The pass that
     extracts a step holds it once more, in the model's dtype.
@@ -136,7 +131,7 @@ class KeyValueBank:
         if limit is not None:
             check_integer(self._op, "limit", limit, 0, "a number of bytes, or None")
         numbers = check_numbers(self._op, "timesteps", timesteps, MAX_TIMESTEP)
-        self.timesteps = [_number(t) for t in numbers]
+        self.timesteps = [as_timestep(t) for t in numbers]
         self.signals = None if signals is None else check_numbers(self._op, "signals", signals, 1)
         if self.signals is not None and len(self.signals) != len(numbers):
             fail(self._op, "signals", f"{len(numbers)}, one per timestep", len(self.signals))
@@ -154,6 +149,7 @@ class KeyValueBank:
     def reset(self) -> None:
         """Forget everything stored."""
         self._stored: dict[str, tuple[Tensor, ...]] = {}  # as the layer's buffers, with the steps first
+        self._mapped = False  # whether the layers' buffers are views of the storage, which is a file's pages
         for layer in self._layers.values():
             layer.buffers, layer.written = (), None
         self._filled: set[int] = set()
@@ -174,7 +170,8 @@ class KeyValueBank:
     @property
     def nbytes(self) -> int:
         """The bytes that storage and buffers take, with scales."""
-        return sum(x.nbytes for held in (*self._stored.values(), *self._buffers().values()) for x in held)
+        buffers = () if self._mapped else self._buffers().values()
+        return sum(x.nbytes for held in (*self._stored.values(), *buffers) for x in held)
 
     @property
     def layer_names(self) -> list[str]:
@@ -200,7 +197,7 @@ class KeyValueBank:
 
         ValueError where the bank was built for others.
         """
-        wanted = [_number(t) for t in timesteps]
+        wanted = [as_timestep(t) for t in timesteps]
         at_other_levels = False
         for first in range(len(self.timesteps) - len(wanted) + 1):
             part = slice(first, first + len(wanted))
@@ -222,6 +219,10 @@ class KeyValueBank:
         step = self._check_step(step)
         for layer in self._layers.values():
             layer.written = None  # of a pass that failed
+            if self._mapped:
+                with torch.inference_mode(False):
+                    layer.buffers = tuple(torch.empty_like(x) for x in layer.buffers)
+        self._mapped = False
         with self._in_mode("extract"):
             yield
         written = {name: layer for name, layer in self._layers.items() if layer.written is not None}
@@ -243,6 +244,9 @@ class KeyValueBank:
         if step not in self._filled:
             fail(self._op, "step", f"one that was extracted, {sorted(self._filled)}", step, "call extract() first")
         for name, buffers in self._buffers().items():
+            if self._mapped:
+                self._layers[name].buffers = tuple(x[step] for x in self._stored[name])
+                continue
             for stored, buffer in zip(self._stored[name], buffers):
                 buffer.copy_(stored[step], non_blocking=True)
         with self._in_mode("cached"):
@@ -386,7 +390,7 @@ class ReferenceBank(KeyValueBank):
         return tokens // columns, columns
 
     def save(self, path: str | PathLike, model: str = "") -> None:
-        """Write a safetensors file. `model` says what it was computed with; `load` can ask for it."""
+        """Write a safetensors file, whole or not at all. `model` says what made it; `load` can ask for it."""
         if not isinstance(model, str):
             fail("ReferenceBank", "model", "a string", type(model).__name__)
         if len(self._filled) != len(self.timesteps):
@@ -406,7 +410,7 @@ class ReferenceBank(KeyValueBank):
         if self._foreground is not None:
             tensors["foreground"] = self._foreground.cpu().contiguous()
         about = {name: json.dumps(getattr(self, name)) for name in FIELDS} | {"model": model}
-        save_file(tensors, path, about)
+        write_file(path, tensors, about)
 
     @classmethod
     def load(
@@ -417,7 +421,7 @@ class ReferenceBank(KeyValueBank):
         storage: str = "device",
         model: str | None = None,
     ) -> "ReferenceBank":
-        """A saved bank.
+        """A saved bank. On the CPU keys and values are the file's pages, mapped, which processes of a machine share.
 
         Raises:
             ValueError: no safetensors file, or one whose fields are not those of a bank, each named, also numbers that
@@ -447,6 +451,7 @@ class ReferenceBank(KeyValueBank):
         for name, held in layers.items():
             bank._stored[name] = tuple(x.to(device) for x in held) if storage == "device" else held
             bank.layer(name).buffers = tuple(torch.empty(x.shape[1:], dtype=x.dtype, device=device) for x in held)
+        bank._mapped = torch.device(device).type == "cpu"
         rows = bank.rows_held
         # A pipeline keeps its references once as the unconditional half and once as the conditional one.
         counts = (rows, rows // 2) if rows % 2 == 0 else (rows,)

@@ -2,11 +2,14 @@
 
 import json
 import os
+import uuid
 from collections.abc import Callable, Mapping
 from os import PathLike
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ...runtime.checks import fail
@@ -56,6 +59,16 @@ def open_file(op: str, path: str | PathLike) -> tuple[dict[str, str], dict[str, 
         if _identity(path) == before:
             return found
     fail(op, "path", "a file that stays as it is while it is opened", f"{path}, which was replaced {_TRIES} times")
+
+
+def write_file(path: str | PathLike, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
+    """Write a safetensors file, whole or not at all. Processes that have mapped an earlier file keep its pages."""
+    partial = Path(f"{path}.{uuid.uuid4().hex}.partial")  # others may save to the same path
+    try:
+        save_file(tensors, partial, about)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _identity(path: str | PathLike) -> tuple[int, ...]:

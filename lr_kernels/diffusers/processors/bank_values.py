@@ -26,6 +26,12 @@ def check_numbers(op: str, name: str, values: Sequence[float] | Tensor, high: fl
     return [check_number(op, name, x, f"numbers from 0 to {high:g}", 0, high) for x in entries]
 
 
+def as_timestep(number: float) -> float:
+    """A timestep as a bank keeps it: an int if it is whole, else a float."""
+    value = float(number)
+    return int(value) if value.is_integer() else value
+
+
 def check_file(op: str, path: str | PathLike) -> None:
     """ValueError unless it can be the path of a file."""
     if not isinstance(path, str | PathLike):

@@ -3,7 +3,6 @@
 import copy
 import hashlib
 import json
-import uuid
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -12,13 +11,13 @@ from typing import Any, cast
 import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.embeddings import apply_rotary_emb
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ....attention.eight_bit import quantize
 from ....runtime.checks import check_choice, fail
 from ....runtime.platform import KERNEL_DTYPES
 from ....source import Source
+from ...processors.bank_files import write_file
 from ...processors.bank_values import EIGHT_BITS, check_device
 from .bank_files import FORMAT, check_sources, is_model, read_bank, tensors_of
 
@@ -158,12 +157,7 @@ class TransformerReferenceBank:
             for field, x in tensors_of(source).items()
         }
         about = {"format": FORMAT, "model": self.model, "rotated": json.dumps(self.rotated)}
-        partial = Path(f"{path}.{uuid.uuid4().hex}.partial")  # others may save to the same path
-        try:
-            save_file(tensors | {"ids": self.ids.cpu().contiguous()}, partial, about)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_file(path, tensors | {"ids": self.ids.cpu().contiguous()}, about)
 
     @classmethod
     def load(cls, path: str | PathLike, *, device: str | torch.device = "cpu") -> "TransformerReferenceBank":

@@ -1,0 +1,116 @@
+"""Runs described by a file: `python -m lr_kernels generate run.yaml`."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import PIL.Image
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+
+from ..processors.bank import ReferenceBank
+from .distribute import Generate, GenerationReport, generate_many, process_state
+from .items import ImageItem, pending
+from .run_file import METHOD_CLASSES, METHODS, Run, Subject, read_run
+
+ADAPTER = "subject"
+"""The name under which a subject's LoRA is loaded, one at a time."""
+
+
+def generate_from_file(path: str | Path) -> GenerationReport:
+    """Make the images that a file in YAML or JSON asks for; docs/many-prompts.md says what the file holds.
+
+    Every subject is drawn with every prompt, as often as `samples` says, to `<output>/<subject>/<prompt>/<n>.png`; all
+    else is as in `generate_many`.
+
+    Raises:
+        ValueError: what is wrong with the file, by the name of its key, before a model is loaded.
+        FileNotFoundError: no such file.
+    """
+    run = read_run(path)
+    return generate_many(run.items, lambda device: _load(run, device), run.output)
+
+
+def command(path: Path, *, dry_run: bool = False) -> int:
+    """What `generate` does; the status of the process: 1 if an item failed, 2 if the file is wrong."""
+    try:
+        run = read_run(path)
+        wanted = set(pending(run.items, run.output))
+    except (ValueError, FileNotFoundError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    if dry_run:
+        for i, item in enumerate(run.items):
+            print(run.output / item.path, f"seed {item.seed}", repr(item.prompt), "" if i in wanted else "(there)")
+        return 0
+    state = process_state()
+    report = generate_many(run.items, lambda device: _load(run, device), run.output)
+    state.destroy_process_group()
+    if not state.is_main_process:
+        return 0  # the main process's status is that of all: the first one that is not 0 ends the others
+    print(report.summary())
+    return 1 if report.failed else 0
+
+
+def _load(run: Run, device: torch.device) -> Generate:
+    """The base model on a device, and what draws an item with it: the models of its subject are loaded when an item of
+    another subject came before."""
+    base = run.pipeline.from_pretrained(run.base, dtype=getattr(torch, run.dtype)).to(device)
+    if run.scheduler is not None:
+        base.scheduler = getattr(diffusers, run.scheduler).from_config(base.scheduler.config)
+    loaded = ExitStack()
+    current: dict[str, Callable[..., PIL.Image.Image]] = {}  # of the subject whose models are loaded
+
+    def generate(item: ImageItem, generator: torch.Generator) -> PIL.Image.Image:
+        if item.subject not in current:
+            current.clear()
+            loaded.close()
+            current[item.subject] = loaded.enter_context(_personalized(base, run, run.subjects[item.subject]))
+        return current[item.subject](item, generator)
+
+    return generate
+
+
+@contextmanager
+def _personalized(base: DiffusionPipeline, run: Run, subject: Subject) -> Iterator[Callable[..., PIL.Image.Image]]:
+    """The function that draws items of a subject, while its weights are loaded."""
+    dtype, of_method = base.dtype, run.method == METHODS[0]
+    models: dict[str, Any] = {}
+    if subject.unet is not None:
+        name = "personalized_unet" if of_method else "unet"
+        models[name] = UNet2DConditionModel.from_pretrained(subject.unet, dtype=dtype).to(base.device)
+    if of_method and subject.lora is not None:
+        models["personalized_adapters"] = [ADAPTER]
+    kind = METHOD_CLASSES[run.pipeline.__name__] if of_method else run.pipeline
+    pipe: Any = kind.from_pipe(base, dtype=dtype, **models)
+    pipe.set_progress_bar_config(disable=True)
+    with ExitStack() as undone:
+        if subject.lora is not None:
+            undone.callback(pipe.unload_lora_weights)
+            pipe.load_lora_weights(subject.lora.parent, weight_name=subject.lora.name, adapter_name=ADAPTER)
+        if subject.textual_inversion is not None:
+            pipe.load_textual_inversion(str(subject.textual_inversion), token=subject.token)
+            undone.callback(pipe.unload_textual_inversion, subject.token)
+        references = _references(run, subject, base.device) if of_method else {}
+
+        def draw(item: ImageItem, generator: torch.Generator) -> PIL.Image.Image:
+            layout = {"layout_prompt": item.arguments["layout_prompt"]} if of_method else {}
+            return pipe(prompt=item.prompt, generator=generator, **layout, **references, **run.arguments).images[0]
+
+        yield draw
+
+
+def _references(run: Run, subject: Subject, device: torch.device) -> dict[str, Any]:
+    """The arguments of the method's call by which it knows the subject."""
+    found: dict[str, Any] = {"subject_tokens": subject.noun.split()}
+    if subject.bank is not None:
+        return found | {"reference_bank": ReferenceBank.load(subject.bank, device=device)}
+    assert subject.image is not None  # read_run
+    found["reference_image"] = PIL.Image.open(subject.image)
+    found["reference_prompt"] = run.reference_prompt.replace("{}", subject.words)
+    if subject.mask is not None:
+        found["reference_mask"] = PIL.Image.open(subject.mask)
+    return found
