@@ -37,7 +37,8 @@ ALLOWED = {
     "diffusers.methods": {
         "runtime", "attention", "presets", "diffusers.processors", "diffusers.subjects", "diffusers.pipelines",
     },
-    "diffusers.backend": {"runtime", "interop", "diffusers.processors"},
+    "diffusers.context_parallel": {"runtime", "interop"},
+    "diffusers.backend": {"runtime", "interop", "diffusers.context_parallel", "diffusers.processors"},
     "diffusers.guider": {"runtime", "diffusers.pipelines"},
     "toy": {"", "runtime", "info", "features", "presets", "diffusers", "diffusers.methods", "diffusers.subjects",
             "diffusers.pipelines"},

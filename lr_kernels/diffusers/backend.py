@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..interop import attend, attend_with_lse, refuse_unless_off
 from ..runtime.checks import fail
+from .context_parallel import context_parallel_attention
 from .processors.install import check_model, install_processors
 from .processors.joint import CustomSD3AttnProcessor, joint_attention, joint_processors
 
@@ -42,7 +43,7 @@ def register_attention_backend() -> None:
     AttentionBackendName._value2member_map_[NAME] = member
     type.__setattr__(AttentionBackendName, member._name_, member)
     checks = [attention_dispatch._check_device, attention_dispatch._check_shape]
-    _AttentionBackendRegistry.register(member, constraints=checks)(attention)
+    _AttentionBackendRegistry.register(member, constraints=checks, supports_context_parallel=True)(attention)
     _AttentionBackendRegistry._supported_arg_names[member] = _AnyName(inspect.signature(attention).parameters)
 
 
@@ -70,13 +71,14 @@ def attention(
     """What diffusers calls: query (B, N, H, D), key and value (B, M, H, D) -> (B, N, H, D), and the lse (B, N, H).
 
     Raises:
-        NotImplementedError: dropout_p, is_causal, context parallelism, a mask that differs between heads or queries,
-            and every other argument that is on, such as window_size and softcap, which other backends take.
+        NotImplementedError: dropout_p, is_causal, a mask that differs between heads or queries, and every other
+            argument that is on, such as window_size and softcap, which other backends take; with `_parallel_config`
+            also what `context_parallel_attention` names.
     """
-    refuse_unless_off(
-        "attention_backend", dropout_p=dropout_p, is_causal=is_causal, _parallel_config=_parallel_config,
-        **attention_kwargs,
-    )  # fmt: skip
+    refuse_unless_off("attention_backend", dropout_p=dropout_p, is_causal=is_causal, **attention_kwargs)
+    if _parallel_config is not None:
+        given = (query, key, value, attn_mask, scale, return_lse, _parallel_config)
+        return context_parallel_attention("attention_backend", *given)
     if return_lse:
         return attend_with_lse("attention_backend", query, key, value, attn_mask, scale, enable_gqa)
     return attend("attention_backend", query, key, value, attn_mask, scale, enable_gqa)
