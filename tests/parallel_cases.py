@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import tiny_flux
 import tiny_flux2
 import torch
 from diffusers import (
@@ -85,9 +86,10 @@ def key_mask(keys):
     return torch.arange(keys)[None] < torch.tensor([[keys - 5], [keys // 2]])
 
 
-def attended(dtype, mask=None, tokens=16, keys=16, heads=HEADS, gradients=True):
-    """On one card, by the specification."""
-    query, key, value, grad = tensors(dtype, tokens, keys, heads)
+def attended(dtype, mask=None, tokens=16, keys=16, heads=HEADS, gradients=True, autocast=False):
+    """On one card, by the specification; autocast: of the numbers that it makes of them."""
+    given = tensors(torch.bfloat16 if autocast else dtype, tokens, keys, heads)
+    query, key, value, grad = (x.to(dtype) for x in given)
     for x in (query, key, value):
         x.requires_grad_()
     source = Source(key, value, key_mask=None if mask is None else key_mask(keys))
@@ -112,8 +114,17 @@ MASKS = {
 }
 
 
-def attended_here(dtype, parallel, mask=None, tokens=16, keys=16, heads=HEADS, gradients=True):
-    """This card's part, by the backend."""
+def attended_here(dtype, parallel, mask=None, tokens=16, keys=16, heads=HEADS, gradients=True, autocast=False):
+    """This card's part, by the backend; autocast: from float32 to bf16."""
+    if autocast:
+        with torch.autocast("cpu", torch.bfloat16):
+            out, lse, inputs, grad = forward_here(torch.float32, parallel, mask, tokens, keys, heads, gradients)
+        return results(out, lse, inputs, grad.to(out.dtype))
+    out, lse, inputs, grad = forward_here(dtype, parallel, mask, tokens, keys, heads, gradients)
+    return results(out, lse, inputs, grad if gradients else None)
+
+
+def forward_here(dtype, parallel, mask, tokens, keys, heads, gradients):
     query, key, value, grad = (own_part(x) for x in tensors(dtype, tokens, keys, heads))
     for x in (query, key, value):
         x.requires_grad_(gradients)
@@ -124,7 +135,7 @@ def attended_here(dtype, parallel, mask=None, tokens=16, keys=16, heads=HEADS, g
     )  # fmt: skip
     alone = dispatch_attention_fn(query, key, value, mask, backend="lr_kernels", parallel_config=parallel)
     assert torch.equal(alone, found[0])
-    return results(*found, (query, key, value), grad if gradients else None)
+    return *found, (query, key, value), grad
 
 
 # Whole models.
@@ -335,6 +346,25 @@ def from_cache(dtype, degrees, mode="cached"):
         return {"out": model(**given, return_dict=False)[0]}
 
 
+def layout_and_retouch(dtype, degrees, kind="lora", **arguments):
+    """The pipeline of Flux with both stages, on every card with the same noise."""
+    pipe = tiny_flux.fresh(kind).to(dtype)
+    for name in ("transformer", "personalized_transformer"):
+        if getattr(pipe, name) is not None:
+            setattr(pipe, name, parallelized(getattr(pipe, name), **degrees))
+    return {"out": tiny_flux.whole(pipe, **arguments, latents=tiny_flux.NOISE.to(dtype)).images}
+
+
+def compiled(dtype, degrees, function=None):
+    """Flux as one graph, without gradients."""
+    model = parallelized(flux(dtype), **degrees)
+    layers = joint_attention_layers(model)
+    torch._dynamo.reset()
+    with install_processors(layers, joint_processors(layers, function)):
+        whole = torch.compile(model, backend="aot_eager", fullgraph=True) if degrees else model
+        return run_model(whole, inputs(flux, dtype), False)
+
+
 FUNCTIONS = {"joint": joint_attention, "shared": SHARED, "regional": regional}
 
 
@@ -431,6 +461,12 @@ for _degrees in (ULYSSES, FOUR_ULYSSES):
     CASES[f"flux's retouch, {told(_degrees)}"] = same(_degrees, retouched)
 for _degrees in (ULYSSES, RING):
     CASES[f"flux with checkpoints, {told(_degrees)}"] = whole(_degrees, flux, checkpointing=True)
+    CASES[f"bf16 by autocast, {told(_degrees)}"] = call(_degrees, dtype=torch.bfloat16, autocast=True)
+CASES["flux in one graph, ring 2"] = same(RING, compiled)
+CASES["shared attention in one graph, ulysses 2"] = same(ULYSSES, compiled, SHARED)
+for _words in ({}, {"subject_tokens": "sks ball", "reference_mask": None, "layout_mask": None}):
+    _name = f"Layout-and-Retouch on flux{' by words' if _words else ''}, ulysses 2"
+    CASES[_name] = same(ULYSSES, layout_and_retouch, **_words)
 CASES["flux's retouch in single blocks, ulysses 2"] = same(ULYSSES, retouched, "single_transformer_blocks")
 CASES["parallelism switched on later, ulysses 2"] = same(ULYSSES, with_function, flux, SHARED, later=True)
 CASES["a bank, ulysses 2"] = same(ULYSSES, from_bank)

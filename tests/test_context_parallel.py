@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import ContextParallelConfig, ParallelConfig
 from parallel_cases import CASES, REFUSALS
 
+from lr_kernels.diffusers import CustomAttnProcessor, MultiSourceAttnProcessor, TokenMapAttnProcessor
 from lr_kernels.testing import assert_matches
 
 ROOT = Path(__file__).parent.parent
@@ -106,3 +108,13 @@ def test_what_is_not_served_is_named_on_every_card(name, found):
     for card in found(REFUSALS[name].world):
         assert card[name].get("error", "no error").startswith("NotImplementedError: lr_kernels.")
         assert MESSAGES[name] in card[name]["error"]
+
+
+@pytest.mark.parametrize("kind", [CustomAttnProcessor, MultiSourceAttnProcessor, TokenMapAttnProcessor])
+@pytest.mark.fault(number=16)
+def test_processors_of_unets_refuse_every_parallelism(kind):
+    processor = kind()
+    assert hasattr(processor, "_parallel_config")  # else `enable_parallelism` passes it over
+    processor._parallel_config = ParallelConfig(context_parallel_config=ContextParallelConfig(ulysses_degree=2))
+    with pytest.raises(NotImplementedError, match=f"{kind.__name__}: _parallel_config: expected None while"):
+        processor(None, torch.zeros(1, 4, 8))
