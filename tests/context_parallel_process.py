@@ -1,7 +1,11 @@
-"""One of the processes of tests/test_context_parallel.py, a card each: runs the cases of its group on gloo and saves
-what it found. Arguments: rank, number of processes, folder."""
+"""The processes of tests/test_context_parallel.py, a card each: groups of two and of four run their cases on gloo, and
+each saves what it found. Argument: a folder for that.
+
+Importing takes longer than all cases, so one process imports and is forked before it computes anything.
+"""
 
 import datetime
+import multiprocessing
 import os
 import sys
 import traceback
@@ -13,6 +17,9 @@ from torch import distributed
 
 from lr_kernels.diffusers import register_attention_backend
 
+PATIENCE = 100
+"""Seconds after which a group of processes counts as hanging; half of it: a single exchange."""
+
 
 def what_it_finds(run) -> dict:
     """The tensors of a case, or its error."""
@@ -22,16 +29,17 @@ def what_it_finds(run) -> dict:
         return {"error": f"{type(error).__name__}: {error}", "where": traceback.format_exc()}
 
 
-if __name__ == "__main__":
-    rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+def work(rank: int, world: int, folder: Path) -> None:
+    """All cases of one card."""
     torch.set_num_threads(1)
     register_attention_backend()
     if not torch.accelerator.is_available():  # `enable_parallelism` divides by it
         torch.accelerator.device_count = lambda: world
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    patience = datetime.timedelta(seconds=60)
-    meeting = f"file://{folder / f'meeting-{world}'}"
-    distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world, timeout=patience)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder / f'meeting-{world}'}", rank=rank, world_size=world,
+        timeout=datetime.timedelta(seconds=PATIENCE // 2),
+    )  # fmt: skip
     found = {}
     for name, case in {**CASES, **REFUSALS}.items():
         if case.world == world:
@@ -39,3 +47,17 @@ if __name__ == "__main__":
             distributed.barrier()
     torch.save(found, folder / f"found-{world}-{rank}")
     distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    fork = multiprocessing.get_context("fork")
+    for world in (2, 4):
+        group = [fork.Process(target=work, args=(rank, world, Path(sys.argv[1]))) for rank in range(world)]
+        for process in group:
+            process.start()
+        for process in group:
+            process.join(PATIENCE)
+        if any(process.exitcode != 0 for process in group):
+            for process in group:
+                process.kill()
+            sys.exit(f"of {world} processes these ended: {[process.exitcode for process in group]}")

@@ -2,7 +2,9 @@
 parallelism of diffusers and for layers that read more than their own tokens under Ulysses. parallel_cases.py has the
 cases."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,42 +17,28 @@ from parallel_cases import CASES, REFUSALS
 from lr_kernels.diffusers import CustomAttnProcessor, MultiSourceAttnProcessor, TokenMapAttnProcessor
 from lr_kernels.testing import assert_matches
 
-ROOT = Path(__file__).parent.parent
-PATIENCE = 150
-"""Seconds after which a group of processes counts as hanging."""
-
-
-def found_by(world: int, folder: Path) -> list[dict]:
-    """What each process of a group found."""
-    script = Path(__file__).with_name("context_parallel_process.py")
-    paths = [str(ROOT), str(script.parent)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    environment.pop("TRITON_INTERPRET", None)
-    group, logs = [], [folder / f"log-{world}-{rank}" for rank in range(world)]
-    try:
-        for rank, log in enumerate(logs):
-            command = [sys.executable, str(script), str(rank), str(world), str(folder)]
-            with log.open("w") as file:
-                group.append(subprocess.Popen(command, env=environment, stdout=file, stderr=file))
-        codes = [process.wait(PATIENCE) for process in group]
-    finally:
-        for process in group:
-            process.kill()
-    assert codes == [0] * world, "\n".join(log.read_text() for log in logs)
-    return [torch.load(folder / f"found-{world}-{rank}") for rank in range(world)]
+SCRIPT = Path(__file__).with_name("context_parallel_process.py")
+PATIENCE = 280
+"""Seconds for all groups, which count their own time too."""
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    """By the number of processes, what each found; a group runs once."""
-    folder, groups = tmp_path_factory.mktemp("groups"), {}
-
-    def of(world: int) -> list[dict]:
-        if world not in groups:
-            groups[world] = found_by(world, folder)
-        return groups[world]
-
-    return of
+def found(tmp_path_factory) -> dict[int, list[dict]]:
+    """By the number of processes, what each found of all cases."""
+    folder = tmp_path_factory.mktemp("groups")
+    paths = os.pathsep.join([str(SCRIPT.parent.parent), str(SCRIPT.parent)])
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment = {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    command = [sys.executable, str(SCRIPT), str(folder)]
+    with (folder / "log").open("w") as log:
+        groups = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        try:
+            code = groups.wait(PATIENCE)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(groups.pid, signal.SIGKILL)  # also those that were forked
+    assert code == 0, (folder / "log").read_text()
+    return {world: [torch.load(folder / f"found-{world}-{rank}") for rank in range(world)] for world in (2, 4)}
 
 
 def joined(case, name: str, cards: list[dict]) -> torch.Tensor:
@@ -68,7 +56,7 @@ def joined(case, name: str, cards: list[dict]) -> torch.Tensor:
 @pytest.mark.fault(number=1)
 def test_several_cards_find_what_one_finds(name, found):
     case = CASES[name]
-    cards = [x[name] for x in found(case.world)]
+    cards = [x[name] for x in found[case.world]]
     assert not any("error" in x for x in cards), "\n".join(x.get("where", "none") for x in cards)
     low, exact = case.alone(case.dtype), case.alone(torch.float64)
     assert all(x.keys() == exact.keys() for x in cards)
@@ -105,7 +93,7 @@ MESSAGES = {
 @pytest.mark.parametrize("name", REFUSALS)
 @pytest.mark.fault(number=16)
 def test_what_is_not_served_is_named_on_every_card(name, found):
-    for card in found(REFUSALS[name].world):
+    for card in found[REFUSALS[name].world]:
         assert card[name].get("error", "no error").startswith("NotImplementedError: lr_kernels.")
         assert MESSAGES[name] in card[name]["error"]
 
