@@ -12,7 +12,7 @@ import traceback
 from pathlib import Path
 
 import torch
-from parallel_cases import CASES, REFUSALS
+from parallel_cases import CASES, REFUSALS, SCRIPT
 from torch import distributed
 
 from lr_kernels.diffusers import register_attention_backend
@@ -40,8 +40,9 @@ def work(rank: int, world: int, folder: Path) -> None:
         "gloo", init_method=f"file://{folder / f'meeting-{world}'}", rank=rank, world_size=world,
         timeout=datetime.timedelta(seconds=PATIENCE // 2),
     )  # fmt: skip
+    os.chdir(folder)
     found = {}
-    for name, case in {**CASES, **REFUSALS}.items():
+    for name, case in {**CASES, **REFUSALS, "script": SCRIPT}.items():
         if case.world == world:
             found[name] = what_it_finds(case.here)
             distributed.barrier()

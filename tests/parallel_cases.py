@@ -3,8 +3,12 @@ their own tokens. Each case is a function of a dtype and of diffusers' ParallelC
 
 import copy
 import functools
+import os
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import tiny_flux
 import tiny_flux2
@@ -12,6 +16,7 @@ import torch
 from diffusers import (
     ContextParallelConfig,
     Flux2Transformer2DModel,
+    FluxPipeline,
     FluxTransformer2DModel,
     ParallelConfig,
     QwenImageTransformer2DModel,
@@ -115,13 +120,15 @@ MASKS = {
 
 
 def attended_here(dtype, parallel, mask=None, tokens=16, keys=16, heads=HEADS, gradients=True, autocast=False):
-    """This card's part, by the backend; autocast: from float32 to bf16."""
-    if autocast:
-        with torch.autocast("cpu", torch.bfloat16):
-            out, lse, inputs, grad = forward_here(torch.float32, parallel, mask, tokens, keys, heads, gradients)
-        return results(out, lse, inputs, grad.to(out.dtype))
+    """This card's part, by the backend; autocast: from float32 to bf16, with the bits of a call in bf16."""
     out, lse, inputs, grad = forward_here(dtype, parallel, mask, tokens, keys, heads, gradients)
-    return results(out, lse, inputs, grad if gradients else None)
+    found = results(out, lse, inputs, grad if gradients else None)
+    if autocast:
+        with torch.autocast("cpu", dtype):
+            out, lse, inputs, grad = forward_here(torch.float32, parallel, mask, tokens, keys, heads, gradients)
+        cast = results(out, lse, inputs, grad.to(dtype))
+        assert all(torch.equal(cast[name], x.to(cast[name].dtype)) for name, x in found.items())
+    return found
 
 
 def forward_here(dtype, parallel, mask, tokens, keys, heads, gradients):
@@ -348,11 +355,43 @@ def from_cache(dtype, degrees, mode="cached"):
 
 def layout_and_retouch(dtype, degrees, kind="lora", **arguments):
     """The pipeline of Flux with both stages, on every card with the same noise."""
-    pipe = tiny_flux.fresh(kind).to(dtype)
+    pipe = tiny_flux.fresh(kind, **copy.deepcopy(tiny_flux.parts())).to(dtype)
     for name in ("transformer", "personalized_transformer"):
         if getattr(pipe, name) is not None:
             setattr(pipe, name, parallelized(getattr(pipe, name), **degrees))
     return {"out": tiny_flux.whole(pipe, **arguments, latents=tiny_flux.NOISE.to(dtype)).images}
+
+
+def small_flux_pipeline():
+    """diffusers' own, for pictures of 16 x 16."""
+    pipe = FluxPipeline(**copy.deepcopy(tiny_flux.parts()), transformer=tiny_flux.transformer())
+    pipe.default_sample_size = 8
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def last_velocity(pipe, run):
+    """What the transformer says last in a run."""
+    seen = []
+    pipe.transformer.register_forward_hook(lambda model, args, out: seen.append(out[0].clone()))
+    run()
+    return {"out": seen[-1]}
+
+
+def documented_script():
+    """The script of docs/attention-backend.md, for a group of processes and a card that are there already."""
+    page = (Path(__file__).parent.parent / "docs" / "attention-backend.md").read_text()
+    (script,) = re.findall(r"^```py\n(.*?)^```", page, flags=re.M | re.S)
+    pipe = small_flux_pipeline()
+    pipe.to = lambda device: pipe
+    with (
+        mock.patch.dict(os.environ, LOCAL_RANK=str(distributed.get_rank())),
+        mock.patch("torch.cuda.set_device"),
+        mock.patch("torch.distributed.init_process_group"),
+        mock.patch("torch.distributed.destroy_process_group"),
+        mock.patch.object(FluxPipeline, "from_pretrained", lambda *args, **kwargs: pipe),
+    ):
+        return last_velocity(pipe, lambda: exec(compile(script, "several_cards.py", "exec"), {}))
 
 
 def compiled(dtype, degrees, function=None):
@@ -472,6 +511,9 @@ CASES["parallelism switched on later, ulysses 2"] = same(ULYSSES, with_function,
 CASES["a bank, ulysses 2"] = same(ULYSSES, from_bank)
 CASES["a bank in 8 bits, ulysses 2"] = same(ULYSSES, from_bank, torch.int8)
 CASES["the model's cache, ulysses 2"] = same(ULYSSES, from_cache)
+
+
+SCRIPT = Case(2, documented_script)
 
 
 def refused(degrees, run, *arguments, **keywords):

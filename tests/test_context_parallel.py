@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import ContextParallelConfig, ParallelConfig
-from parallel_cases import CASES, REFUSALS
+from parallel_cases import CASES, REFUSALS, last_velocity, small_flux_pipeline
 
 from lr_kernels.diffusers import CustomAttnProcessor, MultiSourceAttnProcessor, TokenMapAttnProcessor
 from lr_kernels.testing import assert_matches
@@ -52,6 +52,7 @@ def joined(case, name: str, cards: list[dict]) -> torch.Tensor:
     return torch.stack(of_cards).sum(0)
 
 
+@pytest.mark.filterwarnings("ignore:.* covers")  # a model with random weights finds subjects nearly everywhere
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.fault(number=1)
 def test_several_cards_find_what_one_finds(name, found):
@@ -62,6 +63,16 @@ def test_several_cards_find_what_one_finds(name, found):
     assert all(x.keys() == exact.keys() for x in cards)
     for key in exact:
         assert_matches(joined(case, key, cards), low[key], exact[key].double(), key, case.dtype)
+
+
+def test_the_documented_script_runs(found):
+    cards = [x["script"] for x in found[2]]
+    assert not any("error" in x for x in cards), cards[0]["where"]
+    assert torch.equal(cards[0]["out"], cards[1]["out"])
+    pipe = small_flux_pipeline()
+    generator = torch.Generator().manual_seed(0)
+    expected = last_velocity(pipe, lambda: pipe("a ball on a table", generator=generator))
+    torch.testing.assert_close(cards[0], expected)
 
 
 MESSAGES = {
