@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import ContextParallelConfig, ParallelConfig
-from parallel_cases import CASES, REFUSALS, last_velocity, small_flux_pipeline
+from parallel_cases import CASES, REFUSALS
+from tiny_parallel import last_velocity, small_flux_pipeline
 
 from lr_kernels.diffusers import CustomAttnProcessor, MultiSourceAttnProcessor, TokenMapAttnProcessor
 from lr_kernels.testing import assert_matches
