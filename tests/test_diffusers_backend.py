@@ -10,9 +10,11 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
     LTXVideoTransformer3DModel,
+    ParallelConfig,
     PixArtTransformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
+    TensorParallelConfig,
     UNet2DConditionModel,
     WanTransformer3DModel,
     ZImageTransformer2DModel,
@@ -377,8 +379,8 @@ def test_masks_lse_and_grouped_heads():
 
 @pytest.mark.parametrize(
     ("keywords", "name"),
-    [({"is_causal": True}, "is_causal"), ({"dropout_p": 0.1}, "dropout_p"), ({"_parallel_config": object()},
-     "_parallel_config"), ({"attn_mask": torch.ones(9, 9, dtype=torch.bool).tril()}, "attn_mask")],
+    [({"is_causal": True, "attn_mask": torch.ones(9, 9, dtype=torch.bool).tril()}, "attn_mask"),
+     ({"dropout_p": 0.1}, "dropout_p"), ({"attn_mask": torch.eye(9, dtype=torch.bool).logical_not()}, "attn_mask")],
     ids=lambda x: x if isinstance(x, str) else "",
 )  # fmt: skip
 @pytest.mark.fault(number=16)
@@ -386,6 +388,15 @@ def test_nothing_is_dropped(keywords, name):
     x = torch.randn(1, 9, 2, 16)
     with pytest.raises(NotImplementedError, match=name):
         backend.attention(x, x, x, **keywords)
+
+
+@pytest.mark.fault(number=16)
+def test_another_parallelism_is_named():
+    x = torch.randn(1, 9, 2, 16)
+    for other in (object(), ParallelConfig(tensor_parallel_config=TensorParallelConfig(tp_degree=2))):
+        expected = "attention_backend: _parallel_config: expected a ParallelConfig with a context_parallel_config"
+        with pytest.raises(TypeError, match=expected):
+            backend.attention(x, x, x, _parallel_config=other)
 
 
 @pytest.mark.parametrize("checked", [False, True])

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..interop import attend, attend_with_lse, causal_range, refuse_unless_off
 from ..runtime.checks import fail
+from .context_parallel import context_parallel_attention
 from .processors.install import check_model, install_processors
 from .processors.joint import CustomSD3AttnProcessor, joint_attention, joint_processors
 
@@ -42,7 +43,7 @@ def register_attention_backend() -> None:
     AttentionBackendName._value2member_map_[NAME] = member
     type.__setattr__(AttentionBackendName, member._name_, member)
     checks = [attention_dispatch._check_device, attention_dispatch._check_shape]
-    _AttentionBackendRegistry.register(member, constraints=checks)(attention)
+    _AttentionBackendRegistry.register(member, constraints=checks, supports_context_parallel=True)(attention)
     _AttentionBackendRegistry._supported_arg_names[member] = _AnyName(inspect.signature(attention).parameters)
 
 
@@ -74,17 +75,21 @@ def attention(
     padding, as in other backends of diffusers.
 
     Raises:
-        NotImplementedError: dropout_p, context parallelism, a mask of another kind, is_causal beside a mask, and every
-            other argument that is on, such as window_size and softcap, which other backends take.
+        NotImplementedError: dropout_p, a mask of another kind, is_causal beside a mask, and every other argument that
+            is on, such as window_size and softcap, which other backends take; with `_parallel_config` also is_causal
+            and what `context_parallel_attention` names.
     """
     op = "attention_backend"
-    refuse_unless_off(op, dropout_p=dropout_p, _parallel_config=_parallel_config, **attention_kwargs)
+    refuse_unless_off(op, dropout_p=dropout_p, **attention_kwargs)
+    if attn_mask is not None and attn_mask.shape == (query.shape[0], key.shape[1]):
+        attn_mask = attn_mask[:, None, None]
+    if _parallel_config is not None:
+        refuse_unless_off(op, is_causal=is_causal)
+        return context_parallel_attention(op, query, key, value, attn_mask, scale, return_lse, _parallel_config)
     order = None
     if is_causal:
         refuse_unless_off(op, attn_mask=attn_mask)
         order = causal_range(query.shape[1], query.device)
-    if attn_mask is not None and attn_mask.shape == (query.shape[0], key.shape[1]):
-        attn_mask = attn_mask[:, None, None]
     if return_lse:
         return attend_with_lse(op, query, key, value, attn_mask, scale, enable_gqa, order)
     return attend(op, query, key, value, attn_mask, scale, enable_gqa, key_range=order)

@@ -28,6 +28,7 @@ from ..processors.joint import (
     joint_processors,
 )
 from ..processors.routing import in_ratio
+from ..processors.ulysses import refuse_context_parallelism
 
 Masks = Tensor | Sequence[Tensor | None]
 
@@ -150,6 +151,7 @@ class MultiSourceFluxIPAdapterAttnProcessor(JointProcessor, FluxIPAdapterAttnPro
             return FluxAttnProcessor.__call__(self, *given)
         if encoder_hidden_states is None or (ip_adapter_masks is None and self.attention is None):
             return FluxIPAdapterAttnProcessor.__call__(self, *given, ip_hidden_states, ip_adapter_masks)
+        refuse_context_parallelism(self)
         self.check(attn, attention_mask)
         text, image = flux_tokens(attn, hidden_states, encoder_hidden_states)
         of_images = self._of_images(image, ip_hidden_states, ip_adapter_masks)

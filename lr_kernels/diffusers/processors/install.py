@@ -193,7 +193,11 @@ class Installation:
                 if layer.processor is not ours and isinstance(ours, OwnProcessor):
                     ours.make_stock()
                 if layer.processor is ours or type(layer.processor) is type(ours):
-                    layer.set_processor(self.previous[name])
+                    previous = self.previous[name]
+                    if hasattr(previous, "_parallel_config") and hasattr(ours, "_parallel_config"):
+                        # enable_parallelism() may have come in between
+                        previous._parallel_config = ours._parallel_config
+                    layer.set_processor(previous)
 
     def __enter__(self) -> "Installation":
         return self

@@ -1,8 +1,9 @@
 """Joint attention over text and image tokens by a function of your own (Flux, Flux2, SD3, Qwen-Image); text and image
 are two sources."""
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from diffusers.models.attention_processor import (
@@ -33,7 +34,8 @@ from ...attention.api import multi_source_attention
 from ...runtime.checks import fail
 from ...source import Source
 from .install import check_model, check_stock
-from .unet import OwnProcessor, refuse_context_parallelism, refuse_mask
+from .ulysses import Ulysses, refuse_context_parallelism, ulysses_of
+from .unet import OwnProcessor, refuse_mask
 
 JointLayer: TypeAlias = Attention | FluxAttention | Flux2Attention | Flux2ParallelSelfAttention
 
@@ -185,23 +187,43 @@ def flux2_stream(attn: Flux2ParallelSelfAttention, hidden_states: Tensor) -> tup
     return normalized(x.chunk(3, -1), (attn.norm_q, attn.norm_k), (-1, attn.head_dim)), feed_forward
 
 
+def whole_tokens(ulysses: Ulysses, parts: Sequence[Tokens]) -> list[Tokens]:
+    """Of each kind of tokens of this card, those of all cards with this card's heads."""
+    whole = ulysses.gathered([torch.cat(x[:3], -1) for x in parts])
+    masks = [None if x.mask is None else ulysses.gathered_mask(x.mask) for x in parts]
+    apart = (x.chunk(3, -1) for x in whole)
+    return [Tokens(query, key, value, mask) for (query, key, value), mask in zip(apart, masks)]
+
+
+@dataclass
+class Stream:
+    """What layers with text and image apart tell those that have both in one stream; one object for a model's layers,
+    which is read under Ulysses only."""
+
+    text_tokens: int | None = None
+    """how many of the stream's first tokens are text, on this card; None: no such layer has run"""
+
+
 class JointProcessor(OwnProcessor):
-    """Base of the processors of joint attention by a function; None: diffusers' own processor, bit for bit."""
+    """Base of the processors of joint attention by a function; None: diffusers' own processor, bit for bit.
+
+    Under Ulysses the function gets all tokens, with this card's heads."""
 
     def __init__(self, attention: JointAttention | None = None):
         super().__init__()
         self.attention = attention
+        self.stream = Stream()
 
     def check(self, attn: nn.Module, attention_mask: Tensor | None) -> None:
         """NotImplementedError for what the active processors lack: an attention mask, fused projections, context
-        parallelism."""
+        parallelism other than Ulysses, heads that its cards do not divide."""
         name = type(self).__name__
         if attention_mask is not None:
             refuse_mask(name)
         if getattr(attn, "fused_projections", False) and not isinstance(attn, Attention):  # those keep separate ones
             fail(name, "attn", "separate projections", "fused ones", "call unfuse_qkv_projections()",
                  NotImplementedError)  # fmt: skip
-        refuse_context_parallelism(self)
+        ulysses_of(self, cast(int, attn.heads))
 
     def attend_rotated(
         self, text: Tokens | None, image: Tokens, rotary: tuple[Tensor, Tensor] | None
@@ -213,20 +235,49 @@ class JointProcessor(OwnProcessor):
     def attend(self, text: Tokens | None, image: Tokens) -> tuple[Tensor | None, Tensor]:
         """The function's results, checked, with heads side by side, (B, N, H * D) in the queries' dtypes: of the text,
         None where both are one stream, and of the image."""
+        ulysses = ulysses_of(self)
+        if ulysses is None:
+            of_text, of_image = self._results(text, image)
+        else:
+            of_text, of_image = self._results_under_ulysses(ulysses, text, image)
+        return None if of_text is None else of_text.flatten(2), of_image.flatten(2)
+
+    def _results_under_ulysses(
+        self, ulysses: Ulysses, text: Tokens | None, image: Tokens
+    ) -> tuple[Tensor | None, Tensor]:
+        """`_results` of all cards' tokens for this card's heads, exchanged for those of this card's tokens."""
+        if text is not None:
+            self.stream.text_tokens = text.query.shape[1]
+            results = self._results(*whole_tokens(ulysses, [text, image]))
+            assert results[0] is not None
+            of_text, of_image = ulysses.scattered([results[0], results[1]])
+            return of_text, of_image
+        start = self.stream.text_tokens
+        if start is None:
+            hint = "install those of joint_processors(layers, attention) in all layers of the model"
+            expected = "layers with text and image apart that have such a processor, too, under Ulysses"
+            fail(type(self).__name__, "attn", expected, "none", hint, NotImplementedError)
+        parts = [Tokens(*(x[:, :start] for x in image[:3])), Tokens(*(x[:, start:] for x in image[:3]))]
+        whole = whole_tokens(ulysses, parts)  # each card's stream begins with its text: all text goes first
+        joined = Tokens(*(torch.cat(pair, 1) for pair in zip(whole[0][:3], whole[1][:3])))
+        _, out = self._results(None, joined)
+        return None, torch.cat(ulysses.scattered(out.split([x.query.shape[1] for x in whole], 1)), 1)
+
+    def _results(self, text: Tokens | None, image: Tokens) -> tuple[Tensor | None, Tensor]:
         results: Any = (self.attention or joint_attention)(text, image)
         if not isinstance(results, tuple | list) or len(results) != 2:
             expected = "(result of the text or None, result of the image) from it"
             fail(type(self).__name__, "attention", expected, type(results).__name__, error=TypeError)
         of_text, of_image = results
-        found = self._side_by_side("image", of_image, image)
-        return None if text is None else self._side_by_side("text", of_text, text), found
+        found = self._checked("image", of_image, image)
+        return None if text is None else self._checked("text", of_text, text), found
 
-    def _side_by_side(self, name: str, found: Tensor | None, tokens: Tokens) -> Tensor:
+    def _checked(self, name: str, found: Tensor | None, tokens: Tokens) -> Tensor:
         if not isinstance(found, Tensor) or found.shape != tokens.query.shape:
             got = tuple(found.shape) if isinstance(found, Tensor) else found
             expected = f"a result for the {name} of shape {tuple(tokens.query.shape)}"
             fail(type(self).__name__, "attention", expected, got, error=TypeError)
-        return found.flatten(2).to(tokens.query.dtype)
+        return found.to(tokens.query.dtype)
 
 
 def _refuse_adapter(processor: JointProcessor, **arguments: object) -> None:
@@ -251,7 +302,7 @@ class CustomFluxAttnProcessor(JointProcessor, FluxAttnProcessor):
 
     Raises:
         NotImplementedError: while active, an attention mask, an IP-Adapter's arguments in double blocks (single blocks
-            have none of it), fused projections, context parallelism.
+            have none of it), fused projections, context parallelism other than Ulysses.
     """
 
     def __call__(
@@ -280,7 +331,7 @@ class CustomFlux2AttnProcessor(JointProcessor, Flux2AttnProcessor):
 
     Raises:
         NotImplementedError: a pass with cached references; while active, an attention mask, fused projections, context
-            parallelism.
+            parallelism other than Ulysses.
     """
 
     def __call__(
@@ -329,7 +380,7 @@ class CustomSD3AttnProcessor(JointProcessor, JointAttnProcessor2_0):
     """SD3's joint attention by `attention`; None: diffusers' own processor, bit for bit.
 
     Raises:
-        NotImplementedError: while active, an attention mask, an IP-Adapter's arguments.
+        NotImplementedError: while active, an attention mask, an IP-Adapter's arguments, context parallelism.
     """
 
     def __call__(
@@ -344,6 +395,7 @@ class CustomSD3AttnProcessor(JointProcessor, JointAttnProcessor2_0):
         if self.attention is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
         _refuse_adapter(self, ip_hidden_states=ip_hidden_states)
+        refuse_context_parallelism(self)
         self.check(attn, attention_mask)
         heads, text = (attn.heads, -1), None
         if encoder_hidden_states is not None:
@@ -363,7 +415,8 @@ class CustomQwenImageAttnProcessor(JointProcessor, QwenDoubleStreamAttnProcessor
     The function gets the mask of the text's padding as `text.mask`.
 
     Raises:
-        NotImplementedError: while active, an attention mask beside the text's, context parallelism.
+        NotImplementedError: while active, an attention mask beside the text's, context parallelism other than
+            Ulysses.
         ValueError: a call without text, as in diffusers.
     """
 
@@ -415,7 +468,8 @@ _IN_PLACE_OF: dict[type, type[JointProcessor]] = {
 def joint_processors(
     layers: Mapping[str, JointLayer], attention: JointAttention | None = None
 ) -> dict[str, JointProcessor]:
-    """For `install_processors`: the processor that computes `attention` in each layer of `joint_attention_layers`.
+    """For `install_processors`: the processor that computes `attention` in each layer of `joint_attention_layers`, with
+    the attention backend and the parallelism of the one that it stands in for.
 
     Raises:
         ValueError: a layer without text and image tokens.
@@ -426,11 +480,13 @@ def joint_processors(
         expected = "a function of (text, image), or None"
         fail("joint_processors", "attention", expected, type(attention).__name__, error=TypeError)
     check_stock(layers)
-    found = {}
+    found, stream = {}, Stream()
     for name, layer in layers.items():
         kinds = [ours for stock, ours in _IN_PLACE_OF.items() if isinstance(layer.processor, stock)]
         if not kinds:
             expected = "layers of joint_attention_layers(model)"
             fail("joint_processors", "layers", expected, f"{name} with {type(layer.processor).__name__}")
-        found[name] = kinds[0](attention)
+        found[name] = processor = kinds[0](attention)
+        processor.stand_in_for(layer.processor)
+        processor.stream = stream
     return found

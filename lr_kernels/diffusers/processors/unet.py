@@ -17,6 +17,7 @@ from ...attention.token_maps import attention_with_token_maps
 from ...runtime.checks import fail
 from ...source import Source
 from .routing import Routing, Swap
+from .ulysses import refuse_context_parallelism
 
 KeyValue = tuple[Tensor, Tensor]
 
@@ -41,10 +42,14 @@ class OwnProcessor:
 
     is_stock = False
     """whether `make_stock` has made this processor a stock one, which is final"""
+    _parallel_config: Any = None
+    """diffusers' ParallelConfig, which `enable_parallelism` sets on processors that have this attribute"""
 
     def stand_in_for(self, stock: Any) -> None:
         """Take over the attention backend and the parallelism of the processor whose place this one takes."""
-        self._attention_backend, self._parallel_config = stock._attention_backend, stock._parallel_config
+        for name in ("_attention_backend", "_parallel_config"):
+            if hasattr(stock, name):
+                setattr(self, name, getattr(stock, name))
 
     def make_stock(self) -> None:
         """Become stock for good, as the class is without arguments."""
@@ -72,6 +77,7 @@ class StockAttnProcessor(OwnProcessor):
         temb: Tensor | None = None,
     ) -> Tensor:
         """As diffusers calls it: the layer's output for its hidden states."""
+        refuse_context_parallelism(self)
         residual = hidden_states
         if attn.spatial_norm is not None:
             hidden_states = attn.spatial_norm(hidden_states, temb)
@@ -373,11 +379,3 @@ def refuse_mask(processor: str) -> None:
     """NotImplementedError for an attention mask while a processor is active."""
     hint = "leave the mask out, or make the processor inactive"
     fail(processor, "attention_mask", "None while the processor is active", "a tensor", hint, NotImplementedError)
-
-
-def refuse_context_parallelism(processor: object) -> None:
-    """NotImplementedError where the tokens that an active processor attends to lie on several devices."""
-    if getattr(processor, "_parallel_config", None) is not None:
-        hint = "run the model on one device, or with the stock processors"
-        fail(type(processor).__name__, "_parallel_config", "None while the processor is active", "context parallelism",
-             hint, NotImplementedError)  # fmt: skip

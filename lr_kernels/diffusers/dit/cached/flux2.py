@@ -18,8 +18,9 @@ from torch import Tensor
 from ....attention.api import multi_source_attention
 from ....attention.plan import plan_attention
 from ....source import Source
-from ...processors.joint import Tokens, flux2_stream, flux_tokens, rotated, rotated_apart
-from ...processors.unet import OwnProcessor, refuse_context_parallelism, refuse_mask
+from ...processors.joint import Tokens, flux2_stream, flux_tokens, rotated, rotated_apart, whole_tokens
+from ...processors.ulysses import refuse_context_parallelism, ulysses_of
+from ...processors.unet import OwnProcessor, refuse_mask
 from .references import ReadsReferences
 
 _READER, _REFERENCE = 1, 2
@@ -38,7 +39,13 @@ class _Flux2References(ReadsReferences):
         if reference is None:
             assert kv_cache is not None  # as `mode` says
             reference = Source(*kv_cache.get())
-        return multi_source_attention(_queries(tokens), [*(Source(x.key, x.value) for x in tokens), reference])
+        ulysses = ulysses_of(self)
+        if ulysses is not None:
+            tokens, reference = whole_tokens(ulysses, tokens), ulysses.heads_of(reference)
+        out = multi_source_attention(_queries(tokens), [*(Source(x.key, x.value) for x in tokens), reference])
+        if ulysses is None:
+            return out
+        return torch.cat(ulysses.scattered(out.split([x.query.shape[1] for x in tokens], 1)), 1)
 
     def fill(self, tokens: list[Tokens], unrotated: Tensor, part: slice, kv_cache: Flux2KVLayerCache | None) -> Tensor:
         """The attention of all tokens (B, N, H, D) in the pass that keeps the references' keys in the cache.
@@ -62,12 +69,14 @@ class _Flux2References(ReadsReferences):
         return multi_source_attention(query, sources, query_groups=groups, plan=plan)
 
     def mode(self, kv_cache: Flux2KVLayerCache | None, mode: str | None, count: int) -> str | None:
-        """What the layer does: "extract", "cached", or None, what stock does."""
+        """What the layer does: "extract", "cached", or None, what stock does. NotImplementedError for context
+        parallelism in a pass that fills the cache: each card would have a part of the references."""
         if self.reference is not None:
             self.refuse_cache(mode)
             return "cached"
-        if mode == "extract":
-            return "extract" if count > 0 else None
+        if mode == "extract" and count > 0:
+            refuse_context_parallelism(self)
+            return "extract"
         return "cached" if mode == "cached" and kv_cache is not None else None
 
 
@@ -82,8 +91,8 @@ class MultiSourceFlux2KVAttnProcessor(_Flux2References, OwnProcessor, Flux2KVAtt
     model's cache or read it. Where `reference` is set, a bank's keys are read and the model needs no cache.
 
     Raises:
-        NotImplementedError: in passes with references, an attention mask or context parallelism; a pass that fills the
-            model's cache while a bank is read.
+        NotImplementedError: in passes with references, an attention mask or context parallelism, but for Ulysses in
+            those that read them; a pass that fills the model's cache while a bank is read.
     """
 
     def __call__(
@@ -106,7 +115,7 @@ class MultiSourceFlux2KVAttnProcessor(_Flux2References, OwnProcessor, Flux2KVAtt
             )  # fmt: skip
         if attention_mask is not None:
             refuse_mask(type(self).__name__)
-        refuse_context_parallelism(self)
+        ulysses_of(self, attn.heads)
         text, image = flux_tokens(attn, hidden_states, encoder_hidden_states)
         unrotated = image.key
         text, image = rotated_apart(text, image, image_rotary_emb)
@@ -143,7 +152,7 @@ class MultiSourceFlux2KVParallelSelfAttnProcessor(_Flux2References, OwnProcessor
             )  # fmt: skip
         if attention_mask is not None:
             refuse_mask(type(self).__name__)
-        refuse_context_parallelism(self)
+        ulysses_of(self, attn.heads)
         tokens, feed_forward = flux2_stream(attn, hidden_states)
         unrotated = tokens.key
         tokens = rotated(tokens, image_rotary_emb)

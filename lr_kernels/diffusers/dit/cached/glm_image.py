@@ -14,7 +14,8 @@ from ....attention.api import multi_source_attention
 from ....runtime.checks import fail
 from ....runtime.schemas import MAX_SOURCES
 from ....source import Source
-from ...processors.unet import OwnProcessor, refuse_context_parallelism
+from ...processors.ulysses import refuse_context_parallelism
+from ...processors.unet import OwnProcessor
 
 _SAMPLES = MAX_SOURCES - 1
 """The cached samples of one call of the operator, beside the rows' own keys."""

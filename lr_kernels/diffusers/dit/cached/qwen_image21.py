@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from ....attention.api import multi_source_attention
 from ....runtime.checks import fail
 from ....source import Source
-from ...processors.unet import OwnProcessor, refuse_context_parallelism
+from ...processors.ulysses import refuse_context_parallelism
+from ...processors.unet import OwnProcessor
 
 
 class _ReadsPrefix:

@@ -7,6 +7,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
 from ...processors.joint import CustomFluxAttnProcessor, Tokens, joint_attention, rotated
+from ...processors.ulysses import refuse_context_parallelism
 from .attention import (
     FrameRouting,
     Points,
@@ -80,6 +81,7 @@ class CharaConsistFluxAttnProcessor(CustomFluxAttnProcessor):
 
     def attend_rotated(self, text: Tokens | None, image: Tokens, rotary: Rotary | None) -> tuple[Tensor | None, Tensor]:
         """The task, for tokens before RoPE: the results of the text and of the image, with heads side by side."""
+        refuse_context_parallelism(self)
         task = self.task
         assert task is not None and rotary is not None  # Flux always has positions
         start = 0 if text is not None else task.text_tokens

@@ -15,8 +15,9 @@ from ....attention.plan import AttentionPlan, plan_attention
 from ....runtime.checks import fail
 from ....source import Source
 from ...processors.install import beginning_with, check_stock
-from ...processors.joint import CustomFluxAttnProcessor, JointAttention, Tokens, joint_attention_layers
+from ...processors.joint import CustomFluxAttnProcessor, JointAttention, Stream, Tokens, joint_attention_layers
 from ...processors.routing import BACKGROUND, FOREGROUND, OWN, token_mask
+from ...processors.ulysses import ulysses_of
 from .maps import WordMaps, stock_attention
 
 MAX_REFERENCES = 13
@@ -211,6 +212,9 @@ class FluxRetouchProcessor(CustomFluxAttnProcessor):
     def share(self, routing: JointRouting | None, words: WordMaps | None = None) -> None:
         """What the next passes read; None: what the stock model reads. With words the layer, which then must have text
         and image apart, keeps their maps."""
+        ulysses = ulysses_of(self)
+        if routing is not None and ulysses is not None:
+            self.stream.text_tokens = routing.text_tokens // ulysses.degree
         if words is not None:
             self.attention = partial(self._attend_and_keep, routing, words)
         else:
@@ -225,7 +229,9 @@ class FluxRetouchProcessor(CustomFluxAttnProcessor):
         else:
             of_text, of_image, lse = routing.attend_with_lse(text, image)
         # Kept here and not in a list of all layers, on whose length a compiled block would depend.
-        self.map = words.of_layer(image.query, text.key, lse)
+        found = words.of_layer(image.query, text.key, lse)
+        ulysses = ulysses_of(self)
+        self.map = found if ulysses is None else ulysses.mean(found)
         return of_text, of_image
 
 
@@ -241,15 +247,13 @@ def take_maps(words: WordMaps, processors: Iterable[FluxRetouchProcessor]) -> Te
 
 def check_replaceable(layers: Mapping[str, FluxAttention], op: str) -> None:
     """NotImplementedError, in the name of a function, for layers whose attention a `FluxRetouchProcessor` would refuse
-    to compute: processors that are not stock, fused projections, tokens on several devices."""
+    to compute: processors that are not stock, fused projections, context parallelism other than Ulysses."""
     check_stock(layers)
     for name, layer in layers.items():
         if getattr(layer, "fused_projections", False):
             hint = "call unfuse_qkv_projections()"
             fail(op, name, "separate projections", "fused ones", hint, NotImplementedError)
-        if layer.processor._parallel_config is not None:
-            hint = "run the transformer on one device, or share nothing"
-            fail(op, "_parallel_config", "None while images share", "context parallelism", hint, NotImplementedError)
+        ulysses_of(layer.processor, layer.heads, op)
 
 
 def retouch_layers(
@@ -285,8 +289,9 @@ def retouch_layers(
 
 def retouch_processors(layers: Mapping[str, FluxAttention]) -> dict[str, FluxRetouchProcessor]:
     """A processor for each layer, with the attention backend and the parallelism of the one that it stands in for."""
-    found = {}
+    found, stream = {}, Stream()
     for name, layer in layers.items():
         found[name] = processor = FluxRetouchProcessor()
         processor.stand_in_for(layer.processor)
+        processor.stream = stream
     return found
