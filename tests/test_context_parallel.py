@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import ContextParallelConfig, ParallelConfig
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from parallel_cases import CASES, REFUSALS
 from tiny_parallel import last_velocity, small_flux_pipeline
 
@@ -21,6 +22,14 @@ from lr_kernels.testing import assert_matches
 SCRIPT = Path(__file__).with_name("context_parallel_process.py")
 PATIENCE = 280
 """Seconds for all groups, which count their own time too."""
+
+
+@pytest.fixture(autouse=True)
+def restored():
+    """`set_attention_backend` changes the default of all models."""
+    active = _AttentionBackendRegistry._active_backend
+    yield
+    _AttentionBackendRegistry.set_active_backend(active)
 
 
 @pytest.fixture(scope="module")

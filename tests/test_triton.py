@@ -233,8 +233,8 @@ def test_rows_beyond_the_source_read_nothing(device):
         out = torch.full_like(inputs.query, math.nan, memory_format=torch.contiguous_format)
         table = [torch.tensor(rows, dtype=torch.int32, device=device)]
         OPS.multi_source_attention_triton(
-            inputs.query, [source.key], [source.value], table, nothing, nothing, [1], nothing, nothing, nothing, nothing,
-            nothing, None, None, 0, [0], nothing, nothing, nothing, 0.2, out, None,
+            inputs.query, [source.key], [source.value], table, nothing, nothing, [1], nothing, nothing, nothing,
+            nothing, nothing, None, None, 0, [0], nothing, nothing, nothing, 0.2, out, None,
         )  # fmt: skip
         return out
 
