@@ -34,6 +34,25 @@ class AttentionCase:
     value_index: bool = False
     softmax_groups: tuple[int, ...] | None = None
     """Per source; every group's first source gets a weight per query, except group 0."""
+    key_heads: tuple[int, ...] | None = None
+    """Heads of the keys of each source; None: those of the query."""
+    value_dim: int | None = None
+    """head_dim of the values; None: that of the keys."""
+    order: tuple[str | None, ...] | None = None
+    """Per source, which keys a query sees by key_range: an entry of ORDERS, or None for all."""
+    blocks: tuple[int, int] | None = None
+    """Queries and keys in a block of the block masks, of which half is visible; sources of an even number have one."""
+
+
+ORDERS = {
+    "causal": lambda i, keys: (0 * i, i + 1),
+    "prefix": lambda i, keys: (0 * i, torch.maximum(i + 1, torch.tensor(20))),
+    "window": lambda i, keys: (i - 12, i + 9),
+    "packed": lambda i, keys: (i // 25 * 25, i // 25 * 25 + 25),
+    "shrinking": lambda i, keys: (i, keys - i),
+    "nothing": lambda i, keys: (keys + i, 0 * i),
+}
+"""(first key, end) of query i, of M keys: also beyond them, and empty."""
 
 
 CASES = (
@@ -86,7 +105,43 @@ CASES = (
         logit_scale=(1.0, 1.2, 0.8),
         logit_bias=(0.0, 0.3, -0.2),
     ),
+    AttentionCase(
+        "grouped-heads", heads=4, head_dim=64, keys=(70, 45, 40), rows=(None, 1, (1, -1)), key_heads=(2, 4, 1)
+    ),
+    AttentionCase("grouped-heads-masked", heads=6, visible=0.5, groups=2, key_bias=True, key_heads=(3, 2)),
 )
+
+ORDERED_CASES = (
+    AttentionCase("causal", keys=(70,), rows=(None,), order=("causal",), head_dim=64),
+    AttentionCase("causal-long", batch=1, queries=400, keys=(420,), rows=(None,), order=("causal",), head_dim=32),
+    AttentionCase("prefix-causal", keys=(70, 45), order=("prefix", None)),
+    AttentionCase("window-masked", visible=0.6, keys=(90, 45), order=("window", "causal"), key_bias=True),
+    AttentionCase("packed-groups", groups=2, keys=(70, 64), order=("packed", "shrinking"), head_dim=80),
+    AttentionCase("sees-nothing", keys=(70, 45), order=("nothing", "window"), softmax_groups=(0, 1)),
+    AttentionCase("blocks", keys=(70, 45), blocks=(32, 16), head_dim=64),
+    AttentionCase(
+        "blocks-of-heads-masked", heads=4, visible=0.7, keys=(130, 45, 33), rows=(None, 1, 1), blocks=(16, 32)
+    ),
+    AttentionCase("blocks-causal", queries=200, keys=(200,), rows=(None,), blocks=(50, 8), order=("causal",)),
+    AttentionCase("values-wider", value_dim=72, head_dim=40, order=("causal", None)),
+    AttentionCase("values-narrower", value_dim=16, head_dim=80, visible=0.5, key_heads=(1, 2)),
+    AttentionCase(
+        "everything-ordered",
+        batch=3,
+        heads=4,
+        keys=(90, 70, 33),
+        rows=(None, (1, -1, 0), 1),
+        visible=0.7,
+        key_bias=True,
+        logit_scale=(1.0, 1.2, -0.8),
+        logit_bias=(0.0, 0.3, -0.2),
+        key_heads=(2, 1, 4),
+        value_dim=24,
+        order=("causal", "window", "packed"),
+        blocks=(32, 8),
+    ),
+)
+"""Cases that the kernel for Hopper leaves to the others."""
 
 
 @dataclass
@@ -119,9 +174,10 @@ def attention_inputs(case: AttentionCase, dtype: torch.dtype, seed: int = 0, dev
     sources = []
     for i, (keys, rows) in enumerate(zip(case.keys, case.rows)):
         count = case.batch if rows is None else rows if isinstance(rows, int) else max(max(rows) + 1, 1)
-        shape = (count, keys, case.heads, case.head_dim)
+        shape = (count, keys, case.heads if case.key_heads is None else case.key_heads[i])
         table = torch.tensor(rows, dtype=torch.int32) if isinstance(rows, tuple) else None
-        source = Source(strided_randn(shape, g, dtype), strided_randn(shape, g, dtype), table)
+        key = strided_randn((*shape, case.head_dim), g, dtype)
+        source = Source(key, strided_randn((*shape, case.value_dim or case.head_dim), g, dtype), table)
         mask_rows = 1 if i % 2 else count
         if case.visible is not None:
             source = source._replace(key_mask=torch.rand(mask_rows, keys, generator=g) < case.visible)
@@ -140,6 +196,14 @@ def attention_inputs(case: AttentionCase, dtype: torch.dtype, seed: int = 0, dev
             first = group > 0 and group not in case.softmax_groups[:i]
             weight = torch.rand(case.batch, case.queries, generator=g) if first else None
             source = source._replace(softmax_group=group, weight=weight)
+        order = None if case.order is None else case.order[i]
+        if order is not None:
+            ends = torch.stack(ORDERS[order](torch.arange(case.queries), keys), -1)
+            source = source._replace(key_range=ends.expand(case.batch if i % 2 else 1, -1, -1))
+        if case.blocks is not None and i % 2 == 0:
+            blocks = (-(-case.queries // case.blocks[0]), -(-keys // case.blocks[1]))
+            seen = torch.rand(mask_rows, case.heads if i else 1, *blocks, generator=g) < 0.5
+            source = source._replace(block_mask=seen, block_size=case.blocks)
         sources.append(Source._make(x.to(device) if isinstance(x, Tensor) else x for x in source))
     groups = _random_bits((case.batch, case.queries), case.groups, g).to(device) if case.groups else None
     return AttentionInputs(query.to(device), sources, groups)

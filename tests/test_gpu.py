@@ -16,6 +16,7 @@ from lr_kernels.runtime import ops
 from lr_kernels.testing import (
     CASES,
     EXTREMES,
+    ORDERED_CASES,
     AttentionCase,
     attention_inputs,
     check_attention,
@@ -160,7 +161,7 @@ HEAD_DIMS = (40, 64, 80, 128, 160, 256)
 @pytest.mark.fault(number=1)
 def test_every_case_on_hopper(head_dim, dtype):
     run = functools.partial(multi_source_attention, backend="cuda")
-    for one in CASES:
+    for one in (*CASES, *ORDERED_CASES):
         inputs = attention_inputs(replace(one, head_dim=head_dim), dtype, device="cuda")
         check_attention(run, inputs)
         check_attention(run, of_kinds(inputs, *MIXED))

@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from lr_kernels import Source, merge_attention_states, multi_source_attention, plan_attention, reference
-from lr_kernels.testing import CASES, AttentionCase, AttentionInputs, assert_matches, attention_inputs, check_attention
+from lr_kernels.testing import (
+    CASES,
+    ORDERED_CASES,
+    AttentionCase,
+    AttentionInputs,
+    assert_matches,
+    attention_inputs,
+    check_attention,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 sizes = dict(max_examples=40, deadline=None)
@@ -52,7 +60,7 @@ def right_call(draw: Draw) -> Arguments:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
+@pytest.mark.parametrize("case", (*CASES, *ORDERED_CASES), ids=lambda c: c.id)
 @pytest.mark.fault(number=1)
 def test_matches_the_reference(case, dtype):
     check_attention(on("cpu"), attention_inputs(case, dtype))
@@ -65,7 +73,7 @@ def test_every_instruction_set(isa):
     code = (
         "import torch, lr_kernels as lr; from lr_kernels.testing import *\n"
         "run = lambda *a, **k: lr.multi_source_attention(*a, backend='cpu', **k)\n"
-        "for case in CASES:\n"
+        "for case in CASES + ORDERED_CASES:\n"
         "    for dtype in (torch.float32, torch.bfloat16, torch.float16):\n"
         "        check_attention(run, attention_inputs(case, dtype))\n"
     )

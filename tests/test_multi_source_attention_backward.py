@@ -14,6 +14,7 @@ from lr_kernels import Source, multi_source_attention, plan_attention, reference
 from lr_kernels.testing import (
     CASES,
     EXTREMES,
+    ORDERED_CASES,
     AttentionCase,
     attention_inputs,
     check_attention_backward,
@@ -47,7 +48,7 @@ def right_call(draw: Draw) -> Arguments:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
+@pytest.mark.parametrize("case", (*CASES, *ORDERED_CASES), ids=lambda c: c.id)
 @pytest.mark.fault(number=28)
 def test_gradients_match_the_formula(case, dtype):
     check_attention_backward(on("cpu"), attention_inputs(case, dtype))
@@ -69,7 +70,7 @@ def test_a_bias_that_rows_share_in_memory_has_a_gradient_per_row(rows):
     torch.testing.assert_close(found["cpu"], found["reference"])
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
+@pytest.mark.parametrize("case", (*CASES, *ORDERED_CASES), ids=lambda c: c.id)
 @pytest.mark.fault(number=28)
 def test_the_formula_is_the_derivative_of_the_reference(case):
     """The explicit backward formula against autograd through the reference, both in float64."""
@@ -119,7 +120,7 @@ def test_every_instruction_set(isa, monkeypatch):
     code = (
         "import torch, lr_kernels as lr; from lr_kernels.testing import *\n"
         "run = lambda *a, **k: lr.multi_source_attention(*a, backend='cpu', **k)\n"
-        "for case in CASES:\n"
+        "for case in CASES + ORDERED_CASES:\n"
         "    for dtype in (torch.float32, torch.bfloat16):\n"
         "        check_attention_backward(run, attention_inputs(case, dtype))\n"
     )
