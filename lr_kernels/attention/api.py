@@ -53,9 +53,11 @@ def multi_source_attention(
         P^g = softmax over the visible (s, j) of softmax group g of  α_s·scale·⟨Q[b,i,h], K_s[r_s(b), j, h]⟩ + β_s +
         bias_s[j]
 
-    α, β, w, r and v are logit_scale, logit_bias, weight, rows and value_index of the source. Key j of source s is
-    visible to query (b, i) iff rows_s[b] >= 0, key_mask_s[j] and query_groups[b,i] & key_groups_s[j]. Nothing is
-    concatenated, expanded or expressed as a dense mask: hidden keys cost nothing.
+    α, β, w, r and v are logit_scale, logit_bias, weight, rows and value_index of the source; head h of the query reads
+    head h // (H // K) of a source with K heads. Key j of source s is visible to query (b, i) iff rows_s[b] >= 0,
+    key_mask_s[j], query_groups[b,i] & key_groups_s[j], key_range_s[b,i] holds j, and block_mask_s is true of the blocks
+    of i and j. Nothing is concatenated, expanded or expressed as a dense mask: hidden keys cost nothing, but for those
+    beside a query's interval within one step of the kernel.
 
     A source may hold its keys and values in 8 bits, as `quantize` makes them: K = key · key_scale and V = value ·
     value_scale, multiplied in fp32 and rounded once to the query's dtype, block by block as they are read. On "cpu" the
@@ -63,18 +65,18 @@ def multi_source_attention(
 
     Args:
         query: (B, N, H, D), fp32, fp16 or bf16 (the reference backend also float64); D 1 to 256.
-        sources: 1 to 16 `Source`s. With several softmax groups their results are added, each with its weight.
+        sources: 1 to 16 `Source`s, whose values have one head_dim E, 1 to 256. With several softmax groups their results are added, each with its weight.
         query_groups: uint8 bits (B or 1, N); needed where a source has key_groups.
         scale: default D ** -0.5.
         return_lse: also return the natural-log sum of exponentials, fp32 (B, N, H); needs a single softmax group.
         plan: from `plan_attention` for the same masks and groups; default: built here.
         backend: "auto", "cpu", "cuda", "triton" or "reference". "cuda" is for Hopper (compute capability 9.0), fp16 and
-            bf16, a head_dim that is a multiple of 8, and calls without gradients; there "auto" takes it
-            before "triton".
+            bf16, a head_dim that is a multiple of 8 and that of the values, and calls without gradients, key_range and
+            block_mask; there "auto" takes it before "triton".
             A named backend never falls back to another.
 
     Returns:
-        out (B, N, H, D) in the query's dtype, or (out, lse). A query that sees no key gets out 0, lse -inf. Finite
+        out (B, N, H, E) in the query's dtype, or (out, lse). A query that sees no key gets out 0, lse -inf. Finite
         logits of any size keep their order, also where their parts or their sum leave fp32's range: on "cpu" and "cuda"
         always, on "triton" while ⟨Q, K⟩ stays below 5e39 (fp16: always) and α·scale below 3e38. An lse beyond fp32 is
         ±finfo.max.
