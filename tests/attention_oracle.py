@@ -3,7 +3,8 @@ that shares no code with lr_kernels.
 
     out[b,i,h] = Σ_g w_g[b,i] · Σ_{s∈g} Σ_j P^g[b,i,h,s,j] · V_s[r_s(b), v_s(j), h]
     P^g = softmax over the visible (s, j) of group g of  α_s·scale·⟨Q[b,i,h], K_s[r_s(b),j,h]⟩ + β_s + bias_s[j]
-    (s, j) is visible to (b, i)  iff  r_s(b) >= 0,  key_mask_s[j]  and  query_groups[b,i] & key_groups_s[j] is not 0
+    (s, j) is visible to (b, i)  iff  r_s(b) >= 0,  key_mask_s[j],  query_groups[b,i] & key_groups_s[j] is not 0,
+    key_range_s[b,i] holds j  and  block_mask_s is true of the blocks of i and j
 
 It computes one batch row at a time, with the keys of all sources of a softmax group concatenated.
 """
@@ -44,9 +45,10 @@ class Part:
     number: int  # of the source
     row: int
     key: np.ndarray  # (M, H, D)
-    value: np.ndarray  # (M, H, D)
+    value: np.ndarray  # (M, H, E)
     tokens: np.ndarray  # (M,) of the values
-    visible: np.ndarray  # (N, M)
+    visible: np.ndarray  # (H or 1, N, M)
+    heads: np.ndarray  # (H,) of the source, as the query's heads read them
     alpha: np.ndarray  # (H,)
     shift: np.ndarray  # (H, M)
 
@@ -70,6 +72,15 @@ def read(
         visible &= table_row(array(source.key_mask), row)
     if source.key_groups is not None and groups is not None:
         visible &= (table_row(groups, b)[:, None] & table_row(array(source.key_groups), row)) != 0
+    if source.key_range is not None:
+        ends = table_row(array(source.key_range), b)
+        visible &= (np.arange(keys) >= ends[:, :1]) & (np.arange(keys) < ends[:, 1:])
+    visible = visible[None]
+    if source.block_mask is not None:
+        blocks = table_row(array(source.block_mask), row)
+        i, j = (np.arange(n) // size for n, size in zip((queries, keys), source.block_size))
+        visible = visible & blocks[:, i][:, :, j]
+    shared = np.arange(heads) // (heads // source.key.shape[2]) if heads else np.arange(0)
     tokens = np.arange(keys)
     if source.value_index is not None:
         index = array(source.value_index)
@@ -78,9 +89,9 @@ def read(
     if source.key_bias is not None:
         shift = shift + table_row(array(source.key_bias), row)
     alpha = scale * per_head(source.logit_scale, b, heads, 1.0)
-    key = numbers(source.key, source.key_scale, dtype)[row]
-    value = numbers(source.value, source.value_scale, dtype)[row]
-    return Part(i, row, key, value[tokens], tokens, visible, alpha, shift)
+    key = numbers(source.key, source.key_scale, dtype)[row][:, shared]
+    value = numbers(source.value, source.value_scale, dtype)[row][:, shared]
+    return Part(i, row, key, value[tokens], tokens, visible, shared, alpha, shift)
 
 
 @dataclass
@@ -92,12 +103,12 @@ class Gradients:
 
 
 def attention(query, sources, query_groups=None, scale=None, grad_out=None, grad_lse=None):
-    """(out (B, N, H, D), lse (B, N, H) of the last group, Gradients or None)."""
+    """(out (B, N, H, E), lse (B, N, H) of the last group, Gradients or None)."""
     q = array(query)
     batch, queries, _, head_dim = q.shape
     scale = head_dim**-0.5 if scale is None else scale
     groups = None if query_groups is None else array(query_groups)
-    out, lse = np.zeros(q.shape), np.full(q.shape[:3], -np.inf)
+    out, lse = np.zeros((*q.shape[:3], sources[0].value.shape[3])), np.full(q.shape[:3], -np.inf)
     grads = None
     if grad_out is not None:
         empty = [None if s.key_bias is None else np.zeros(s.key_bias.shape) for s in sources]
@@ -139,7 +150,8 @@ def over_keys(weight: np.ndarray, value: np.ndarray) -> np.ndarray:
 def softmax(q: np.ndarray, parts: list[Part]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """P (H, N, keys), lse (N, H) and P·V (N, H, D) of one query row."""
     logits = np.concatenate([by_key(q, x.key) * x.alpha[:, None, None] + x.shift[:, None, :] for x in parts], 2)
-    visible = np.concatenate([x.visible for x in parts], 1)
+    heads = max(len(x.visible) for x in parts)
+    visible = np.concatenate([np.broadcast_to(x.visible, (heads, *x.visible.shape[1:])) for x in parts], 2)
     value = np.concatenate([x.value for x in parts])
     logits = np.where(visible, logits, -np.inf)
     top = logits.max(2, keepdims=True)  # NaN where a logit is
@@ -164,8 +176,9 @@ def add_gradients(grads: Gradients, b: int, q, parts: list[Part], p, grad, resul
         ds = part * (by_key(grad, x.value) - delta + grad_lse)
         scaled = ds * x.alpha[:, None, None]
         grads.query[b] += over_keys(scaled, x.key)
-        grads.key[x.number][x.row] += over_keys(scaled.swapaxes(1, 2), q)
-        np.add.at(grads.value[x.number][x.row], x.tokens, over_keys(part.swapaxes(1, 2), grad))
+        np.add.at(grads.key[x.number][x.row], (slice(None), x.heads), over_keys(scaled.swapaxes(1, 2), q))
+        place = (x.tokens[:, None], x.heads[None])
+        np.add.at(grads.value[x.number][x.row], place, over_keys(part.swapaxes(1, 2), grad))
         bias = grads.key_bias[x.number]
         if bias is not None:
             bias[x.row if len(bias) > 1 else 0] += ds.sum((0, 1))

@@ -142,8 +142,9 @@ class Draw:
             bias[torch.rand(bias.shape, generator=self.generator) < share] = self(some, "key_bias: extreme")
         return self.lazy(bias, "key_bias")
 
-    def source(self, query: Tensor, i: int, grouped: bool) -> Source:
-        batch, _, heads, head_dim = query.shape
+    def source(self, query: Tensor, i: int, grouped: bool, value_dim: int, blocks: tuple[int, int] | None) -> Source:
+        batch, queries, heads, head_dim = query.shape
+        shared = self(st.sampled_from([n for n in range(1, heads + 1) if heads % n == 0]), f"heads of key[{i}]")
         keys = self(st.integers(0, 80), f"keys[{i}]")
         table = None
         if self.often(f"rows[{i}]"):
@@ -157,8 +158,8 @@ class Draw:
             values = self(st.integers(1, 80), f"values[{i}]")
             index = self.below(values, self(st.sampled_from([rows, batch]), f"value_index[{i}]"), keys)
         source = Source(
-            self.tokens((rows, keys, heads, head_dim), query.dtype, f"key[{i}]"),
-            self.tokens((rows, values, heads, head_dim), query.dtype, f"value[{i}]"),
+            self.tokens((rows, keys, shared, head_dim), query.dtype, f"key[{i}]"),
+            self.tokens((rows, values, shared, value_dim), query.dtype, f"value[{i}]"),
             table,
             value_index=index,
         )
@@ -169,6 +170,14 @@ class Draw:
             source = source._replace(key_groups=self.bits(table_rows, keys))
         if self.rarely(f"key_bias[{i}]"):
             source = source._replace(key_bias=self.key_bias(table_rows, keys))
+        if self.rarely(f"key_range[{i}]"):
+            ends = self.below(keys + 9, self(st.sampled_from([1, batch]), f"key_range[{i}]"), queries, 2) - 4
+            source = source._replace(key_range=ends.int() if self.often(f"key_range[{i}]: int32") else ends)
+        if blocks is not None and self.often(f"block_mask[{i}]"):
+            counts = (-(-queries // blocks[0]), -(-keys // blocks[1]))
+            sizes = (table_rows, self(st.sampled_from([1, heads]), f"heads of block_mask[{i}]"), *counts)
+            mask = torch.rand(sizes, generator=self.generator) < 0.5
+            source = source._replace(block_mask=mask, block_size=blocks)
         if not self.finite and self.rarely(f"8 bits[{i}]"):
             source = self.in_8_bits(source, i)
         return source._replace(
@@ -201,7 +210,12 @@ class Draw:
         groups = None
         if self.often("query_groups"):
             groups = self.bits(batch if self.often("query_groups: a row each") else 1, queries)
-        sources = [self.source(query, i, groups is not None) for i in range(self(COUNTS, "sources"))]
+        value_dim = self(HEAD_DIMS, "head_dim of values") if self.rarely("values of their own head_dim") else head_dim
+        blocks = None
+        if groups is None and self.rarely("block masks"):
+            blocks = (self(st.integers(1, 40), "block of queries"), 2 ** self(st.integers(0, 5), "block of keys"))
+        count = self(COUNTS, "sources")
+        sources = [self.source(query, i, groups is not None, value_dim, blocks) for i in range(count)]
         if self.rarely("softmax_group"):
             numbers = [self(st.integers(0, 2), f"softmax_group[{i}]") for i in range(len(sources))]
             shapes = [(), (batch,), (batch, queries)]
@@ -297,7 +311,14 @@ def results(
 
 def plan_of(inputs: AttentionInputs) -> AttentionPlan:
     sources = inputs.sources
-    return plan_attention([s.key_mask for s in sources], [s.key_groups for s in sources], inputs.query_groups)
+    blocks, size = [s.block_mask for s in sources], [s.block_size for s in sources if s.block_mask is not None]
+    return plan_attention(
+        [s.key_mask for s in sources],
+        [s.key_groups for s in sources],
+        inputs.query_groups,
+        block_masks=blocks,
+        block_size=size[0] if size else (128, 128),
+    )
 
 
 def refuse_stale(inputs: AttentionInputs, plan: AttentionPlan) -> AttentionPlan:
@@ -322,6 +343,12 @@ def repeated(inputs: AttentionInputs) -> AttentionInputs:
         for s in inputs.sources
     ]
     groups = None if groups is None else groups.repeat(1, times)
+    for i, s in enumerate(sources):
+        if s.key_range is not None:
+            sources[i] = s = s._replace(key_range=s.key_range.repeat(1, times, 1))
+        if s.block_mask is not None:  # as blocks of one query each
+            rows = s.block_mask.repeat_interleave(s.block_size[0], 2)[:, :, : inputs.query.shape[1]]
+            sources[i] = s._replace(block_mask=rows.repeat(1, 1, times, 1), block_size=(1, s.block_size[1]))
     return AttentionInputs(inputs.query.repeat(1, times, 1, 1), sources, groups)
 
 
@@ -368,7 +395,7 @@ def gradients(
         query, sources, query_groups=groups, scale=scale, plan=plan, return_lse=one_group, backend="cpu"
     )
     out, lse = result if one_group else (result, None)
-    grad_out = draw.randn(*query.shape).to(query.dtype)
+    grad_out = draw.randn(*out.shape).to(query.dtype)
     grad_lse = draw.randn(*query.shape[:3]) if one_group else None
     seen = None if lse is None else lse.detach() > -math.inf
     grads = torch.autograd.grad(

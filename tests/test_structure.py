@@ -25,6 +25,7 @@ ALLOWED = {
     "features": {"runtime", "reference"},
     "testing": {"source", "reference"},
     "info": {"runtime"},
+    "block_masks": {"runtime"},
     "interop": {"runtime", "source", "attention"},
     "presets": {"runtime", "source", "attention", "features"},
     "diffusers.processors": {"runtime", "source", "attention"},
@@ -160,7 +161,7 @@ def test_a_planted_import_is_found(file, line, complaint, tmp_path):
     assert any(complaint in text for text in [*told, *forbidden(imports)])
 
 
-PUBLIC = ("", ".diffusers", ".diffusers.methods", ".presets", ".interop")
+PUBLIC = ("", ".diffusers", ".diffusers.methods", ".presets", ".interop", ".block_masks")
 """Where users import from."""
 
 

@@ -65,7 +65,8 @@ def multi_source_attention(
 
     Args:
         query: (B, N, H, D), fp32, fp16 or bf16 (the reference backend also float64); D 1 to 256.
-        sources: 1 to 16 `Source`s, whose values have one head_dim E, 1 to 256. With several softmax groups their results are added, each with its weight.
+        sources: 1 to 16 `Source`s, whose values have one head_dim E, 1 to 256. With several softmax groups their
+            results are added, each with its weight.
         query_groups: uint8 bits (B or 1, N); needed where a source has key_groups.
         scale: default D ** -0.5.
         return_lse: also return the natural-log sum of exponentials, fp32 (B, N, H); needs a single softmax group.

@@ -6,8 +6,6 @@ place. A row table says which other row each row reads: int (B,), -1 for none. M
 it on the query's device; int32 is not copied. A table or a mask that was made for another batch is a ValueError that
 names it.
 
-`sliding_tiles` and `radial_blocks` are not of this kind: they make block masks for video transformers.
-
 To run one for a whole generation as its authors do, see `lr_kernels.diffusers.methods`; with settings of your own, see
 `lr_kernels.diffusers.sharing` (docs/own-method.md).
 
@@ -16,13 +14,11 @@ The formulas are those of the papers and of the authors' code, tested against pl
 """
 
 from .added import dream_matcher, ip_adapter
-from .blocks import TokenBlocks, radial_blocks, sliding_tiles
 from .masked import masactrl, masactrl_plan, mca_ctrl, mca_ctrl_generation, mca_ctrl_plan
 from .rows import guided_rows
 from .shared import consistory, consistory_plan, reference_only, story_diffusion, story_diffusion_plan, style_aligned
 
 __all__ = [
-    "TokenBlocks",
     "consistory",
     "consistory_plan",
     "dream_matcher",
@@ -33,9 +29,7 @@ __all__ = [
     "mca_ctrl",
     "mca_ctrl_generation",
     "mca_ctrl_plan",
-    "radial_blocks",
     "reference_only",
-    "sliding_tiles",
     "story_diffusion",
     "story_diffusion_plan",
     "style_aligned",

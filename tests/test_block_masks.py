@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from lr_kernels import Source, multi_source_attention, plan_attention
-from lr_kernels.presets import radial_blocks, sliding_tiles
+from lr_kernels.block_masks import radial_blocks, sliding_tiles
 
 GRIDS = [((4, 6, 8), (2, 3, 4), (1, 1, 1)), ((6, 6, 4), (2, 2, 2), (3, 1, 2)), ((3, 12, 10), (3, 2, 2), (1, 3, 5))]
 

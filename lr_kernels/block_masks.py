@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..runtime.checks import check_integer, fail
+from .runtime.checks import check_integer, fail
 
 
 class TokenBlocks(NamedTuple):
