@@ -78,8 +78,8 @@ def read(
     visible = visible[None]
     if source.block_mask is not None:
         blocks = table_row(array(source.block_mask), row)
-        i, j = (np.arange(n) // size for n, size in zip((queries, keys), source.block_size))
-        visible = visible & blocks[:, i][:, :, j]
+        of_query, of_key = (np.arange(n) // size for n, size in zip((queries, keys), source.block_size))
+        visible = visible & blocks[:, of_query][:, :, of_key]
     shared = np.arange(heads) // (heads // source.key.shape[2]) if heads else np.arange(0)
     tokens = np.arange(keys)
     if source.value_index is not None:
@@ -176,7 +176,8 @@ def add_gradients(grads: Gradients, b: int, q, parts: list[Part], p, grad, resul
         ds = part * (by_key(grad, x.value) - delta + grad_lse)
         scaled = ds * x.alpha[:, None, None]
         grads.query[b] += over_keys(scaled, x.key)
-        np.add.at(grads.key[x.number][x.row], (slice(None), x.heads), over_keys(scaled.swapaxes(1, 2), q))
+        place = (np.arange(len(x.key))[:, None], x.heads[None])
+        np.add.at(grads.key[x.number][x.row], place, over_keys(scaled.swapaxes(1, 2), q))
         place = (x.tokens[:, None], x.heads[None])
         np.add.at(grads.value[x.number][x.row], place, over_keys(part.swapaxes(1, 2), grad))
         bias = grads.key_bias[x.number]
