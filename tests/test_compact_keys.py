@@ -4,7 +4,7 @@ import pytest
 import torch
 from draw import Arguments, Draw
 
-from lr_kernels.attention.plan import visible_lists
+from lr_kernels.attention.lists import visible_lists
 from lr_kernels.runtime import ops
 from lr_kernels.triton import compact_keys
 

@@ -24,7 +24,7 @@ def order_queries(query_groups: Tensor, classes: Sequence[int]) -> tuple[Tensor,
 def visible_lists(
     mask: Tensor | None, groups: Tensor | None, classes: Sequence[int]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """key_index (C or 1, R or 1, 1, M) and key_count (C or 1, R or 1, 1) of one source; None where it hides no key."""
+    """key_index (C or 1, R or 1, M) and key_count (C or 1, R or 1) of one source; None where all keys are seen."""
     given = groups if mask is None else mask
     if given is None:
         return None, None
@@ -32,15 +32,14 @@ def visible_lists(
     groups = resolved_or_none("plan_attention", "key_groups", groups)
     backend = backends.choose("compact_keys", "auto", given.device, torch.float32) if given.is_cuda else "reference"
     if backend != "reference":
-        index, count = _compact(mask, groups, [0] if groups is None else list(classes), given, backend)
-        return index[:, :, None], count[..., None]
+        return _compact(mask, groups, [0] if groups is None else list(classes), given, backend)
     if groups is None:
         assert mask is not None
         visible = mask[None]
     else:
         visible = torch.stack([(groups & c) != 0 for c in classes])
         visible = visible if mask is None else visible & mask
-    return true_places(visible[:, :, None])
+    return true_places(visible)
 
 
 def block_lists(blocks: Tensor, mask: Tensor | None, key_block: int) -> tuple[Tensor, Tensor]:

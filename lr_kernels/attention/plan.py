@@ -178,7 +178,8 @@ def build_plan(
     for i, (mask, groups) in enumerate(zip(key_masks, key_groups)):
         of_blocks = None if block_masks is None else block_masks[i]
         if of_blocks is None:
-            lists.append(visible_lists(mask, groups, classes))
+            found = visible_lists(mask, groups, classes)  # the same for all heads
+            lists.append(tuple(None if x is None else x.unsqueeze(2) for x in found))
         else:
             lists.append(_lists_of_blocks(of_blocks, mask, block_size[1]))
     index, count = tuple(index for index, _ in lists), tuple(count for _, count in lists)
