@@ -1,5 +1,5 @@
-// Registers ops under a namespace that the loader names. Copies of this library in one process, as the installed package
-// and a kernel for Hugging Face's `kernels` are, so have a namespace each.
+// Registers ops under a namespace that the loader names. So copies of this library in one process, as the installed
+// package and a kernel for Hugging Face's `kernels` are, have a namespace each.
 #pragma once
 #include <torch/csrc/stable/library.h>
 

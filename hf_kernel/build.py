@@ -14,8 +14,8 @@ import base64
 import hashlib
 import json
 import platform
+import re
 import shutil
-import tomllib
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -57,7 +57,8 @@ def hashes(variant: Path) -> dict[str, str]:
 def finish(variant: Path, kind: str) -> None:
     """Add `_ops.py` and metadata.json. The namespace of the ops ends in a hash of all files, so builds that differ have
     different ones."""
-    general = tomllib.loads((HERE / "build.toml").read_text())["general"]
+    # Only lines of one value are read: Python 3.10 has no reader of TOML.
+    general = dict(re.findall(r'^(\w+) = "?([\w.-]+)"?$', (HERE / "build.toml").read_text(), re.M))
     unique = hashlib.sha256(json.dumps(hashes(variant)).encode()).hexdigest()[:8]
     namespace = f"_{general['name'].replace('-', '_')}_{kind}_{unique}"
     code = (PACKAGE / "_ops.py").read_text()
@@ -68,7 +69,7 @@ def finish(variant: Path, kind: str) -> None:
     metadata = {
         "id": namespace,
         "name": general["name"],
-        "version": general["version"],
+        "version": int(general["version"]),
         "license": general["license"],
         "kernels-minver": KERNELS_MINIMUM,
         "python-depends": [],

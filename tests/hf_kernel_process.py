@@ -1,13 +1,19 @@
-"""What test_hf_kernel_alone.py runs where lr_kernels is not installed: loads the kernel from a folder and writes what its
-functions compute."""
+"""What test_hf_kernel_alone.py runs where lr_kernels is not installed: loads the kernel from a folder and writes what
+its functions compute."""
 
-import importlib
+import importlib.util
 import sys
 from pathlib import Path
 
 import torch
-from kernels import LocalLayerRepository, Mode, get_local_kernel, kernelize, use_kernel_forward_from_hub
-from kernels import use_kernel_mapping
+from kernels import (
+    LocalLayerRepository,
+    Mode,
+    get_local_kernel,
+    kernelize,
+    use_kernel_forward_from_hub,
+    use_kernel_mapping,
+)
 from torch import nn
 from torch.nn import functional as F
 

@@ -163,7 +163,8 @@ def test_the_kernel_offers_the_package_s_functions(kernel):
     for name in set(kernel.__all__) - {"layers"}:
         own = getattr(lr_kernels, name, None) or getattr(lr_kernels.interop, name)
         offered = getattr(kernel, name)
-        assert offered is not own and list(inspect.signature(offered).parameters) == list(inspect.signature(own).parameters)
+        assert offered is not own
+        assert [*inspect.signature(offered).parameters] == [*inspect.signature(own).parameters]
 
 
 def test_layers_are_pure(kernel):

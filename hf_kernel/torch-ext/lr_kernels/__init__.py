@@ -1,5 +1,5 @@
-"""lr_kernels as a kernel for Hugging Face's `kernels`: attention over several sources, attention under the signatures of
-other libraries, one denoising step, and layers for `kernelize`."""
+"""lr_kernels as a kernel for Hugging Face's `kernels`: attention over several sources, attention under other libraries'
+signatures, one denoising step, and layers for `kernelize`."""
 
 from . import layers
 from .attention.api import multi_source_attention
