@@ -82,4 +82,4 @@ $(VENV)/.installed: $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build lr_kernels/_C.so lr_kernels/_build.json outputs
+	rm -rf $(VENV) build hf_kernel/build lr_kernels/_C.so lr_kernels/_build.json outputs

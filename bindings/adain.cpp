@@ -43,6 +43,6 @@ void adain(Tensor x, Tensor reference, MaybeTensor mask, MaybeTensor reference_m
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(lr_kernels, CPU, m) { m.impl("adain_cpu", TORCH_BOX(&adain)); }
+LR_LIBRARY_IMPL(CPU, m) { m.impl("adain_cpu", TORCH_BOX(&adain)); }
 
 }  // namespace lr

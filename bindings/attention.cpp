@@ -71,7 +71,7 @@ void multi_source_attention_backward(Tensor grad_out, MaybeTensor grad_lse, Tens
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(lr_kernels, CPU, m) {
+LR_LIBRARY_IMPL(CPU, m) {
   m.impl("multi_source_attention_cpu", TORCH_BOX(&multi_source_attention));
   m.impl("multi_source_attention_backward_cpu", TORCH_BOX(&multi_source_attention_backward));
 }

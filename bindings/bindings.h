@@ -1,12 +1,12 @@
 // What every binding shares: torch's thread pool as lr::Parallel, dtypes, the checks of arguments. Torch's stable ABI
 // only.
 #pragma once
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <vector>
 
 #include "arguments.h"
+#include "library.h"
 #include "params.h"
 
 namespace lr {

@@ -45,6 +45,6 @@ void correspondence(Tensor target, Tensor reference, int64_t columns, Tensor rad
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(lr_kernels, CPU, m) { m.impl("correspondence_cpu", TORCH_BOX(&correspondence)); }
+LR_LIBRARY_IMPL(CPU, m) { m.impl("correspondence_cpu", TORCH_BOX(&correspondence)); }
 
 }  // namespace lr

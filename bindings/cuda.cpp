@@ -119,7 +119,7 @@ struct Card {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(lr_kernels, CUDA, m) {
+LR_LIBRARY_IMPL(CUDA, m) {
   m.impl("step_blend_cuda", TORCH_BOX(&step_blend));
   m.impl("compact_keys_cuda", TORCH_BOX(&compact_keys));
   m.impl("multi_source_attention_cuda", TORCH_BOX(&lr::AttentionSm90<Card>::op));

@@ -35,8 +35,6 @@ void merge_attention_states(Tensors outs, Tensors lses, Tensor out, Tensor lse) 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(lr_kernels, CPU, m) {
-  m.impl("merge_attention_states_cpu", TORCH_BOX(&merge_attention_states));
-}
+LR_LIBRARY_IMPL(CPU, m) { m.impl("merge_attention_states_cpu", TORCH_BOX(&merge_attention_states)); }
 
 }  // namespace lr

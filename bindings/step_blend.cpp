@@ -28,6 +28,6 @@ void step_blend(Tensor sample, Tensors predictions, Tensor coefficients, MaybeTe
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(lr_kernels, CPU, m) { m.impl("step_blend_cpu", TORCH_BOX(&step_blend)); }
+LR_LIBRARY_IMPL(CPU, m) { m.impl("step_blend_cpu", TORCH_BOX(&step_blend)); }
 
 }  // namespace lr

@@ -42,6 +42,6 @@ void subject_mask(Tensor maps, std::optional<double> threshold, std::optional<do
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(lr_kernels, CPU, m) { m.impl("subject_mask_cpu", TORCH_BOX(&subject_mask)); }
+LR_LIBRARY_IMPL(CPU, m) { m.impl("subject_mask_cpu", TORCH_BOX(&subject_mask)); }
 
 }  // namespace lr

@@ -45,8 +45,6 @@ void attention_with_token_maps(Tensor query, Tensor key, Tensor value, Tensor to
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(lr_kernels, CPU, m) {
-  m.impl("attention_with_token_maps_cpu", TORCH_BOX(&attention_with_token_maps));
-}
+LR_LIBRARY_IMPL(CPU, m) { m.impl("attention_with_token_maps_cpu", TORCH_BOX(&attention_with_token_maps)); }
 
 }  // namespace lr

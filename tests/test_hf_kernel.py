@@ -1,7 +1,10 @@
-"""The folder hf_kernel, loaded by Hugging Face's `kernels` and put into models by `kernelize`."""
+"""The kernel of hf_kernel, loaded by Hugging Face's `kernels` beside the installed package and put into models by
+`kernelize`; the variant of them that this machine prefers. test_hf_kernel_alone.py: without the package."""
 
 import copy
 import inspect
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,11 +22,10 @@ from kernels import (
 from torch import nn
 from torch.nn import functional as F
 
-import lr_kernels
-from lr_kernels.interop import one_source
+import lr_kernels.interop
 from lr_kernels.testing import assert_matches
 
-FOLDER = Path(lr_kernels.__file__).parents[1] / "hf_kernel"
+SCRIPT = Path(lr_kernels.__file__).parents[1] / "hf_kernel/build.py"
 LAYERS = ("Attention", "ScaledDotProductAttention", "MultiheadAttention")
 MODE = Mode.TRAINING | Mode.TORCH_COMPILE
 
@@ -84,8 +86,28 @@ MODELS = {"Attention": CoreModel, "ScaledDotProductAttention": FunctionModel, "M
 
 
 @pytest.fixture(scope="module")
-def kernel():
-    return get_local_kernel(FOLDER)
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kernel")
+    subprocess.run([sys.executable, SCRIPT, folder / "build"], check=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def kernel(folder):
+    return get_local_kernel(folder)
+
+
+@pytest.fixture
+def kernelized(folder):
+    """Puts the kernel's layers into a model."""
+
+    def replaced(model):
+        layers = {name: LocalLayerRepository(folder, layer_name=name) for name in LAYERS}
+        mapping = {name: {"cpu": {MODE: layer}} for name, layer in layers.items()}
+        with use_kernel_mapping(mapping, inherit_mapping=False):
+            return kernelize(model, mode=MODE, device="cpu", use_fallback=False)
+
+    return replaced
 
 
 @pytest.fixture(autouse=True)
@@ -102,6 +124,7 @@ def extensible():
 def calls(kernel, monkeypatch):
     """How often the operator ran."""
     seen = []
+    one_source = sys.modules[f"{kernel.__name__}.interop.one_source"]
     original = one_source.multi_source_attention
     monkeypatch.setattr(one_source, "multi_source_attention", lambda *a, **k: seen.append(1) or original(*a, **k))
     return seen
@@ -109,12 +132,6 @@ def calls(kernel, monkeypatch):
 
 def randn(*shape, dtype=torch.float32, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def kernelized(model):
-    mapping = {name: {"cpu": {MODE: LocalLayerRepository(FOLDER, layer_name=name)}} for name in LAYERS}
-    with use_kernel_mapping(mapping, inherit_mapping=False):
-        return kernelize(model, mode=MODE, device="cpu", use_fallback=False)
 
 
 def stock(name):
@@ -142,11 +159,12 @@ def test_the_loaded_functions_compute_attention(kernel, dtype):
     assert_matches(kernel.layers.Attention()(q, k, v), *oracle)
 
 
-def test_the_folder_hands_out_the_installed_functions(kernel):
-    assert kernel.multi_source_attention is lr_kernels.multi_source_attention
-    assert kernel.step_blend is lr_kernels.step_blend
-    assert kernel.merge_attention_states is lr_kernels.merge_attention_states
-    assert all(hasattr(kernel, name) for name in kernel.__all__)
+def test_the_kernel_offers_the_package_s_functions(kernel):
+    for name in set(kernel.__all__) - {"layers"}:
+        own = getattr(lr_kernels, name, None) or getattr(lr_kernels.interop, name)
+        offered = getattr(kernel, name)
+        assert offered is not own
+        assert [*inspect.signature(offered).parameters] == [*inspect.signature(own).parameters]
 
 
 def test_layers_are_pure(kernel):
@@ -160,7 +178,7 @@ def test_layers_are_pure(kernel):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_kernelized_model_gives_stocks_numbers(name, calls):
+def test_a_kernelized_model_gives_stocks_numbers(name, calls, kernelized):
     x = randn(2, 33, 32)
     model = stock(name)
     with torch.no_grad():
@@ -172,7 +190,7 @@ def test_a_kernelized_model_gives_stocks_numbers(name, calls):
 
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.fault(number=28)
-def test_gradients_pass_through_a_kernelized_model(name, calls):
+def test_gradients_pass_through_a_kernelized_model(name, calls, kernelized):
     x = randn(2, 33, 32)
     model = stock(name)
     expected, exact = gradients(model, x), gradients(copy.deepcopy(model).double(), x.detach().double())
@@ -184,7 +202,7 @@ def test_gradients_pass_through_a_kernelized_model(name, calls):
 
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.fault(number=29)
-def test_a_kernelized_model_compiles_whole(name):
+def test_a_kernelized_model_compiles_whole(name, kernelized):
     x = randn(2, 33, 32)
     model = stock(name)
     expected, exact = gradients(model, x), gradients(copy.deepcopy(model).double(), x.detach().double())
@@ -194,7 +212,7 @@ def test_a_kernelized_model_compiles_whole(name):
 
 
 @pytest.mark.parametrize("config", [{"batch_first": False}, {"bias": False}, {"kdim": 12, "vdim": 20}], ids=str)
-def test_every_layout_of_multihead_attention(config, kernel):
+def test_every_layout_of_multihead_attention(config, kernelized):
     torch.manual_seed(0)
     module = nn.MultiheadAttention(32, 4, **{"batch_first": True, **config})
     arguments = [randn(33, 2, size, seed=i) for i, size in enumerate((32, module.kdim, module.vdim))]
@@ -218,7 +236,7 @@ def test_every_layout_of_multihead_attention(config, kernel):
     ids=["weights", "mask", "causal", "dropout", "bias", "zero"],
 )  # fmt: skip
 @pytest.mark.fault(number=16)
-def test_what_the_operator_has_not_is_refused_by_name(config, keywords, name):
+def test_what_the_operator_has_not_is_refused_by_name(config, keywords, name, kernelized):
     module = kernelized(nn.MultiheadAttention(32, 4, batch_first=True, **config))
     x = randn(1, 9, 32)
     with pytest.raises(NotImplementedError, match=f"MultiheadAttention: {name}: expected none"):
@@ -227,7 +245,7 @@ def test_what_the_operator_has_not_is_refused_by_name(config, keywords, name):
 
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.fault(number=7)
-def test_a_padding_mask_of_another_shape_is_named(batch_first):
+def test_a_padding_mask_of_another_shape_is_named(batch_first, kernelized):
     module = kernelized(nn.MultiheadAttention(32, 4, batch_first=batch_first))
     x = randn(4, 9, 32) if batch_first else randn(9, 4, 32)
     hidden = torch.zeros(4, dtype=torch.bool)  # as many as heads: it would pass for a mask per head

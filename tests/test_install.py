@@ -1,6 +1,7 @@
 """The package imports without what is optional, and says once what is missing. The numbers in the `fault` marks
 are those of the fault list in DESIGN.md."""
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -100,6 +101,15 @@ def test_broken_library_is_reported_with_its_cause(tmp_path):
     reason, cuda_reason = ops._load_extension(tmp_path)
     assert "_C_cuda.so" in cuda_reason and "does not load" in cuda_reason
     assert reason is not None and "does not load" in reason and torch.__version__ in reason
+
+
+@pytest.mark.fault(number=43)
+def test_a_library_that_cannot_register_its_ops_is_reported(tmp_path):
+    """As one that was built before this source: here a module of Python's."""
+    shutil.copyfile(importlib.util.find_spec("_ctypes").origin, tmp_path / "_C.so")
+    (tmp_path / "_build.json").write_text(json.dumps({"torch": torch.__version__, "torch_minimum": "2.10"}))
+    reason, _ = ops._load_extension(tmp_path)
+    assert reason is not None and "does not load" in reason and "lr_kernels_register" in reason
 
 
 def make_package(folder: Path, *files: str) -> Path:

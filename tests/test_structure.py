@@ -16,10 +16,11 @@ import lr_kernels
 PACKAGE = Path(lr_kernels.__file__).parent
 
 ALLOWED = {
-    "runtime": set(),
+    "_ops": set(),
+    "runtime": {"_ops"},
     "source": set(),
     "reference": {"runtime", "source"},
-    "triton": {"runtime"},
+    "triton": {"_ops", "runtime"},
     "attention": {"runtime", "source", "reference"},
     "denoising": {"runtime", "reference"},
     "features": {"runtime", "reference"},

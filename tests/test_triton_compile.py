@@ -59,6 +59,9 @@ def test_every_kernel_was_compiled_for_every_architecture(table):
         expected = {f"attention D{D} bf16 {kind}" for D in TESTED for kind in ("dense", "gathered", "grouped")}
         expected |= {"attention D64 fp16 gathered", "attention D64 fp32 gathered", "attention D64 bf16 gathered warped"}
         expected |= {f"attention D{D} bf16 gathered biased" for D in (40, 64)}
+        kinds = ("ranged", "blocks shared")
+        expected |= {f"attention D{D} bf16 {kind}" for D in (64, 128) for kind in kinds}
+        expected |= {f"backward {part} D64 bf16 {kind}" for part in ("query", "source") for kind in kinds}
         expected |= {f"attention D{D} bf16 dense int8" for D in TESTED}
         expected |= {f"attention D64 bf16 {kind}" for kind in EIGHT_BIT_KINDS}
         expected |= {f"backward {part} D{D} bf16" for part in ("query", "source") for D in TESTED}

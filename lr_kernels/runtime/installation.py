@@ -23,6 +23,8 @@ def installed_elsewhere(folder: Path = PACKAGE) -> Path | None:
 
 def why_not_built(folder: Path = PACKAGE) -> str:
     """Why there is no `_C.so` in `folder`, and what to do."""
+    if (folder / "metadata.json").is_file():  # a kernel for Hugging Face's `kernels`
+        return f"this variant of the kernel, {folder.name}, is Python alone"
     if not is_source_folder(folder):
         return "the package was installed without its C++ extension (no compiler at build time)"
     installed = installed_elsewhere(folder)

@@ -4,6 +4,7 @@ An operator is one entry of `schemas.SCHEMAS`, a backend one entry of `BACKENDS`
 of "cpu", its CUDA part those of "cuda", `lr_kernels.triton` those of "triton".
 """
 
+import ctypes
 import importlib.util
 import json
 import warnings
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .._ops import add_op_namespace_prefix, ops
 from .installation import PACKAGE, why_not_built
 from .platform import interpreted
 from .schemas import OPERATORS_WITH_CUDA, SCHEMAS
@@ -88,7 +90,7 @@ def recorded_call(operator: str, backend: str, *arguments: Any) -> Any:
     return calls[operator](*arguments) if operator in calls else None
 
 
-_library = torch.library.Library("lr_kernels", "DEF")
+_library = torch.library.Library(ops.name, "DEF")
 _ops: dict[tuple[str, str], Callable[..., None]] = {}
 """The torch ops by operator and backend."""
 
@@ -96,15 +98,15 @@ for _backend, _about in BACKENDS.items():
     for _operator in _about.operators:
         _name = f"{_operator}_{_backend}"
         _library.define(_name + SCHEMAS[_operator], tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(f"lr_kernels::{_name}", lambda *args: None, lib=_library)
-        _ops[_operator, _backend] = getattr(torch.ops.lr_kernels, _name).default
+        torch.library.register_fake(add_op_namespace_prefix(_name), lambda *args: None, lib=_library)
+        _ops[_operator, _backend] = getattr(ops, _name).default
 
 _library.define(
     "multi_source_attention_flat_cuda("
     "Tensor[] tensors, int[] layout, "  # layout: which tensors they are, see FlatTensors in bindings/attention_sm90.h
     "float scale, bool return_lse) -> Tensor[]"  # out; lse; nothing of a call that it does not take
 )
-attention_flat_cuda = torch.ops.lr_kernels.multi_source_attention_flat_cuda.default
+attention_flat_cuda = ops.multi_source_attention_flat_cuda.default
 """multi_source_attention on the backend "cuda" with all tensors in one list, which costs the host least."""
 
 
@@ -127,8 +129,9 @@ def _load_extension(folder: Path) -> tuple[str | None, str | None]:
                 reasons.append("the package was installed without its CUDA C++ extension (no nvcc at build time)")
                 continue
             torch.ops.load_library(str(path))
+            ctypes.CDLL(str(path)).lr_kernels_register(ops.name.encode())
             reasons.append(None)
-        except OSError as error:
+        except (OSError, AttributeError) as error:  # not a library; one without lr_kernels_register
             reasons.append(f"the C++ extension does not load ({error}): {built_for}")
     return reasons[0], reasons[1]
 

@@ -8,6 +8,7 @@ import torch
 from triton import knobs
 from triton.runtime.jit import JITFunction
 
+from .._ops import ops
 from ..runtime.platform import interpreted
 from ..runtime.schemas import SCHEMAS
 from . import attention_replay
@@ -19,7 +20,7 @@ if not interpreted():
 RECORDED_CALLS = {} if interpreted() else {"multi_source_attention": attention_replay.Call}
 """By operator, the class of its recorded calls (see replay.py)."""
 
-_library = torch.library.Library("lr_kernels", "IMPL")
+_library = torch.library.Library(ops.name, "IMPL")
 
 _FILES = {
     "multi_source_attention": "attention",

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lr_kernels.interop import attend, refuse_unless_off, scaled_dot_product_attention
-from lr_kernels.runtime.checks import fail
+from .interop import attend, refuse_unless_off, scaled_dot_product_attention
+from .runtime.checks import fail
 
 
 class Attention(nn.Module):
