@@ -76,7 +76,10 @@ inline void read_key_lists(Call& call, const AttentionParams& p, AttentionSource
         const auto at = [&](const int64_t (&stride)[3]) { return c * stride[0] + r * stride[1] + h * stride[2]; };
         const int32_t* listed = s.key_count + at(s.count_stride);
         call.entries({"key_count", i}, listed, 1, 0, entries);
-        call.entries({"key_index", i}, s.key_index + at(s.index_stride), *listed, 0, entries - 1);
+        const int32_t* entry = s.key_index + at(s.index_stride);
+        call.entries({"key_index", i}, entry, *listed, 0, entries - 1);
+        // a shorter last block comes last: the kernel takes all others for whole
+        if (s.m % s.key_block) call.entries({"key_index", i}, entry, *listed - 1, 0, entries - 2);
       }
 }
 

@@ -174,6 +174,14 @@ IN_8_BITS = {"key": [BITS] * 2, "value": [BITS] * 2, "key_scale": [SCALE] * 2, "
         ({"key_block": [4, 1]}, r"key_index\[0\]: expected shape \(2, 1, 1, 2\), got \(2, 1, 1, 6\)"),
         ({"key_block": [1]}, "key_block: expected 2 entries, got 1"),
         (
+            {
+                "key_block": [4, 1],
+                "key_index": [int32([[[1, 0]]], [[[0, 1]]]), None],
+                "key_count": [int32([[2]], [[2]]), None],
+            },
+            r"key_index\[0\]: expected 0 to 0, got 1",
+        ),
+        (
             {"key_range": [None, int32([[0, 6]] * 5)]},
             r"key_range\[1\]: expected shape \(2 or 1, 6, 2\), got \(1, 5, 2\)",
         ),

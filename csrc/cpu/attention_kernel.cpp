@@ -191,14 +191,14 @@ class Attention {
     const bool first = !s.started;
     s.started = true;
 #if defined(__AMX_BF16__)
-    if constexpr (std::is_same_v<C, Bf16Tiles>)
-      return TileBlock(s, block, x.units, e, x.p, x.scores).attend(first);
-    else
+    if constexpr (std::is_same_v<C, Bf16Tiles>) TileBlock(s, block, x.units, e, x.p, x.scores).attend(first);
 #endif
-        if (block.biased)
-      return attend_block<C, true>(s, block, x.units, e, x.p, first);
-    else
-      return attend_block<C, false>(s, block, x.units, e, x.p, first);
+    if constexpr (!std::is_same_v<C, Bf16Tiles>) {
+      if (block.biased)
+        attend_block<C, true>(s, block, x.units, e, x.p, first);
+      else
+        attend_block<C, false>(s, block, x.units, e, x.p, first);
+    }
   }
 
   // The part of a block that the queries of a slice see. start: the place of the block's first key.
@@ -392,8 +392,8 @@ void attend(const AttentionParams& p, const Parallel& parallel) {
   using C = ProductsOf<S>;
   int64_t keys = 0;
   for (int i = 0; i < p.sources; ++i) keys += p.source[i].m;
-  const bool tiny =
-      p.b * p.n * p.h * std::max(p.d, p.e) * keys < (1 << 18);  // a second thread would cost more than it brings
+  // a second thread would cost more than it brings
+  const bool tiny = p.b * p.n * p.h * std::max(p.d, p.e) * keys < (1 << 18);
   const int threads = tiny ? 1 : parallel.threads;
   const size_t slice_bytes = Scratch<S, C>::slice_bytes(int(p.d), int(p.e), p.softmax_groups > 1);
   int slices = std::clamp<int>(kTileBytes / slice_bytes, 1, kMaxSlices);

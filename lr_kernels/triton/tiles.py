@@ -97,7 +97,7 @@ _HOPPER = (  # 4 warps of 128 x 64 leave room for 2 programs per SM up to D 64; 
 _BLACKWELL = (  # sm_100: tcgen05 keeps accumulators in tensor memory, the scores still pass through registers
     Tiles(64, (64, 0), _B, _B, _B, _B),
     Tiles(80, (64, 16), _B, _B, _B, _C),
-    Tiles(128, (128, 0), _B, _C, _C, _D),  # gathered at 128 x 64: 16 spills
+    Tiles(128, (128, 0), _B, _C, _C, _D, eight_bit=_H),  # gathered at 128 x 64: 16 spills; int8 with 3 stages: 56
     Tiles(159, (128, 32), (128, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), _E),  # dense, 3 stages: 18 spills
     Tiles(160, (128, 32), _C, (64, 32, 8, 2), (64, 32, 8, 2), _E),  # gathered at 128 x 32, 3 stages: 4 spills
     Tiles(192, (128, 64), _D, _E, _E, (32, 64, 8, 3)),
