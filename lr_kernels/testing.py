@@ -113,7 +113,7 @@ CASES = (
 
 ORDERED_CASES = (
     AttentionCase("causal", keys=(70,), rows=(None,), order=("causal",), head_dim=64),
-    AttentionCase("causal-long", batch=1, queries=400, keys=(420,), rows=(None,), order=("causal",), head_dim=32),
+    AttentionCase("causal-long", batch=1, queries=200, keys=(220,), rows=(None,), order=("causal",), head_dim=32),
     AttentionCase("prefix-causal", keys=(70, 45), order=("prefix", None)),
     AttentionCase("window-masked", visible=0.6, keys=(90, 45), order=("window", "causal"), key_bias=True),
     AttentionCase("packed-groups", groups=2, keys=(70, 64), order=("packed", "shrinking"), head_dim=80),
@@ -122,7 +122,7 @@ ORDERED_CASES = (
     AttentionCase(
         "blocks-of-heads-masked", heads=4, visible=0.7, keys=(130, 45, 33), rows=(None, 1, 1), blocks=(16, 32)
     ),
-    AttentionCase("blocks-causal", queries=200, keys=(200,), rows=(None,), blocks=(50, 8), order=("causal",)),
+    AttentionCase("blocks-causal", queries=120, keys=(120,), rows=(None,), blocks=(50, 8), order=("causal",)),
     AttentionCase("values-wider", value_dim=72, head_dim=40, order=("causal", None)),
     AttentionCase("values-narrower", value_dim=16, head_dim=80, visible=0.5, key_heads=(1, 2)),
     AttentionCase(

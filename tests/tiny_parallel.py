@@ -387,7 +387,7 @@ def last_velocity(pipe, run):
 def documented_script():
     """The script of docs/attention-backend.md, for a group of processes and a card that are there already."""
     page = (Path(__file__).parent.parent / "docs" / "attention-backend.md").read_text()
-    (script,) = re.findall(r"^```py\n(.*?)^```", page, flags=re.M | re.S)
+    (script,) = re.findall(r"^```py\n(import os\n.*?)^```", page, flags=re.M | re.S)
     pipe = small_flux_pipeline()
     pipe.to = lambda device: pipe
     with (
