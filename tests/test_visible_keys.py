@@ -144,13 +144,16 @@ def test_gradients_of_shared_keys_are_the_sums_over_their_heads():
     leaves = [x.float().requires_grad_() for x in (q, k, v)]
     out = multi_source_attention(leaves[0], [Source(*leaves[1:], key_range=causal(70))])
     grads = torch.autograd.grad(out.square().sum(), leaves)
-    exact = [x.requires_grad_() for x in (q, k, v)]
     mask = torch.ones(70, 70, dtype=torch.bool).tril()
-    wide = [x.repeat_interleave(3, 2).transpose(1, 2) for x in exact[1:]]
-    expected = F.scaled_dot_product_attention(exact[0].transpose(1, 2), *wide, mask)
-    for found, true in zip(grads, torch.autograd.grad(expected.square().sum(), exact)):
-        assert found.shape == true.shape
-        torch.testing.assert_close(found.double(), true, rtol=1e-4, atol=1e-5)
+
+    def by_pytorch(dtype):
+        given = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        wide = [x.repeat_interleave(3, 2).transpose(1, 2) for x in given[1:]]
+        expected = F.scaled_dot_product_attention(given[0].transpose(1, 2), *wide, mask)
+        return torch.autograd.grad(expected.square().sum(), given)
+
+    for found, low, exact in zip(grads, by_pytorch(torch.float32), by_pytorch(torch.float64)):
+        assert_matches(found, low, exact)
 
 
 MASK, BLOCKS = torch.ones(1, 70, dtype=torch.bool), torch.ones(1, 1, 3, 5, dtype=torch.bool)

@@ -13,7 +13,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <numeric>
 #include <vector>
 
 #include "cpu/attention_block.h"
@@ -83,7 +82,7 @@ struct Scratch {
           arena.take(keys, size_t(kBlockKeys + kKeyTile) * d);
           arena.take(values, size_t(kBlockKeys + kKeyTile) * e);
           arena.take(bias, kBlockKeys + kKeyTile);
-          arena.take(ranges, 2 * kTileQueries);
+          arena.take(ranges, TileRanges::kRoom * kTileSlices);
         },
         thread_buffer);
   }
@@ -436,6 +435,12 @@ std::vector<BatchRow> join_batch_rows(const AttentionBackwardParams& g) {
   return rows;
 }
 
+int64_t least_common_multiple(int64_t a, int64_t b) {
+  int64_t multiple = a;
+  while (multiple % b) multiple += a;
+  return multiple;
+}
+
 template <class S>
 void backward(const AttentionBackwardParams& g, const Parallel& parallel) {
   const std::vector<BatchRow> rows = join_batch_rows(g);
@@ -446,7 +451,7 @@ void backward(const AttentionBackwardParams& g, const Parallel& parallel) {
     std::atomic<int64_t> next{0};
   } job{g, rows};
   for (int i = 0; i < g.forward.sources; ++i)
-    job.heads = std::lcm(job.heads, int64_t(g.forward.source[i].heads_per_key_head));
+    job.heads = least_common_multiple(job.heads, g.forward.source[i].heads_per_key_head);
   auto worker = [](void* context, int64_t) {
     Job& job = *static_cast<Job*>(context);
     const Backward<S> backward(job.g);

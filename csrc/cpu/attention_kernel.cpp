@@ -109,7 +109,7 @@ struct Scratch {
           arena.take(bias, C::kBlock + C::kKeys);
           arena.take(factor, kSlice);
           arena.take(scores, std::is_same_v<C, Bf16Tiles> ? 2 * C::kKeys * kSlice : 0);
-          arena.take(ranges, 2 * slices.size() * kSlice);
+          arena.take(ranges, TileRanges::kRoom * slices.size());
           arena.take(room, size_t(std::is_same_v<C, Bf16Tiles> ? C::kKeys : C::kPack) * row);
           for (Slice<C>& s : slices) {
             arena.take(s.query, size_t(units) * kSlice);

@@ -3,7 +3,6 @@
 #pragma once
 #include <algorithm>
 #include <cfloat>
-#include <climits>
 #include <cmath>
 
 #include "cpu/attention_block.h"
@@ -180,30 +179,41 @@ struct VisibleKeys {
 // Which visible keys of a source each query of a tile sees by its entry of key_range.
 class TileRanges {
  public:
-  // room: 2 · kSlice numbers for each slice of a tile.
-  TileRanges(int32_t* room, int slices) : first_(room), last_(room + slices * kSlice) {}
+  static constexpr int kRoom = 2 * kSlice + 4;  // numbers for each slice of a tile
+
+  // room: [slices, kRoom]
+  TileRanges(int32_t* room, int slices)
+      : first_(room), last_(first_ + slices * kSlice), of_slices_(last_ + slices * kSlice) {}
 
   template <class S>
   void read(const AttentionParams& p, const QueryTile& tile, const AttentionSource& source,
             const VisibleKeys<S>& keys) {
     const TileOrder order(p, tile);
     const int32_t* ranges = source.key_range + tile.b * source.range_stride;
-    for (int i = 0; i < tile.slices() * kSlice; ++i) {  // lanes past the end of the tile repeat its last query
-      const Places seen = keys.places_of(ranges + 2 * order(std::min(i, tile.count - 1)));
-      first_[i] = seen.empty() ? INT32_MAX : int32_t(seen.first);
-      last_[i] = seen.empty() ? 0 : int32_t(seen.last);
+    for (int s = 0; s < tile.slices(); ++s) {
+      int32_t least[2] = {INT32_MAX, INT32_MAX}, most[2] = {0, 0};  // of the first places, of the last ones
+      for (int i = s * kSlice; i < (s + 1) * kSlice; ++i) {  // lanes past the end of the tile repeat its last query
+        const Places seen = keys.places_of(ranges + 2 * order(std::min(i, tile.count - 1)));
+        first_[i] = seen.empty() ? INT32_MAX : int32_t(seen.first);
+        last_[i] = seen.empty() ? 0 : int32_t(seen.last);
+        least[0] = std::min(least[0], first_[i]), most[0] = std::max(most[0], first_[i]);
+        least[1] = std::min(least[1], last_[i]), most[1] = std::max(most[1], last_[i]);
+      }
+      int32_t* x = of_slices_ + s * 4;
+      x[0] = least[0], x[1] = most[0], x[2] = least[1], x[3] = most[1];
     }
   }
   // The places from the first that some query of these slices sees to the last.
   Places hull(int slice, int slices) const {
-    const int from = slice * kSlice, to = (slice + slices) * kSlice;
-    return {*std::min_element(first_ + from, first_ + to), *std::max_element(last_ + from, last_ + to)};
+    Places all{INT32_MAX, 0};
+    for (const int32_t* x = of_slices_ + slice * 4; x < of_slices_ + (slice + slices) * 4; x += 4)
+      all = {std::min<int64_t>(all.first, x[0]), std::max<int64_t>(all.last, x[3])};
+    return all;
   }
   // Whether each query of a slice sees all these places.
   bool whole(int slice, const Places& places) const {
-    const int from = slice * kSlice, to = from + kSlice;
-    return *std::max_element(first_ + from, first_ + to) <= places.first &&
-           *std::min_element(last_ + from, last_ + to) >= places.last;
+    const int32_t* x = of_slices_ + slice * 4;
+    return x[1] <= places.first && x[2] >= places.last;
   }
   // What each query of a slice sees of `count` keys from place `start` on, as numbers for lanes.
   LaneRange lanes(int slice, int64_t start, int count, float (&first)[kSlice], float (&last)[kSlice]) const {
@@ -216,6 +226,7 @@ class TileRanges {
 
  private:
   int32_t *first_, *last_;  // [slices, kSlice]
+  int32_t* of_slices_;      // [slices, 4] smallest and largest of first_, smallest and largest of last_
 };
 
 }  // namespace

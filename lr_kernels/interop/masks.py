@@ -100,9 +100,8 @@ _remembered = _Remembered()
 def _with_plan(parts: MaskParts) -> MaskParts:
     if parts.key_mask is None and parts.key_groups is None:
         return parts
-    classes = None if parts.query_groups is None else [0, *(1 << i for i in range(_MAX_GROUPS))]
     groups = None if parts.key_groups is None else [parts.key_groups]
-    return parts._replace(plan=plan_attention([parts.key_mask], groups, parts.query_groups, query_classes=classes))
+    return parts._replace(plan=plan_attention([parts.key_mask], groups, parts.query_groups))
 
 
 def _of_keys(mask: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> MaskParts:

@@ -56,14 +56,14 @@ class Ulysses(NamedTuple):
         """This card's heads of a source with all of them: views, without communication."""
         share = source.key.shape[2] // self.degree
 
-        def own(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.narrow(2, self.rank * share, share)
+        def own(x: Tensor) -> Tensor:
+            return x.narrow(2, self.rank * share, share)
 
         return source._replace(
-            key=source.key.narrow(2, self.rank * share, share),
-            value=source.value.narrow(2, self.rank * share, share),
-            key_scale=own(source.key_scale),
-            value_scale=own(source.value_scale),
+            key=own(source.key),
+            value=own(source.value),
+            key_scale=None if source.key_scale is None else own(source.key_scale),
+            value_scale=None if source.value_scale is None else own(source.value_scale),
         )
 
 
