@@ -95,7 +95,7 @@ def _build(case: Case, target: Target) -> list[Problem]:
         plan = plan_attention([inputs.mask], [inputs.groups], inputs.query_groups, query_classes=case.classes or None)
         index, count = plan.key_index[0], plan.key_count[0]
         assert index is not None and count is not None
-        return index, count, plan.query_order
+        return index[:, :, 0], count[..., 0], plan.query_order
 
     def error(name: str, result: tuple) -> float:
         keys, order = result if name == "nonzero" else (_ragged(*result[:2]), result[2])
