@@ -177,7 +177,7 @@ def window(layer: Layer, dtype: str, target: Target) -> Case:
     mask = ((place <= place[:, None]) & (place > place[:, None] - size))[None, None]
     return Case(
         op="window",
-        model=f"the last {size} of them",
+        model=f"the last {size} keys up to the query's own place",
         visible=f"{int(mask.sum()) / mask.numel():.0%}",
         **tensors,
         fields=dict(key_range=ranges),
