@@ -34,6 +34,8 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks --cases attention backward --flex --scaling --csv benchmarks/results/cpu.csv
 	$(BIN)/python -m benchmarks --cases operators --csv benchmarks/results/operators.csv
 	$(BIN)/python -m benchmarks --cases references backend --repeats 15 --csv benchmarks/results/transformers.csv
+	$(BIN)/python -m benchmarks --cases masks --repeats 9 --csv benchmarks/results/masks.csv
+	$(BIN)/python -m benchmarks.many --csv benchmarks/results/many.csv
 	$(BIN)/python -m benchmarks.eight_bit --csv benchmarks/results/eight_bit.csv
 	$(BIN)/python -m benchmarks --cases sweep --csv benchmarks/results/scaling.csv
 	$(BIN)/python -m benchmarks.plots

@@ -2,8 +2,9 @@
 
 Cases: attention (self-attention of a retouch step in the layers of SD1.5 and SDXL), backward (training through it),
 each other operator by its name, or all of them as "operators", references (cached references of a transformer),
-backend (diffusers' attention backend, alone and in whole models), retouch (all self-attention of a retouch step of
-SD1.5), unet (that whole step: ten minutes), sweep (time over tokens, visible share and sources, for the plot).
+backend (diffusers' attention backend, alone and in whole models), masks (causal order, a window, blocks, padding,
+grouped heads), retouch (all self-attention of a retouch step of SD1.5), unet (that whole step: ten minutes), sweep
+(time over tokens, visible share and sources, for the plot).
 """
 
 import argparse
@@ -18,10 +19,10 @@ require("bench", "tqdm")
 
 from tqdm import tqdm
 
-from . import attention, backend, backward, harness, operators, references, retouch, sweep, table
+from . import attention, backend, backward, harness, masks, operators, references, retouch, sweep, table
 from .target import Target
 
-CASES = ("attention", "backward", *operators.SMALL, "references", "backend", "retouch", "unet", "sweep")
+CASES = ("attention", "backward", *operators.SMALL, "references", "backend", "masks", "retouch", "unet", "sweep")
 FLEX_LAYERS = ("sd32", "xl32")
 SMALL_LAYERS = ("sd32", "sd16", "xl32")
 SWEEP_REPEATS = 3
@@ -77,6 +78,8 @@ def groups(options: argparse.Namespace) -> list[tuple[Callable[[], list[harness.
         rounds += [(build, options.repeats) for build in references.problems(options.dtypes)]
     if "backend" in options.cases:
         rounds += [(build, options.repeats) for build in backend.problems(options.dtypes)]
+    if "masks" in options.cases:
+        rounds += [(build, options.repeats) for build in masks.problems(options.dtypes)]
     if "retouch" in options.cases:
         rounds += [(build, min(SWEEP_REPEATS, options.repeats)) for build in retouch.problems(options.dtypes)]
     if "unet" in options.cases:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from lr_kernels import Source, multi_source_attention, plan_attention, reference
 
@@ -93,22 +93,26 @@ def naive(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Ten
     return torch.einsum("bhnm,bmhd->bnhd", scores.softmax(-1), value)
 
 
-class Flex:
-    """FlexAttention, compiled, with a block mask over the concatenated keys where some are hidden."""
+def block_mask_of_keys(visible: Tensor, queries: int) -> BlockMask:
+    """FlexAttention's form of a mask bool (1, M) of the concatenated keys."""
+    hidden_or_not, device = visible[0], visible.device.type
+    return create_block_mask(
+        lambda b, h, q, kv: hidden_or_not[kv], None, None, queries, visible.shape[1], device=device
+    )
 
-    def __init__(self, queries: int, visible: Tensor | None, keys: int, device: str = "cpu") -> None:
-        self.block_mask = None
-        if visible is not None:
-            hidden_or_not = visible[0]
-            self.block_mask = create_block_mask(
-                lambda b, h, q, kv: hidden_or_not[kv], None, None, queries, keys, device=device
-            )
+
+class Flex:
+    """FlexAttention, compiled, with a block mask where keys are hidden; keys and values may have fewer heads."""
+
+    def __init__(self, block_mask: BlockMask | None) -> None:
+        self.block_mask = block_mask
         torch._dynamo.reset()  # a recompilation too many would silently run uncompiled
         self.compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         try:
-            out = self.compiled(*map(heads_first, (query, key, value)), block_mask=self.block_mask)
+            options = dict(block_mask=self.block_mask, enable_gqa=query.shape[2] != key.shape[2])
+            out = self.compiled(*map(heads_first, (query, key, value)), **options)
         except Exception as error:  # whatever its compiler cannot do on this machine
             raise NotRun(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}") from error
         return heads_first(out)
@@ -157,7 +161,7 @@ def problem(
     if with_naive:
         contenders["naive"] = Contender(lambda: naive(*joined(), wide))
     if with_flex:
-        flex = Flex(tokens, dense if masked else None, dense.shape[1])
+        flex = Flex(block_mask_of_keys(dense, tokens) if masked else None)
         contenders["FlexAttention"] = Contender(lambda: flex(*joined()))
     if with_one_thread and not masked:
         contenders[f"{OURS}, 1 thread"] = Contender(ours, threads=1)

@@ -1,9 +1,10 @@
 """`python -m benchmarks.gpu PART … --out FOLDER`: the kernels on a GPU against what is used there today.
 
 Parts: attention (a retouch step's self-attention), rows (one reference read by 1, 4 and 16 rows), lse (also returned),
-backward, references (cached ones of a transformer), layer, unet (gpu_unet.py), operators (all others), ceilings (what
-the card's copies and products reach). Each writes FOLDER/PART.csv, a row per contender; who cannot run is there with
-the reason. With --dry the same code runs on a CPU at toy sizes, kernels interpreted, and nothing is timed.
+backward, references (cached ones of a transformer), masks (causal order, windows, blocks, padding, grouped heads),
+layer, unet (gpu_unet.py), operators (all others), ceilings (what the card's copies and products reach). Each writes
+FOLDER/PART.csv, a row per contender; who cannot run is there with the reason. With --dry the same code runs on a CPU at
+toy sizes, kernels interpreted, and nothing is timed.
 
 ms is the GPU's own time: the calls are enqueued behind a kernel that waits, so that how long Python takes does not
 count; host_us is how long the call itself took. ours_is_faster is relative to the row of the contender lr_kernels, in
@@ -31,7 +32,7 @@ from lr_kernels import Source, multi_source_attention
 from lr_kernels.info import versions
 
 from . import attention as layers
-from . import gpu_peers, gpu_unet, operators
+from . import gpu_masks, gpu_peers, gpu_unet, operators
 from . import references as cached
 from .gpu_attention import BACKENDS, ONE_CALL, Case, contenders
 from .harness import OURS, NotRun, Problem, commit
@@ -247,9 +248,9 @@ def backward(timer: Timer) -> Iterator[dict[str, str]]:
             yield from attention_case(layer, "bf16", visible, 2, timer, training=True)
 
 
-def rows_of(problem: Problem, timer: Timer) -> Iterator[dict[str, str]]:
+def rows_of(problem: Problem, timer: Timer, visible: str = "") -> Iterator[dict[str, str]]:
     about = {key: getattr(problem, key) for key in ("op", "layer", "model", "shape", "dtype")}
-    about |= {"visible": "", "rows": ""}
+    about |= {"visible": visible, "rows": ""}
     calls = {name: contender.call for name, contender in problem.contenders.items()}
     with torch.no_grad():
         yield from compare(about, problem.flops, calls, problem.error, timer)
@@ -268,9 +269,15 @@ def references(timer: Timer) -> Iterator[dict[str, str]]:
         yield from rows_of(cached.layer(count, "bf16", ONE_CALL, part=part, device=DEVICE, backend=backend), timer)
 
 
+def masks(timer: Timer) -> Iterator[dict[str, str]]:
+    for build in gpu_masks.builders(TARGET):
+        problem = build()
+        yield from rows_of(problem, timer, problem.visible)
+
+
 PARTS = {
     "ceilings": ceilings, "attention": attention, "rows": rows, "lse": lse, "backward": backward,
-    "references": references,
+    "references": references, "masks": masks,
     "layer": of_unet(gpu_unet.layer), "unet": of_unet(gpu_unet.unet), "operators": small_operators,
 }  # fmt: skip
 

@@ -186,8 +186,7 @@ def contenders(case: Case, *, with_flex: bool = False) -> dict[str, Callable[[],
         )
     found["xformers"] = lambda: by_xformers(*case.joined(), case.mask)
     if with_flex:
-        mask, keys = case.visible if case.masked else None, case.visible.shape[1]
-        flex = layers.Flex(case.layer.tokens, mask, keys, case.query.device.type)
+        flex = layers.Flex(layers.block_mask_of_keys(case.visible, case.layer.tokens) if case.masked else None)
         found["FlexAttention"] = lambda: flex(*case.joined())
     if case.layer.tokens <= NAIVE_UP_TO:
         found["naive"] = lambda: layers.naive(*case.joined(), case.mask)

@@ -41,12 +41,22 @@ def library(module: str) -> ModuleType:
         raise NotRun(f"{WHEELS[module]}: {type(error).__name__}: {error}") from error
 
 
-def fa3(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    return library("fa3_fwd_interface").flash_attn_func(query, key, value)
+def fa3(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    """options: causal, window_size (keys to the left, keys to the right)."""
+    return library("fa3_fwd_interface").flash_attn_func(query, key, value, **options)
 
 
-def fa4(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    return library("flash_attn.cute").flash_attn_func(query, key, value)[0]
+def fa4(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    return library("flash_attn.cute").flash_attn_func(query, key, value, **options)[0]
+
+
+def fa3_padded(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor) -> Tensor:
+    """lengths: int32 (B,), how many of its first keys each row sees."""
+    return library("fa3_fwd_interface").flash_attn_with_kvcache(query, key, value, cache_seqlens=lengths)
+
+
+def fa4_padded(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor) -> Tensor:
+    return library("flash_attn.cute").flash_attn_varlen_func(query, key, value, seqused_k=lengths)[0]
 
 
 class KeyList(NamedTuple):

@@ -14,7 +14,7 @@ from matplotlib import pyplot as plt
 
 from .harness import OURS
 
-PARTS = ("ceilings", "attention", "rows", "lse", "backward", "references", "layer", "unet", "operators")
+PARTS = ("ceilings", "attention", "rows", "lse", "backward", "references", "masks", "layer", "unet", "operators")
 COLUMNS = ("ms", "tflops", "host_us", "eager_ms", "peak_mib", "ours_is_faster", "error")
 ACROSS = 4
 """Panels in a line."""

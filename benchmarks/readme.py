@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from .harness import OURS
+from .mask_cases import ALL_KEYS
 from .table import BF16_PAYS
 from .target import FLOOR
 
@@ -174,6 +175,47 @@ def retouch_table() -> str:
     return "\n".join([*lines, "", f"{about}one process. {BF16_PAYS}"])
 
 
+BASELINES = ("SDPA", "SDPA + mask", "native")
+"""What the cases of masks are compared with first: SDPA, which is diffusers' native backend too."""
+
+
+def masks_table() -> str:
+    """Causal order, windows, blocks, padding and grouped heads on the CPU."""
+    with (RESULTS / "masks.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    cases: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
+    for row in rows:
+        key = tuple(row[name] for name in ("op", "model", "shape", "visible", "dtype"))
+        cases.setdefault(key, {})[row["contender"]] = row
+    lines = [
+        "| what a query sees | queries × heads × head_dim | dtype | ms "
+        "| visible keys: time ÷ that with all keys | vs SDPA | vs the fastest other | extra memory: ours / SDPA |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for (op, model, shape, visible, dtype), found in cases.items():
+        ours, stock = found[OURS], next(found[name] for name in BASELINES if name in found)
+        peers = [r for n, r in found.items() if r["ms"] and not n.startswith(OURS) and not n.endswith(ALL_KEYS)]
+        others = [r for r in peers if r is not stock]
+        whole, share, other = found.get(OURS + ALL_KEYS), "–", "–"
+        if whole:
+            share = f"{visible}: {1 / float(whole['ours_is_faster']):.2f}"
+        if others:
+            best = strongest(others, "")
+            other = f"{best['ours_is_faster']}× ({best['contender']})"
+        lines.append(
+            f"| {op}: {model} | {shape.replace('x', ' × ')} | {dtype} | {ours['ms']} | {share} "
+            f"| {stock['ours_is_faster']}× | {other} | {ours['peak_mib']} / {stock['peak_mib']} MiB |"
+        )
+    backends = [r for r in rows if r["op"] == "padding" and ", " not in r["contender"] and r["contender"] != OURS]
+    every = dict.fromkeys(r["contender"] for r in backends)
+    ran = dict.fromkeys(r["contender"] for r in backends if r["ms"])
+    text = f"{about_cpu(rows[0])}: medians of interleaved rounds, and of the ratios of each round. "
+    text += "Padding goes through diffusers' dispatch, against its default backend, which is SDPA. "
+    text += f"Backends that take its mask on this machine: {', '.join(f'`{name}`' for name in ran)}; masks.csv says of "
+    text += f"the {len(every) - len(ran)} others why they do not run. {BF16_PAYS}"
+    return "\n".join([*lines, "", text])
+
+
 STAGE_COLUMNS = {
     "identity": "identity ↑",
     "histogram": "colour histogram ↑",
@@ -249,6 +291,26 @@ def method_table() -> str:
     m = report["of"]
     about = f"{m['images']} images a stage, {len(m['seeds'])} seeds, position spread as a fraction of the image side; "
     return "\n".join([*lines, "", about + f"{m['isa']}, torch {m['torch']}, commit {m['commit']}."])
+
+
+def many_table() -> str:
+    """A run of `generate` in one process and in two."""
+    with (RESULTS / "many.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    lines = ["| processes | seconds of drawing | of the whole command | drawing, times as fast | command |"]
+    lines.append("|---|---|---|---|---|")
+    for r in rows:
+        times = f"{r['drawing_as_fast']}× | {r['command_as_fast']}×"
+        lines.append(f"| {r['processes']} | {r['seconds_drawing']} | {r['seconds_command']} | {times} |")
+    m = rows[0]
+    text = (
+        f"{m['device']} ({m['isa']}), torch {m['torch']}, commit {m['commit']}: {m['images']} images of the toy model "
+    )
+    text += (
+        f"by the method, {m['steps']} steps, one thread for each process, medians of {m['rounds']} rounds that take "
+    )
+    text += f"turns. The files of all runs are byte-identical: {m['byte_identical']}."
+    return "\n".join([*lines, "", text])
 
 
 def price_table() -> str:
@@ -349,6 +411,7 @@ def backend_table() -> str:
 TABLES = {
     "attention": attention_table,
     "operators": operators_table,
+    "masks": masks_table,
     "retouch": retouch_table,
     "gpu": gpu_table,
     "step": step_table,
@@ -362,6 +425,7 @@ PAGES = {
     "README.md": TABLES,
     "docs/references.md": {"references": references_table, "eight bits": eight_bits_table},
     "docs/attention-backend.md": {"backend": backend_table},
+    "docs/many-prompts.md": {"many": many_table},
 }
 
 

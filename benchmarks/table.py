@@ -42,7 +42,8 @@ def _line(key: tuple[str, ...], rows: list[dict[str, str]]) -> tuple[str, ...]:
     ours, peers = rows[0], rows[1:]
     assert ours["contender"] == OURS
     name = f"{op} {layer}" + (f" {shape}, {model}" if layer not in (shape, "") else f" ({model})")
-    case = f"{name}, {dtype}, {visible}" if op in ("attention", "attention backend", "sweep") else f"{name}, {dtype}"
+    shown = visible != "100%" or op in ("attention", "attention backend", "sweep")
+    case = f"{name}, {dtype}, {visible}" if shown else f"{name}, {dtype}"
     figures = [ours[c] for c in ("ms", "gflops", "percent_of_peak", "peak_mib", "error_vs_sdpa", "time_vs_share")]
     notes = [f"not run: {ours['not_run']}"] if ours["not_run"] else []
     for row in peers:

@@ -12,7 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import gpu, gpu_attention, gpu_peers, harness, operators, readme, table
+from benchmarks import (
+    gpu,
+    gpu_attention,
+    gpu_masks,
+    gpu_peers,
+    harness,
+    mask_cases,
+    operators,
+    readme,
+    table,
+)
 from benchmarks.attention import VISIBLE, Layer
 from benchmarks.gpu_attention import Case, contenders
 from benchmarks.harness import OURS, Contender, NotRun, Problem
@@ -52,9 +62,9 @@ def test_rows_table_and_csv(tmp_path):
 
 
 def test_captions_of_cpu_tables_name_the_instruction_set_and_say_when_bf16_pays():
-    for name in ("attention", "operators", "retouch", "price"):
+    for name in ("attention", "operators", "masks", "retouch", "price"):
         assert re.search(r"\((baseline|avx2|avx512|avx512bf16|amx)\), \d+ threads", readme.TABLES[name]()), name
-    for text in (readme.attention_table(), readme.retouch_table(), table.markdown(*one_row())):
+    for text in (readme.attention_table(), readme.masks_table(), readme.retouch_table(), table.markdown(*one_row())):
         assert "bf16 pays where the processor multiplies it (avx512bf16, amx)" in text
 
 
@@ -99,7 +109,7 @@ def test_the_gpu_script_runs_dry(tmp_path):
     """Without a GPU, at toy sizes: every contender is called, nothing is timed, and the CSV says so."""
     root = Path(__file__).parent.parent
     environment = {**os.environ, "OUT": str(tmp_path), "PYTHON": sys.executable}
-    ran = ("tests", "ceilings", "lse", "references", "layer", "unet", "tiles", "operators", "report")
+    ran = ("tests", "ceilings", "lse", "references", "masks", "layer", "unet", "tiles", "operators", "report")
     command = [str(root / "benchmarks" / "gpu_run.sh"), "--dry", *ran, "sanitizer"]
     subprocess.run(command, env=environment, check=True, capture_output=True)
     with (tmp_path / "parts.csv").open() as file:
@@ -156,17 +166,30 @@ def test_compiled_peers_are_among_the_contenders_where_wanted():
 TOY = Layer("toy", "toy", 70, 2, 40)
 
 
-def plain_attention(query, key, value):
-    """(N, H, D), (M, H, D) -> out (N, H, D), lse (H, N)"""
+def plain_attention(query, key, value, causal=False, window_size=(-1, -1)):
+    """(N, H, D), (M, H or fewer, D) -> out (N, H, D), lse (H, N)"""
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     scores = torch.einsum("nhd,mhd->hnm", query.float(), key.float()) * query.shape[-1] ** -0.5
+    before = torch.arange(len(query))[:, None] - torch.arange(len(key)) + len(key) - len(query)
+    hidden = causal & (before < 0)
+    if window_size[0] >= 0:
+        hidden = hidden | (before > window_size[0])
+    scores = scores.masked_fill(hidden, -torch.inf)
     out = torch.einsum("hnm,mhd->nhd", scores.softmax(-1), value.float())
     return out.to(query.dtype), scores.logsumexp(-1)
 
 
-def plain_flash(query, key, value):
+def plain_flash(query, key, value, **order):
     """FlashAttention in plain PyTorch: out (B, N, H, D), lse (B, H, N)"""
     assert len(query) == len(key) == len(value)
-    outs, lses = zip(*map(plain_attention, query, key, value))
+    outs, lses = zip(*(plain_attention(*row, **order) for row in zip(query, key, value)))
+    return torch.stack(outs), torch.stack(lses)
+
+
+def plain_padded_flash(query, key, value, lengths):
+    """The same over the first keys of each row."""
+    rows = zip(query, key, value, lengths, strict=True)
+    outs, lses = zip(*(plain_attention(q, k[: int(n)], v[: int(n)]) for q, k, v, n in rows))
     return torch.stack(outs), torch.stack(lses)
 
 
@@ -182,24 +205,28 @@ def plain_paged_flash(query, key_pages, value_pages, page_table, lengths):
 
 
 def plain_fa3():
-    def flash_attn_func(q, k, v, *, return_attn_probs=False):
-        out, lse = plain_flash(q, k, v)
+    def flash_attn_func(q, k, v, *, causal=False, window_size=(-1, -1), return_attn_probs=False):
+        out, lse = plain_flash(q, k, v, causal=causal, window_size=window_size)
         return (out, lse) if return_attn_probs else out
 
-    def flash_attn_with_kvcache(q, k_cache, v_cache, *, cache_seqlens, page_table, return_softmax_lse):
-        assert return_softmax_lse
+    def flash_attn_with_kvcache(q, k_cache, v_cache, *, cache_seqlens, page_table=None, return_softmax_lse=False):
+        assert return_softmax_lse == (page_table is not None)
+        if page_table is None:
+            return plain_padded_flash(q, k_cache, v_cache, cache_seqlens)[0]
         return (*plain_paged_flash(q, k_cache, v_cache, page_table, cache_seqlens), torch.empty(0), torch.empty(0))
 
     return dict(flash_attn_func=flash_attn_func, flash_attn_with_kvcache=flash_attn_with_kvcache)
 
 
 def plain_fa4():
-    def flash_attn_func(q, k, v, *, return_lse=False):
-        out, lse = plain_flash(q, k, v)
+    def flash_attn_func(q, k, v, *, causal=False, window_size=(-1, -1), return_lse=False):
+        out, lse = plain_flash(q, k, v, causal=causal, window_size=window_size)
         return out, lse if return_lse else None
 
-    def flash_attn_varlen_func(q, k, v, *, page_table, seqused_k, return_lse):
-        assert return_lse
+    def flash_attn_varlen_func(q, k, v, *, seqused_k, page_table=None, return_lse=False):
+        assert return_lse == (page_table is not None)
+        if page_table is None:
+            return plain_padded_flash(q, k, v, seqused_k)[0], None
         return plain_paged_flash(q, k, v, page_table, seqused_k)
 
     return dict(flash_attn_func=flash_attn_func, flash_attn_varlen_func=flash_attn_varlen_func)
@@ -371,6 +398,18 @@ def test_gpu_peers_of_attention_are_right_where_their_libraries_are(libraries, v
         for name in ("per source + FA3", "per source + FA4"):
             with pytest.raises(NotRun, match="backward"):
                 calls[name]()
+
+
+def test_gpu_peers_of_masks_are_right_where_their_libraries_are(libraries):
+    target, ran = Target(toy=True, compiles=False), set()
+    for build in (mask_cases.causal, mask_cases.window, mask_cases.blocks, mask_cases.padding, mask_cases.grouped):
+        more = {mask_cases.padding: (2048, "30, 60, 90, 100%"), mask_cases.grouped: (4096, 4)}.get(build, ())
+        case = build(gpu_masks.WIDE, "bf16", target, *more)
+        calls, problem = gpu_masks.contenders(case, target), case.problem("bf16", {})
+        for name in calls.keys() & {"FA3", "FA4", "FA3, lengths", "FA4, lengths"}:
+            assert problem.error(name, calls[name]()) < 0.01
+            ran.add((case.op, name[:3]))
+    assert ran == {(op, name) for op in ("causal", "window", "padding", "grouped heads") for name in ("FA3", "FA4")}
 
 
 def test_cudnn_builds_a_graph_once_per_layout_and_asks_for_the_lse_in_training_alone(libraries):
