@@ -160,8 +160,11 @@ LR_INLINE void add_values(const typename C::Unit* values, const typename C::Unit
 // The keys [first, last) of a block that the query in each lane sees: [kSlice] each; null: all of them.
 struct LaneRange {
   const float *first = nullptr, *last = nullptr;
+  int all_from = 0, all_to = 0;  // the keys that the queries in all lanes see
 
   explicit operator bool() const { return first != nullptr; }
+  // Whether some lane does not see all of the keys [i, i + count).
+  bool cuts(int i, int count) const { return first && (i < all_from || i + count > all_to); }
   // x in the lanes of half `half` that see key i, `otherwise` in the others.
   LR_INLINE Vec keep(Vec x, int i, int half, Vec otherwise) const {
     const Vec place = set1(float(i)), from = load(first + half * kLanes), to = load(last + half * kLanes);
@@ -225,7 +228,7 @@ LR_INLINE void tile_logits(const Block<C>& block, int tile, const typename C::Un
     for (int i = 0; i < kKeyTile; ++i)
       if (i >= rest) x[i][0] = x[i][1] = set1(-INFINITY);
   }
-  if (__builtin_expect(bool(block.seen), 0)) {
+  if (__builtin_expect(block.seen.cuts(tile * kKeyTile, kKeyTile), 0)) {
 #pragma GCC unroll 16
     for (int i = 0; i < kKeyTile; ++i)
       for (int half = 0; half < 2; ++half)

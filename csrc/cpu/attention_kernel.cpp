@@ -419,10 +419,11 @@ void attend(const AttentionParams& p, const Parallel& parallel) {
 #endif
     Scratch<S, C> scratch(int(job.p.d), int(job.p.e), job.slices, job.p.softmax_groups > 1);
     const Attention<S, C> attention(job.p);
-    // Tiles of one batch row and head follow each other: its keys stay in cache.
+    // Tiles of one batch row and head follow each other: its keys stay in cache. The last comes first, since under
+    // causal order it takes longest, and threads that end on short tiles end together.
     const int64_t per_head = int64_t(job.tiles.size());
     for (int64_t i; (i = job.next.fetch_add(1)) < per_head * job.p.h;) {
-      QueryTile tile = job.tiles[i % per_head];
+      QueryTile tile = job.tiles[per_head - 1 - i % per_head];
       tile.h = i / per_head;
       attention.run(tile, scratch);
     }

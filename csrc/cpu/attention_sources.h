@@ -217,11 +217,13 @@ class TileRanges {
   }
   // What each query of a slice sees of `count` keys from place `start` on, as numbers for lanes.
   LaneRange lanes(int slice, int64_t start, int count, float (&first)[kSlice], float (&last)[kSlice]) const {
+    const auto place = [&](int32_t seen) { return int(std::clamp<int64_t>(seen - start, 0, count)); };
     for (int i = 0; i < kSlice; ++i) {
-      first[i] = float(std::clamp<int64_t>(first_[slice * kSlice + i] - start, 0, count));
-      last[i] = float(std::clamp<int64_t>(last_[slice * kSlice + i] - start, 0, count));
+      first[i] = float(place(first_[slice * kSlice + i]));
+      last[i] = float(place(last_[slice * kSlice + i]));
     }
-    return {first, last};
+    const int32_t* x = of_slices_ + slice * 4;
+    return {first, last, place(x[1]), place(x[2])};
   }
 
  private:

@@ -225,7 +225,7 @@ class TileBlock {
         store_scores(g + 1);
       }
       if (quarter == 2) add_pending(share);
-      if (rounded || block_.seen || block_.keys_count - g * kGroup < kGroup)
+      if (rounded || block_.seen.cuts(g * kGroup, kGroup) || block_.keys_count - g * kGroup < kGroup)
         weigh_quarter<true>(g, quarter, sum0, sum1);
       else
         weigh_quarter<false>(g, quarter, sum0, sum1);

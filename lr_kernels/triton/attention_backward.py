@@ -153,7 +153,7 @@ def attention_backward_query_kernel(
             M, R, key_block, heads_per_key_head, key_stride, index_stride, count_stride, bias_stride, scale_stride,
             shift_stride, with_rows, with_index, with_bias, with_scale, with_shift, scale, s, b, h64, c64, S, UNIT,
         )  # fmt: skip
-        first, last, ranges = range_of_tile(
+        first, last, low, high = range_of_tile(
             key_range, range_stride, with_range, key_index, index, index_count, block, count, query_order, slot, end,
             s, b64, S,
         )  # fmt: skip
@@ -172,10 +172,10 @@ def attention_backward_query_kernel(
             v0, v1 = load_parts(v + (tokens.to(tl.int64) * v_n)[:, None] * UNIT, ok, E, E0, E1, UPCAST)
             scores = products(q0, q1, k0, k1, D1, PRECISION)
             p = weights(tl.fma(scores, alpha, shift - before[:, None]) - after[:, None])
-            seen = seen_keys(ok, tokens, ranges)
+            seen = seen_keys(key_range, ok, tokens, low, high)
             p = tl.where(seen, p, 0.0)
             ds = p * (products(g0, g1, v0, v1, E1, PRECISION) - sums[:, None] + added[:, None])
-            if ranges is not None:
+            if key_range is not None:
                 ds = tl.where(seen, ds, 0.0)  # a value of NaN that a query does not see
             acc0, acc1 = add_products(acc0, acc1, ds * factor, k0, k1, D1, PRECISION)
 

@@ -116,14 +116,14 @@ def range_of_tile(
     key_range, range_stride, with_range, key_index, index, index_count, block, count, query_order, slot, end, s, b64,
     S: tl.constexpr,
 ):  # fmt: skip
-    """(first place, end place, (BM,) and (BM,) or None): the places among a source's keys that some query of the tile
-    sees, and the tokens between which each does; without ranges all places."""
+    """(first place, end place, (BM,), (BM,)): the places among a source's keys that some query of the tile sees, and
+    the tokens between which each does. Without ranges all places, and twice 0."""
     if key_range is None:
-        return 0, count, None
+        return 0, count, 0, 0
     else:
         low, high = query_ranges(key_range, range_stride, with_range, s, b64, query_order, slot, end, S)
         first, _, _, last = range_places(key_index, index, index_count, block, count, low, high)
-        return first, last, (low, high)
+        return first, last, low, high
 
 
 @triton.jit
@@ -147,12 +147,11 @@ def queries_in_range(ranges, query_order, low, high, tokens, ok):
 
 
 @triton.jit
-def seen_keys(ok, tokens, ranges):
-    """(1 or BM, BN): which of the keys, where they exist, each query of a tile sees."""
-    if ranges is None:
+def seen_keys(key_range, ok, tokens, low, high):
+    """(1 or BM, BN): which of the keys, where they exist, each query of a tile sees. low, high: from `range_of_tile`."""
+    if key_range is None:
         return ok[None, :]
     else:
-        low, high = ranges
         return ok[None, :] & in_range(tokens, low, high)
 
 
@@ -175,7 +174,7 @@ def sums_again(
             M, R, key_block, heads_per_key_head, key_stride, index_stride, count_stride, bias_stride, scale_stride,
             shift_stride, with_rows, with_index, with_bias, with_scale, with_shift, scale, s, b, h64, c64, S, UNIT,
         )  # fmt: skip
-        first, last, ranges = range_of_tile(
+        first, last, low, high = range_of_tile(
             key_range, range_stride, with_range, key_index, index, index_count, block, count, query_order, slot, end,
             s, b.to(tl.int64), S,
         )  # fmt: skip
@@ -186,7 +185,7 @@ def sums_again(
             tokens = key_tokens(key_index, entries, at, index_count, block)
             shift = key_shift(key_bias, bias, tokens, at, bias_count, beta)
             k0, k1 = load_parts(k + (tokens.to(tl.int64) * k_n)[:, None] * UNIT, ok, D, D0, D1, UPCAST)
-            seen = seen_keys(ok, tokens, ranges)
+            seen = seen_keys(key_range, ok, tokens, low, high)
             t = tl.where(seen, tl.fma(products(q0, q1, k0, k1, D1, PRECISION), alpha, shift), -INF)
             new_top = tl.minimum(tl.maximum(top, tl.max(t, 1)), MAX)
             mass = mass * tl.exp2(top - new_top) + tl.sum(tl.exp2(t - new_top[:, None]), 1)
