@@ -148,7 +148,7 @@ def queries_in_range(ranges, query_order, low, high, tokens, ok):
 
 @triton.jit
 def seen_keys(key_range, ok, tokens, low, high):
-    """(1 or BM, BN): which of the keys, where they exist, each query of a tile sees. low, high: from `range_of_tile`."""
+    """(1 or BM, BN): which of the keys, where they exist, each query of a tile sees; low, high from `range_of_tile`."""
     if key_range is None:
         return ok[None, :]
     else:
