@@ -108,7 +108,7 @@ CASES = (
     AttentionCase(
         "grouped-heads", heads=4, head_dim=64, keys=(70, 45, 40), rows=(None, 1, (1, -1)), key_heads=(2, 4, 1)
     ),
-    AttentionCase("grouped-heads-masked", heads=6, visible=0.5, groups=2, key_bias=True, key_heads=(3, 2)),
+    AttentionCase("grouped-heads-masked", batch=1, heads=6, visible=0.5, groups=2, key_bias=True, key_heads=(3, 2)),
 )
 
 ORDERED_CASES = (
@@ -119,9 +119,7 @@ ORDERED_CASES = (
     AttentionCase("packed-groups", groups=2, keys=(70, 64), order=("packed", "shrinking"), head_dim=80),
     AttentionCase("sees-nothing", keys=(70, 45), order=("nothing", "window"), softmax_groups=(0, 1)),
     AttentionCase("blocks", keys=(70, 45), blocks=(32, 16), head_dim=64),
-    AttentionCase(
-        "blocks-of-heads-masked", heads=4, visible=0.7, keys=(130, 45, 33), rows=(None, 1, 1), blocks=(16, 32)
-    ),
+    AttentionCase("blocks-of-heads-masked", visible=0.7, keys=(90, 45, 33), rows=(None, 1, 1), blocks=(16, 32)),
     AttentionCase("blocks-causal", queries=120, keys=(120,), rows=(None,), blocks=(50, 8), order=("causal",)),
     AttentionCase("values-wider", value_dim=72, head_dim=40, order=("causal", None)),
     AttentionCase("values-narrower", value_dim=16, head_dim=80, visible=0.5, key_heads=(1, 2)),

@@ -264,8 +264,8 @@ def test_a_transformers_model_runs_on_it(monkeypatch):
     with torch.no_grad():
         expected = model(pixels).last_hidden_state
         calls = []
-        original = transformers.attend
-        monkeypatch.setattr(transformers, "attend", lambda *a, **k: calls.append(1) or original(*a, **k))
+        original = transformers.attention_call
+        monkeypatch.setattr(transformers, "attention_call", lambda *a, **k: calls.append(1) or original(*a, **k))
         model.set_attn_implementation("lr_kernels")
         found = model(pixels).last_hidden_state
     assert len(calls) == 2

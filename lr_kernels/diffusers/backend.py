@@ -18,7 +18,7 @@ from diffusers.models.attention_processor import (
 )
 from torch import Tensor, nn
 
-from ..interop import attend, attend_with_lse, causal_range, refuse_unless_off
+from ..interop import attention_call, causal_range, refuse_unless_off
 from ..runtime.checks import fail
 from .context_parallel import context_parallel_attention
 from .processors.install import check_model, install_processors
@@ -90,9 +90,8 @@ def attention(
     if is_causal:
         refuse_unless_off(op, attn_mask=attn_mask)
         order = causal_range(query.shape[1], query.device)
-    if return_lse:
-        return attend_with_lse(op, query, key, value, attn_mask, scale, enable_gqa, order)
-    return attend(op, query, key, value, attn_mask, scale, enable_gqa, key_range=order)
+    call = attention_call(op, query, key, value, attn_mask, scale, enable_gqa, key_range=order)
+    return call.attend_with_lse() if return_lse else call.attend()
 
 
 @contextlib.contextmanager

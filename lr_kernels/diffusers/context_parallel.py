@@ -15,7 +15,7 @@ from diffusers.models.attention_dispatch import (
 )
 from torch import Tensor, distributed
 
-from ..interop import attend, attend_with_lse
+from ..interop import attention_call
 from ..runtime import modes
 from ..runtime.checks import fail
 
@@ -121,9 +121,8 @@ def _forward(
     if _save_ctx:
         ctx.save_for_backward(query, key, value, attn_mask)
         ctx.scale = scale
-    if return_lse:
-        return attend_with_lse("attention_backend", query, key, value, attn_mask, scale)
-    return attend("attention_backend", query, key, value, attn_mask, scale)
+    call = attention_call("attention_backend", query, key, value, attn_mask, scale)
+    return call.attend_with_lse() if return_lse else call.attend()
 
 
 def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, ...]:
@@ -133,7 +132,7 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, ...]:
     *given, mask = ctx.saved_tensors
     query, key, value = (x.detach().requires_grad_() for x in given)
     with torch.enable_grad():
-        out = attend("attention_backend", query, key, value, mask, ctx.scale)
+        out = attention_call("attention_backend", query, key, value, mask, ctx.scale).attend()
     return torch.autograd.grad(out, (query, key, value), grad_out)
 
 
@@ -198,7 +197,7 @@ def _of_step(
     """
     query, key, value = (x.detach().requires_grad_() for x in (query, key, value))
     with torch.enable_grad():
-        part, part_lse = attend_with_lse("attention_backend", query, key, value, None, scale)
+        part, part_lse = attention_call("attention_backend", query, key, value, None, scale).attend_with_lse()
     share = (part_lse.detach() - lse).exp()[..., None]
     grad_part = (share * grad_out).to(part.dtype)
     grad_lse = (share * grad_out * (part.detach() - out)).sum(-1).to(part_lse.dtype)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..runtime.checks import check_integer, fail
 from ..runtime.tensors import check_dense
-from .one_source import attend, refuse_unless_off
+from .one_source import attention_call, refuse_unless_off
 
 _OP = "comfyui_attention"
 _CHANGE_NOTHING = frozenset(("transformer_options", "_inside_attn_wrapper", "low_precision_attention"))
@@ -70,5 +70,5 @@ def comfyui_attention(
         check_dense(_OP, "mask", mask)
         if mask.dim() == 3:
             mask = mask.unsqueeze(1)
-    out = attend(_OP, query, key, value, mask, scale, enable_gqa, mask_name="mask")
+    out = attention_call(_OP, query, key, value, mask, scale, enable_gqa, "mask").attend()
     return out.transpose(1, 2) if skip_output_reshape else out.flatten(2)

@@ -3,19 +3,42 @@
 import functools
 from collections.abc import Sequence
 from numbers import Real
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from ..attention.api import multi_source_attention
+from ..attention.plan import AttentionPlan
 from ..runtime.checks import fail
 from ..runtime.tensors import check_dense
 from ..source import Source
 from .masks import read_mask
 
 
-def attend(
+class AttentionCall(NamedTuple):
+    """What `multi_source_attention` takes for attention over one source of keys, and `more` beside it."""
+
+    query: Tensor
+    sources: Sequence[Source]
+    query_groups: Tensor | None
+    scale: float | None
+    plan: AttentionPlan | None
+
+    def attend(self) -> Tensor:
+        """(B, N, H, E)."""
+        query, sources, groups, scale, plan = self
+        return multi_source_attention(query, sources, query_groups=groups, scale=scale, plan=plan)
+
+    def attend_with_lse(self) -> tuple[Tensor, Tensor]:
+        """(B, N, H, E), and the lse (B, N, H) in fp32."""
+        query, sources, groups, scale, plan = self
+        found = multi_source_attention(query, sources, query_groups=groups, scale=scale, plan=plan, return_lse=True)
+        assert isinstance(found, tuple)
+        return found
+
+
+def attention_call(
     op: str,
     query: Tensor,
     key: Tensor,
@@ -26,42 +49,10 @@ def attend(
     mask_name: str = "attn_mask",
     key_range: Tensor | None = None,
     more: Sequence[Source] = (),
-) -> Tensor:
-    """`multi_source_attention` of one source: (B, N, H, D), (B, M, H, D), (B, M, H, E) and a mask as in
+) -> AttentionCall:
+    """Attention over one source: (B, N, H, D), (B, M, H, D), (B, M, H, E) and a mask as in
     `scaled_dot_product_attention`; with gqa keys and values may have fewer heads. `op` and `mask_name` are the names in
     errors; key_range is that of the source, beside the mask; `more` are sources in the same softmax."""
-    return _of_one_source(op, query, key, value, mask, scale, gqa, mask_name, key_range, more, return_lse=False)[0]
-
-
-def attend_with_lse(
-    op: str,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None = None,
-    scale: float | None = None,
-    gqa: bool = False,
-    key_range: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`attend`, and the lse (B, N, H) in fp32."""
-    out, lse = _of_one_source(op, query, key, value, mask, scale, gqa, "attn_mask", key_range, (), return_lse=True)
-    assert lse is not None
-    return out, lse
-
-
-def _of_one_source(
-    op: str,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scale: float | None,
-    gqa: bool,
-    mask_name: str,
-    key_range: Tensor | None,
-    more: Sequence[Source],
-    return_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
     heads, key_heads = query.shape[2], key.shape[2]
     if heads != key_heads:
         if not gqa or key_heads == 0 or heads % key_heads:
@@ -87,10 +78,7 @@ def _of_one_source(
             key_groups=parts.key_groups,
             key_range=intersect(key_range, parts.key_range),
         )
-    found = multi_source_attention(
-        query, [source, *more], query_groups=query_groups, scale=scale, plan=plan, return_lse=return_lse
-    )
-    return found if isinstance(found, tuple) else (found, None)
+    return AttentionCall(query, [source, *more], query_groups, scale, plan)
 
 
 def intersect(first: Tensor | None, second: Tensor | None) -> Tensor | None:

@@ -2,7 +2,14 @@
 
 from torch import Tensor
 
-from .one_source import attend, causal_range, check_dimensions, check_mask_type, not_implemented, refuse_unless_off
+from .one_source import (
+    attention_call,
+    causal_range,
+    check_dimensions,
+    check_mask_type,
+    not_implemented,
+    refuse_unless_off,
+)
 
 
 def scaled_dot_product_attention(
@@ -55,7 +62,8 @@ def scaled_dot_product_attention(
         return out.squeeze(heads)
     query, key, value = (x.transpose(1, 2) for x in _broadcast(query, key, value, attn_mask, enable_gqa))
     order = causal_range(query.shape[1], query.device) if is_causal else None
-    return attend(op, query, key, value, attn_mask, scale, enable_gqa, key_range=order).transpose(1, 2)
+    call = attention_call(op, query, key, value, attn_mask, scale, enable_gqa, key_range=order)
+    return call.attend().transpose(1, 2)
 
 
 def _broadcast(

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from ..runtime.checks import check_integer, fail
 from ..runtime.extras import require
 from ..source import Source
-from .one_source import attend, causal_range, check_dimensions, check_mask_type, refuse_unless_off
+from .one_source import attention_call, causal_range, check_dimensions, check_mask_type, refuse_unless_off
 
 
 def transformers_attention(
@@ -55,8 +55,8 @@ def transformers_attention(
         order = causal_range(queries, query.device, offset, window)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     sinks = () if s_aux is None else (_sink(name, s_aux, query, value),)
-    out = attend(name, query, key, value, attention_mask, scaling, True, "attention_mask", order, sinks)
-    return out, None
+    call = attention_call(name, query, key, value, attention_mask, scaling, True, "attention_mask", order, sinks)
+    return call.attend(), None
 
 
 def _sink(op: str, s_aux: Tensor, query: Tensor, value: Tensor) -> Source:

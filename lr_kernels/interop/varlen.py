@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..runtime.checks import check_integer, fail
 from ..runtime.tensors import check_dense
-from .one_source import attend
+from .one_source import attention_call
 
 _OP = "variable_length_attention"
 
@@ -60,7 +60,7 @@ def variable_length_attention(
             fail(_OP, "window", "None without causal", window)
     seen = packed_range(cu_seqlens_q, cu_seqlens_k, query.shape[0], causal, window, from_the_end=True)
     query, key, value = (x[None] for x in (query, key, value))
-    return attend(_OP, query, key, value, None, scale, gqa=True, key_range=seen)[0]
+    return attention_call(_OP, query, key, value, None, scale, gqa=True, key_range=seen).attend()[0]
 
 
 def packed_range(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..runtime.checks import fail, one_of
 from ..runtime.tensors import check_dense
-from .one_source import attend, causal_range, check_dimensions, not_implemented, refuse_unless_off
+from .one_source import attention_call, causal_range, check_dimensions, not_implemented, refuse_unless_off
 from .varlen import packed_range
 
 
@@ -68,7 +68,7 @@ def memory_efficient_attention(
     elif attn_bias is not None:
         order = _range_of(name, attn_bias, query, key)
     gqa = key.shape[2] != heads and len(groups) == 2
-    out = attend(name, query, key, value, bias, scale, gqa, mask_name="attn_bias", key_range=order)
+    out = attention_call(name, query, key, value, bias, scale, gqa, "attn_bias", order).attend()
     return out.reshape(*out.shape[:2], *groups, out.shape[3])
 
 

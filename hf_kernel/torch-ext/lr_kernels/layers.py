@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .interop import attend, refuse_unless_off, scaled_dot_product_attention
+from .interop import attention_call, refuse_unless_off, scaled_dot_product_attention
 from .runtime.checks import fail
 
 
@@ -16,7 +16,7 @@ class Attention(nn.Module):
     can_torch_compile = True
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return attend("Attention", query, key, value)
+        return attention_call("Attention", query, key, value).attend()
 
 
 class ScaledDotProductAttention(nn.Module):
@@ -83,5 +83,5 @@ class MultiheadAttention(nn.Module):
         for x, weight, bias in zip((query, key, value), weights, biases):
             projected = F.linear(x if self.batch_first else x.transpose(0, 1), weight, bias)
             heads.append(projected.unflatten(-1, (self.num_heads, self.head_dim)))
-        out = self.out_proj(attend(op, *heads, key_padding_mask).flatten(2))
+        out = self.out_proj(attention_call(op, *heads, key_padding_mask).attend().flatten(2))
         return out if self.batch_first else out.transpose(0, 1), None
