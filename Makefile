@@ -23,7 +23,7 @@ test: $(VENV)/.installed
 # cases that have everything, since the interpreter takes minutes for all.
 OLDEST_TRITON := $(VENV)/triton-3.6
 test-oldest-triton: $(VENV)/.installed
-	test -d $(OLDEST_TRITON) || $(BIN)/python -m pip install -q --no-compile --target $(OLDEST_TRITON) "triton==3.6.*" "numpy<2.4"
+	test -d $(OLDEST_TRITON) || $(BIN)/python -m pip install -q --target $(OLDEST_TRITON) "triton==3.6.*" "numpy<2.4"
 	PYTHONPATH=$(OLDEST_TRITON) $(PYTEST) -k "everything or not (matches_the_reference or gradients_match_the_formula)" \
 		$(wildcard tests/test_triton*.py) tests/test_compact_keys.py
 
@@ -80,12 +80,11 @@ fuzz: sanitized
 	$(SANITIZED_PYTHON) $(CURDIR)/tests/direct_calls.py 20000
 
 # The build runs in the environment that has torch, so that the extension is built against the torch it will meet.
-# Without --no-compile pip would compile every Python file of every package, of which most are never imported.
 $(VENV)/.installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade "pip>=24" "setuptools>=77" wheel "cmake>=3.18,<4.5" ninja
-	$(BIN)/python -m pip install -q --no-compile "$(TORCH)" numpy
-	$(BIN)/python -m pip install -q --no-compile --no-build-isolation -e ".[triton,diffusers,bench,test,evaluation]"
+	$(BIN)/python -m pip install -q "$(TORCH)" numpy
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[triton,diffusers,bench,test,evaluation]"
 	touch $@
 
 clean:

@@ -34,10 +34,8 @@ def check(case: AttentionCase, dtype: torch.dtype, device: str) -> None:
 @pytest.mark.parametrize("case", (*CASES, *ORDERED_CASES), ids=lambda c: c.id)
 @pytest.mark.fault(number=1)
 def test_matches_the_reference(case, dtype, device):
-    if device == "cpu" and dtype != torch.float32:
-        case = replace(
-            case, heads=1, key_heads=None
-        )  # half the interpreter's time; heads differ in addresses alone, as in fp32
+    if device == "cpu" and dtype != torch.float32:  # half the interpreter's time; heads differ in addresses alone
+        case = replace(case, heads=1, key_heads=None)
     check(case, dtype, device)
 
 

@@ -25,9 +25,13 @@ the rounding of the result, for which one problem is enough."""
 
 WITH_GRADIENTS = [case for case in (*CASES, *ORDERED_CASES) if not case.value_index]
 PROBLEMS = [(case, torch.float32) for case in WITH_GRADIENTS]
-PROBLEMS += [(case, (torch.bfloat16, torch.float16)[i % 2]) for i, case in enumerate(WITH_GRADIENTS)]
-"""Every case in fp32 and in one of the 16-bit dtypes in turn: the backward kernels treat these two alike, and the
-interpreter is slow."""
+PROBLEMS += [
+    (case, (torch.bfloat16, torch.float16)[i % 2])
+    for i, case in enumerate(WITH_GRADIENTS)
+    if torch.cuda.is_available() or i % 3 == 0 or "everything" in case.id
+]
+"""Every case in fp32. On the interpreter, which is slow, a third of them in a 16-bit dtype too, where the kernels round
+in places that hang on no feature of a case."""
 
 
 def by_triton(*args, **kwargs):
@@ -37,10 +41,11 @@ def by_triton(*args, **kwargs):
 @pytest.mark.parametrize("case, dtype", PROBLEMS, ids=lambda x: x.id if isinstance(x, AttentionCase) else str(x))
 @pytest.mark.fault(number=28)
 def test_gradients_match_the_formula(case, dtype, device):
-    if device == "cpu" and dtype != torch.float32:
-        case = replace(
-            case, heads=1, key_heads=None
-        )  # half the interpreter's time; heads differ in addresses alone, as in fp32
+    heads_matter = dtype == torch.float32 and (
+        case.key_heads or case.blocks or case.logit_scale or case.rows == (None,)
+    )
+    if device == "cpu" and not heads_matter:  # half the interpreter's time; heads differ in addresses alone
+        case = replace(case, heads=1, key_heads=None)
     check_attention_backward(by_triton, *(attention_inputs(case, dtype, i, device) for i in range(SEEDS[dtype])))
 
 
