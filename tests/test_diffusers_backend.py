@@ -390,6 +390,14 @@ def test_nothing_is_dropped(keywords, name):
         backend.attention(x, x, x, **keywords)
 
 
+def test_what_is_no_mask_and_no_query_is_named():
+    x = torch.randn(1, 9, 2, 16)
+    with pytest.raises(TypeError, match="attention_backend: attn_mask: expected a tensor, got list"):
+        backend.attention(x, x, x, [True] * 9)
+    with pytest.raises(ValueError, match="attention_backend: query: expected 4 dimensions, got 3"):
+        backend.attention(x[0], x, x)
+
+
 @pytest.mark.fault(number=16)
 def test_another_parallelism_is_named():
     x = torch.randn(1, 9, 2, 16)

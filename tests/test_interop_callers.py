@@ -81,6 +81,18 @@ def test_packed_sequences_have_gradients_and_may_be_empty():
         assert_matches(found, low, exact)
 
 
+@pytest.mark.fault(number=29)
+def test_starts_that_do_not_ascend_fail_an_assertion_in_a_compiled_function():
+    x = randn(6, 2, 8)
+    compiled = torch.compile(interop.variable_length_attention, fullgraph=True, backend="aot_eager")
+    right = torch.tensor([0, 2, 6])
+    torch.testing.assert_close(
+        compiled(x, x, x, right, right), interop.variable_length_attention(x, x, x, right, right)
+    )
+    with pytest.raises(RuntimeError, match="cu_seqlens_q: expected entries that ascend from 0 to 6"):
+        compiled(x, x, x, torch.tensor([0, 2, 5]), right)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -249,6 +261,11 @@ def test_comfyui_calls_it_in_place_of_its_own(name):
     [
         ({"heads": 5}, ValueError, "q: expected a multiple of 5 channels, got 64"),
         ({"heads": 0}, ValueError, "heads: expected a number of heads from 1 on, got 0"),
+        (
+            {"heads": 4, "skip_reshape": True, **{x: randn(2, 8, 5, 16) for x in "qkv"}},
+            ValueError,
+            "heads: expected 8, as q has, got 4",
+        ),
         ({"skip_reshape": True}, ValueError, "q: expected 4 dimensions, got 3; skip_reshape says"),
         ({"k": randn(2, 50, 32)}, ValueError, "k: expected 64 channels, got 32"),
         ({"k": randn(2, 50, 40), "enable_gqa": True}, ValueError, "k: expected 64 channels or a part of it, in heads"),
@@ -328,7 +345,9 @@ def test_sinks_are_one_more_key_for_each_head():
     scores = torch.cat([scores, sinks.double()[None, :, None, None].expand(2, -1, 33, 1)], -1)
     expected = torch.einsum("bhnm,bhmd->bnhd", scores.softmax(-1)[..., :-1], wide[1])
     torch.testing.assert_close(found, expected.float())
-    with pytest.raises(ValueError, match=r"s_aux: expected shape \(4,\), got \(3,\)"):
+    with pytest.raises(
+        ValueError, match=r"s_aux: expected a floating dtype and shape \(4,\), got torch.float32 and \(3,\)"
+    ):
         interop.transformers_attention(torch.nn.Module(), q, k, v, s_aux=sinks[:3])
 
 

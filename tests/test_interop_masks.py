@@ -1,5 +1,6 @@
 """Masks in PyTorch's form that hold a row for each query: read as what they are, or refused."""
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -176,3 +177,25 @@ def test_causal_order_compiles_and_a_mask_of_pairs_fails_an_assertion():
 def test_ranges_are_made_once():
     first, second = (one_source.causal_range(N, torch.device("cpu")) for _ in range(2))
     assert first is second
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, M), (1, 1, N, M)], ids=["padding", "rows"])
+def test_a_mask_in_the_memory_of_numpy_is_read_every_time(shape):
+    q, k, v = tensors()
+    memory = np.ones(shape, bool)
+    for _ in range(2):
+        mask = torch.from_numpy(memory)
+        found = interop.scaled_dot_product_attention(q, k, v, mask)
+        assert_matches(found, *(sdpa(q, k, v, mask, dtype) for dtype in (torch.float32, torch.float64)))
+        memory[..., 7:] = False
+
+
+def test_tensors_that_do_not_fit_each_other_are_named():
+    q, k, v = tensors()
+    with pytest.raises(ValueError, match="scaled_dot_product_attention: attn_mask: expected cpu, got meta"):
+        interop.scaled_dot_product_attention(q, k, v, CAUSAL.to("meta"))
+    three = [randn(3, M, 4, 16) for _ in range(2)]
+    with pytest.raises(
+        ValueError, match="memory_efficient_attention: key: expected a batch of 2, as query has, or of 1"
+    ):
+        interop.memory_efficient_attention(q.transpose(1, 2), *three)

@@ -107,7 +107,8 @@ def plan_attention(
 
     The plan is of the masks as they are now. A call refuses it once one of them was changed in place (a view shares the
     count of changes of its base), or was given other data. Changes that PyTorch does not count are not seen: of
-    inference tensors, through `.data`, and of a NumPy array that shares the memory; build the plan anew after them.
+    inference tensors, through `.data`, and of a NumPy array that shares the memory; nor does a function compiled by
+    torch.compile look. Build the plan anew after such changes.
     """
     check_sequence("plan_attention", "key_masks", key_masks)
     if key_groups is not None:

@@ -54,6 +54,8 @@ def comfyui_attention(
         if x.dim() != dimensions:
             fail(_OP, name, f"{dimensions} dimensions", x.dim(), "skip_reshape says which form these have")
     if skip_reshape:
+        if q.shape[1] != heads:
+            fail(_OP, "heads", f"{q.shape[1]}, as q has", heads)
         query, key, value = (x.transpose(1, 2) for x in (q, k, v))
     else:
         if q.shape[2] % heads:

@@ -87,7 +87,8 @@ class _Remembered:
 
     def keep(self, mask: Tensor, shape: tuple[int, ...], dtype: torch.dtype, parts: MaskParts) -> None:
         kept = Kept(mask)
-        if kept.version is None or type(mask) is not Tensor:  # its changes are not counted
+        foreign = not mask.untyped_storage().resizable()  # as NumPy's memory, which others change uncounted
+        if kept.version is None or type(mask) is not Tensor or foreign:
             return
         self.entries[self.key(mask, shape, dtype)] = (kept, parts)
         while len(self.entries) > _REMEMBERED:

@@ -61,6 +61,8 @@ def attention_call(
             fail(op, "value", f"{key_heads} heads, as key has", value.shape[2])
     if query.shape[0] == 1 and key.shape[0] > 1:
         query = query.expand(key.shape[0], -1, -1, -1)
+    if key.shape[0] not in (1, query.shape[0]):
+        fail(op, "key", f"a batch of {query.shape[0]}, as query has, or of 1", key.shape[0])
     if query.shape[3] == 0:
         fail(op, "query", "head_dim of at least 1", 0)
     if key.shape[3] != query.shape[3]:
@@ -68,6 +70,8 @@ def attention_call(
     query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
     source, plan, query_groups = Source(key, value, key_range=key_range), None, None
     if mask is not None:
+        if mask.device != query.device:
+            fail(op, mask_name, str(query.device), mask.device)
         shape = (query.shape[0], heads, query.shape[1], key.shape[1])
         parts = read_mask(op, mask_name, mask, shape, query.dtype)
         query_groups = parts.query_groups

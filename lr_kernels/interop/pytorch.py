@@ -2,12 +2,12 @@
 
 from torch import Tensor
 
+from ..runtime.checks import fail
 from .one_source import (
     attention_call,
     causal_range,
     check_dimensions,
     check_mask_type,
-    not_implemented,
     refuse_unless_off,
 )
 
@@ -40,16 +40,17 @@ def scaled_dot_product_attention(
         like query, of value's head_dim. A query that sees no key gets 0.
 
     Raises:
-        ValueError: other numbers of dimensions, shapes that do not fit, is_causal beside attn_mask.
+        ValueError: other numbers of dimensions, shapes and devices that do not fit.
         TypeError: a mask that is neither bool nor floating.
-        NotImplementedError: dropout_p, a mask of another kind.
+        NotImplementedError: dropout_p, a mask of another kind, is_causal beside attn_mask.
     """
     op = "scaled_dot_product_attention"
     check_mask_type(op, "attn_mask", attn_mask)
     check_dimensions(op, query, key, value, "2, 3 or 4 dimensions", (2, 3, 4))
     refuse_unless_off(op, dropout_p=dropout_p)
     if is_causal and attn_mask is not None:
-        not_implemented(op, "attn_mask", "None beside is_causal", "a tensor")
+        hint = "put the causal order into the mask"
+        fail(op, "attn_mask", "None beside is_causal", "a tensor", hint, NotImplementedError)
     if enable_gqa and query.dim() == 3:  # PyTorch counts the first of three dimensions as heads here
         query, key, value = (x[None] for x in (query, key, value))
         return scaled_dot_product_attention(query, key, value, attn_mask, 0.0, is_causal, scale, True)[0]

@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from ..runtime.checks import check_integer, fail
 from ..runtime.extras import require
+from ..runtime.tensors import check_dense
 from ..source import Source
 from .one_source import attention_call, causal_range, check_dimensions, check_mask_type, refuse_unless_off
 
@@ -46,11 +47,10 @@ def transformers_attention(
     check_dimensions(name, query, key, value, "4 dimensions", (4,))
     refuse_unless_off(name, dropout=dropout)
     queries = query.shape[2]
-    order = None
-    if causal and attention_mask is None and (queries > 1 or sliding_window is not None):
-        window = None
-        if sliding_window is not None:
-            window = check_integer(name, "sliding_window", sliding_window, 1, "a number of keys from 1 on")
+    order = window = None
+    if sliding_window is not None:
+        window = check_integer(name, "sliding_window", sliding_window, 1, "a number of keys from 1 on")
+    if causal and attention_mask is None and (queries > 1 or window is not None):
         offset = key.shape[2] - 1 if queries == 1 else 0
         order = causal_range(queries, query.device, offset, window)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
@@ -62,8 +62,9 @@ def transformers_attention(
 def _sink(op: str, s_aux: Tensor, query: Tensor, value: Tensor) -> Source:
     """A source of one key whose logit is that of each head's sink."""
     batch, _, heads, head_dim = query.shape
-    if s_aux.numel() != heads:
-        fail(op, "s_aux", f"shape ({heads},)", tuple(s_aux.shape))
+    check_dense(op, "s_aux", s_aux)
+    if s_aux.shape != (heads,) or not s_aux.is_floating_point():
+        fail(op, "s_aux", f"a floating dtype and shape ({heads},)", f"{s_aux.dtype} and {tuple(s_aux.shape)}")
     key = query.new_zeros(1, 1, 1, head_dim)
     logits = s_aux.reshape(1, heads).float().expand(batch, heads)
     return Source(key, key.new_zeros(1, 1, 1, value.shape[3]), logit_bias=logits)
