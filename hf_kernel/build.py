@@ -105,10 +105,12 @@ def make_project(folder: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", type=Path, default=HERE / "build")
-    parser.add_argument("--project", action="store_true")
+    parser.add_argument("folder", nargs="?", type=Path, default=HERE / "build", help="default: hf_kernel/build")
+    parser.add_argument("--project", action="store_true", help="write the source for kernel-builder into FOLDER")
     arguments = parser.parse_args()
-    if arguments.project:
-        make_project(arguments.folder)
-    else:
+    if not arguments.project:
         print(*assemble(arguments.folder), sep="\n")
+    elif arguments.folder == HERE / "build":
+        parser.error("--project: expected another FOLDER than that of this machine's variants")
+    else:
+        make_project(arguments.folder)

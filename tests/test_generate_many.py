@@ -219,6 +219,7 @@ WRONG = [
     (r"items\[0\].arguments: expected what JSON holds", at(arguments={1: 2})),
     (r"items\[0\].arguments: expected what JSON holds", at(arguments={"x": float("nan")})),
     (r"items\[0\].path: expected a name that ends in .png", at(path="ball/0.jpg")),
+    (r"items\[0\].path: expected folders whose names end neither in", at(path="ball.png/0.png")),
     (r"items\[0\].path: expected a name without a dot before its last number", at(path="ball/0.1.png")),
     *(
         (r"items\[0\].path: expected names of files", at(path=path))

@@ -142,6 +142,8 @@ def test_builds_that_differ_have_namespaces_of_their_own(variants, tmp_path):
 
 
 def test_the_project_is_what_kernel_builder_takes(tmp_path):
+    with pytest.raises(subprocess.CalledProcessError):  # without a folder of its own
+        build("--project")
     build("--project", tmp_path)
     config = Build.open(tmp_path)
     assert config.general.backends == [Backend.CPU, Backend.CUDA]

@@ -93,6 +93,9 @@ def _check_path(where: str, path: str) -> None:
     for name in names:
         if reason := why_no_name(name):
             fail(OP, where, f"names of files with '/' between them, each {reason}", repr(path))
+    for name in names[:-1]:
+        if name.lower().endswith((SUFFIX, ".json")):
+            fail(OP, where, f"folders whose names end neither in {SUFFIX} nor in .json, as files do", repr(path))
     stem, suffix = PurePosixPath(names[-1]).stem, PurePosixPath(names[-1]).suffix
     if suffix != SUFFIX:
         fail(OP, where, f"a name that ends in {SUFFIX}", repr(path))
