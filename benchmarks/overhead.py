@@ -87,22 +87,24 @@ def repeated_call() -> Callable[[], object]:
     return replayed
 
 
+def call_of_op(x: Tensor, count: int) -> Callable[[], object]:
+    """A direct call of the CPU's op on sources that are x itself."""
+    op = torch.ops.lr_kernels.multi_source_attention_cpu.default
+    none, out = [None] * count, torch.empty_like(x)
+    lists = (none, none, none, [1] * count, none, none, none, none, none)  # rows … logit_bias
+    arguments = (x, [x] * count, [x] * count, *lists, None, None, 0, [0] * count, [None], none, none, 1.0, out, None)
+    return lambda: op(*arguments)
+
+
 def main() -> None:
     x = torch.randn(1, 1, 1, 8)
-    out = torch.empty_like(x)
-    op = torch.ops.lr_kernels.multi_source_attention_cpu.default
     latents = torch.randn(1, 4, 8, 8)
     levels = torch.linspace(0.99, 0.01, 1000)
     table = step_coefficients(levels, [900, 800], final_alpha_cumprod=1.0, guidance_scale=7.5)
 
-    def attention_op(count: int) -> Callable[[], object]:
-        none = [None] * count
-        arguments = (x, [x] * count, [x] * count, *(none,) * 7, None, None, [0] * count, [None], 1.0, out, None)
-        return lambda: op(*arguments)
-
     calls = {
-        "op, 1 source": attention_op(1),
-        "op, 3 sources": attention_op(3),
+        "op, 1 source": call_of_op(x, 1),
+        "op, 3 sources": call_of_op(x, 3),
         "multi_source_attention, 1 source": lambda: multi_source_attention(x, [Source(x, x)]),
         "multi_source_attention, 3 sources": lambda: multi_source_attention(x, [Source(x, x)] * 3),
         "step_blend": lambda: step_blend(latents, [latents, latents], table, 0),

@@ -20,6 +20,7 @@ from benchmarks import (
     harness,
     mask_cases,
     operators,
+    overhead,
     readme,
     table,
 )
@@ -125,6 +126,11 @@ def test_the_gpu_script_runs_dry(tmp_path):
     other = {r["op"] + r["contender"]: r["not_run"] for r in rows if r["not_run"] != "dry run"}
     assert all(name.endswith(elsewhere) for name in other), other
     assert {name for name in other if name.endswith(OURS)} <= {"step_blend" + OURS}, other
+
+
+def test_the_op_whose_overhead_is_measured_takes_the_call():
+    x = torch.randn(1, 1, 1, 8)
+    overhead.call_of_op(x, 3)()
 
 
 def test_every_operator_has_problems():
