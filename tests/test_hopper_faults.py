@@ -19,10 +19,11 @@ def test_every_fault_has_its_line_and_its_name():
 
 
 def test_planted_faults_are_found():
-    planted = [x.name for x in FAULTS[::4]]
-    command = [sys.executable, Path(__file__).with_name("hopper_faults.py"), *planted]
+    parts = [x.name for x in FAULTS[::4]]
+    planted = [x for x in FAULTS if any(part in x.name for part in parts)]
+    command = [sys.executable, Path(__file__).with_name("hopper_faults.py"), *parts]
     run = subprocess.run(command, capture_output=True, text=True)
     lines = run.stdout.splitlines()
     missed = [line for line in lines if line.startswith("MISSED")]
     assert not missed and run.returncode == 0, "\n".join([*missed, run.stderr])
-    assert len(re.findall("^found", run.stdout, flags=re.M)) >= len(planted)
+    assert len(re.findall("^found", run.stdout, flags=re.M)) == len(planted)

@@ -18,7 +18,7 @@ from diffusers.models.attention_processor import (
 )
 from torch import Tensor, nn
 
-from ..interop import attention_call, causal_range, check_dimensions, check_mask_type, refuse_unless_off
+from ..interop import attention_call, causal_order, check_dimensions, check_mask_type, refuse_unless_off
 from ..runtime.checks import fail
 from .context_parallel import context_parallel_attention
 from .processors.install import check_model, install_processors
@@ -88,12 +88,7 @@ def attention(
     if _parallel_config is not None:
         refuse_unless_off(op, is_causal=is_causal)
         return context_parallel_attention(op, query, key, value, attn_mask, scale, return_lse, _parallel_config)
-    order = None
-    if is_causal:
-        if attn_mask is not None:
-            hint = "put the causal order into the mask"
-            fail(op, "attn_mask", "None beside is_causal", "a tensor", hint, NotImplementedError)
-        order = causal_range(query.shape[1], query.device)
+    order = causal_order(op, is_causal, attn_mask, query.shape[1], query.device)
     call = attention_call(op, query, key, value, attn_mask, scale, enable_gqa, key_range=order)
     return call.attend_with_lse() if return_lse else call.attend()
 

@@ -101,6 +101,16 @@ def causal_range(queries: int, device: torch.device, offset: int = 0, window: in
     return _remembered_causal_range(queries, device, offset, window)
 
 
+def causal_order(op: str, is_causal: bool, mask: Tensor | None, queries: int, device: torch.device) -> Tensor | None:
+    """`causal_range` where is_causal is on, which is refused beside a mask attn_mask; else None."""
+    if not is_causal:
+        return None
+    if mask is not None:
+        hint = "put the causal order into the mask"
+        fail(op, "attn_mask", "None beside is_causal", "a tensor", hint, NotImplementedError)
+    return causal_range(queries, device)
+
+
 def _causal_range(queries: int, device: torch.device, offset: int, window: int | None) -> Tensor:
     end = torch.arange(1, queries + 1, dtype=torch.int32, device=device) + offset
     begin = torch.zeros_like(end) if window is None else end - window

@@ -2,10 +2,9 @@
 
 from torch import Tensor
 
-from ..runtime.checks import fail
 from .one_source import (
     attention_call,
-    causal_range,
+    causal_order,
     check_dimensions,
     check_mask_type,
     refuse_unless_off,
@@ -48,9 +47,6 @@ def scaled_dot_product_attention(
     check_mask_type(op, "attn_mask", attn_mask)
     check_dimensions(op, query, key, value, "2, 3 or 4 dimensions", (2, 3, 4))
     refuse_unless_off(op, dropout_p=dropout_p)
-    if is_causal and attn_mask is not None:
-        hint = "put the causal order into the mask"
-        fail(op, "attn_mask", "None beside is_causal", "a tensor", hint, NotImplementedError)
     if enable_gqa and query.dim() == 3:  # PyTorch counts the first of three dimensions as heads here
         query, key, value = (x[None] for x in (query, key, value))
         return scaled_dot_product_attention(query, key, value, attn_mask, 0.0, is_causal, scale, True)[0]
@@ -61,8 +57,8 @@ def scaled_dot_product_attention(
             attn_mask = attn_mask.unsqueeze(heads)
         out = scaled_dot_product_attention(query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa)
         return out.squeeze(heads)
+    order = causal_order(op, is_causal, attn_mask, query.shape[2], query.device)
     query, key, value = (x.transpose(1, 2) for x in _broadcast(query, key, value, attn_mask, enable_gqa))
-    order = causal_range(query.shape[1], query.device) if is_causal else None
     call = attention_call(op, query, key, value, attn_mask, scale, enable_gqa, key_range=order)
     return call.attend().transpose(1, 2)
 

@@ -66,7 +66,7 @@ def _sink(op: str, s_aux: Tensor, query: Tensor, value: Tensor) -> Source:
     if s_aux.shape != (heads,) or not s_aux.is_floating_point():
         fail(op, "s_aux", f"a floating dtype and shape ({heads},)", f"{s_aux.dtype} and {tuple(s_aux.shape)}")
     key = query.new_zeros(1, 1, 1, head_dim)
-    logits = s_aux.reshape(1, heads).float().expand(batch, heads)
+    logits = s_aux.float().expand(batch, heads)
     return Source(key, key.new_zeros(1, 1, 1, value.shape[3]), logit_bias=logits)
 
 
