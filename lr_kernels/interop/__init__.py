@@ -6,7 +6,14 @@ keys for each query (causal order, windows, packed sequences) or a few groups of
 express is refused by name and never dropped: other masks, dropout, and every argument that is not known here."""
 
 from .comfyui import comfyui_attention
-from .one_source import attention_call, causal_order, check_dimensions, check_mask_type, refuse_unless_off
+from .one_source import (
+    attention_call,
+    causal_order,
+    causal_range,
+    check_dimensions,
+    check_mask_type,
+    refuse_unless_off,
+)
 from .pytorch import scaled_dot_product_attention
 from .transformers import register_with_transformers, transformers_attention
 from .varlen import variable_length_attention
@@ -15,6 +22,7 @@ from .xformers import memory_efficient_attention
 __all__ = [
     "attention_call",
     "causal_order",
+    "causal_range",
     "check_dimensions",
     "check_mask_type",
     "comfyui_attention",
