@@ -1,4 +1,4 @@
-"""`python -m lr_kernels`: info, demo, presets, knobs and generate."""
+"""`python -m lr_kernels`: info, demo, presets, knobs, generate and eval."""
 
 import argparse
 import sys
@@ -11,6 +11,8 @@ from .runtime.extras import require
 
 SUBJECTS = ("ball", "box", "star", "ring", "cross", "die")
 """The subjects of `lr_kernels.toy.world`, written out here since importing that needs diffusers."""
+STAGES = ("generate", "score", "report")
+"""Those of `lr_kernels.evaluation`, likewise."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,6 +41,14 @@ def parser() -> Parser:
     generate = commands.add_parser("generate", help="many prompts and subjects, in one process or under a launcher")
     generate.add_argument("run", type=Path, help="a file in YAML or JSON that says what to make: docs/many-prompts.md")
     generate.add_argument("--dry-run", action="store_true", help="list the images, and make none")
+    evaluation = commands.add_parser("eval", help="methods draw, metrics score, a report compares")
+    evaluation.add_argument(
+        "run", type=Path, help="a file in YAML or JSON that says what to evaluate: docs/evaluation.md"
+    )
+    evaluation.add_argument(
+        "--stages", nargs="+", choices=STAGES, default=STAGES, help="some of generate, score, report (default all)"
+    )
+    evaluation.add_argument("--dry-run", action="store_true", help="check the file, list the images, and make none")
     return made
 
 
@@ -88,6 +98,10 @@ def run(options: argparse.Namespace) -> None:
         from .diffusers.many.command import command
 
         sys.exit(command(options.run, dry_run=options.dry_run))
+    elif options.command == "eval":
+        from .evaluation.command import command as evaluate
+
+        sys.exit(evaluate(options.run, options.stages, dry_run=options.dry_run))
     else:
         from .toy.demo import run as demonstrate
 

@@ -27,6 +27,7 @@ ALLOWED = {
     "testing": {"source", "reference"},
     "info": {"runtime"},
     "block_masks": {"runtime"},
+    "statistics": set(),
     "interop": {"runtime", "source", "attention"},
     "presets": {"runtime", "source", "attention", "features"},
     "diffusers.processors": {"runtime", "source", "attention"},
@@ -43,8 +44,11 @@ ALLOWED = {
     "diffusers.context_parallel": {"runtime", "interop"},
     "diffusers.backend": {"runtime", "interop", "diffusers.context_parallel", "diffusers.processors"},
     "diffusers.guider": {"runtime", "diffusers.pipelines"},
-    "toy": {"", "runtime", "info", "features", "presets", "diffusers", "diffusers.methods", "diffusers.subjects",
-            "diffusers.pipelines"},
+    "evaluation": {
+        "runtime", "info", "statistics", "diffusers.pipelines", "diffusers.methods", "diffusers.many",
+    },
+    "toy": {"", "runtime", "info", "statistics", "features", "presets", "diffusers", "diffusers.methods",
+            "diffusers.subjects", "diffusers.pipelines", "evaluation"},
 }  # fmt: skip
 """What each room may import beside its own files. The root, "", names the public functions; __main__ the commands."""
 
@@ -162,7 +166,7 @@ def test_a_planted_import_is_found(file, line, complaint, tmp_path):
     assert any(complaint in text for text in [*told, *forbidden(imports)])
 
 
-PUBLIC = ("", ".diffusers", ".diffusers.methods", ".presets", ".interop", ".block_masks")
+PUBLIC = ("", ".diffusers", ".diffusers.methods", ".presets", ".interop", ".block_masks", ".evaluation")
 """Where users import from."""
 
 

@@ -9,10 +9,10 @@ from PIL import Image
 
 from lr_kernels import __main__, toy
 from lr_kernels.diffusers import StableDiffusionLayoutRetouchPipeline
+from lr_kernels.statistics import paired_difference
 from lr_kernels.toy import demo
 from lr_kernels.toy.judge import scores
 from lr_kernels.toy.stages import STAGES, on_backgrounds, run_stages
-from lr_kernels.toy.statistics import paired_difference
 
 
 def test_references_are_reproducible():

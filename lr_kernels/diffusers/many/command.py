@@ -1,23 +1,20 @@
 """Runs described by a file: `python -m lr_kernels generate run.yaml`."""
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import PIL.Image
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
 
 from ..processors.bank import ReferenceBank
 from .distribute import Generate, GenerationReport, generate_many, process_state
 from .items import ImageItem, pending
 from .run_file import METHOD_CLASSES, METHODS, Run, Subject, read_run
-
-ADAPTER = "subject"
-"""The name under which a subject's LoRA is loaded, one at a time."""
+from .weights import personalized
 
 
 def generate_from_file(path: str | Path) -> GenerationReport:
@@ -61,6 +58,7 @@ def _load(run: Run, device: torch.device) -> Generate:
     base = run.pipeline.from_pretrained(run.base, dtype=getattr(torch, run.dtype)).to(device)
     if run.scheduler is not None:
         base.scheduler = getattr(diffusers, run.scheduler).from_config(base.scheduler.config)
+    kind = METHOD_CLASSES[run.pipeline.__name__] if run.method == METHODS[0] else run.pipeline
     loaded = ExitStack()
     current: dict[str, Callable[..., PIL.Image.Image]] = {}  # of the subject whose models are loaded
 
@@ -68,39 +66,24 @@ def _load(run: Run, device: torch.device) -> Generate:
         if item.subject not in current:
             current.clear()
             loaded.close()
-            current[item.subject] = loaded.enter_context(_personalized(base, run, run.subjects[item.subject]))
+            subject = run.subjects[item.subject]
+            pipe = loaded.enter_context(personalized(base, kind, subject))
+            current[item.subject] = _draws(pipe, run, subject)
         return current[item.subject](item, generator)
 
     return generate
 
 
-@contextmanager
-def _personalized(base: DiffusionPipeline, run: Run, subject: Subject) -> Iterator[Callable[..., PIL.Image.Image]]:
-    """The function that draws items of a subject, while its weights are loaded."""
-    dtype, of_method = base.dtype, run.method == METHODS[0]
-    models: dict[str, Any] = {}
-    if subject.unet is not None:
-        name = "personalized_unet" if of_method else "unet"
-        models[name] = UNet2DConditionModel.from_pretrained(subject.unet, dtype=dtype).to(base.device)
-    if of_method and subject.lora is not None:
-        models["personalized_adapters"] = [ADAPTER]
-    kind = METHOD_CLASSES[run.pipeline.__name__] if of_method else run.pipeline
-    pipe: Any = kind.from_pipe(base, dtype=dtype, **models)
-    pipe.set_progress_bar_config(disable=True)
-    with ExitStack() as undone:
-        if subject.lora is not None:
-            undone.callback(pipe.unload_lora_weights)
-            pipe.load_lora_weights(subject.lora.parent, weight_name=subject.lora.name, adapter_name=ADAPTER)
-        if subject.textual_inversion is not None:
-            pipe.load_textual_inversion(str(subject.textual_inversion), token=subject.token)
-            undone.callback(pipe.unload_textual_inversion, subject.token)
-        references = _references(run, subject, base.device) if of_method else {}
+def _draws(pipe: Any, run: Run, subject: Subject) -> Callable[..., PIL.Image.Image]:
+    """The function that draws items of a subject whose weights are loaded."""
+    of_method = run.method == METHODS[0]
+    references = _references(run, subject, pipe.device) if of_method else {}
 
-        def draw(item: ImageItem, generator: torch.Generator) -> PIL.Image.Image:
-            layout = {"layout_prompt": item.arguments["layout_prompt"]} if of_method else {}
-            return pipe(prompt=item.prompt, generator=generator, **layout, **references, **run.arguments).images[0]
+    def draw(item: ImageItem, generator: torch.Generator) -> PIL.Image.Image:
+        layout = {"layout_prompt": item.arguments["layout_prompt"]} if of_method else {}
+        return pipe(prompt=item.prompt, generator=generator, **layout, **references, **run.arguments).images[0]
 
-        yield draw
+    return draw
 
 
 def _references(run: Run, subject: Subject, device: torch.device) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import PIL.Image
 import torch
@@ -16,13 +16,14 @@ from tqdm import tqdm
 
 from ...runtime.checks import fail
 from ...runtime.extras import require
-from .items import OP, ImageItem, check_items, pending, write_images, write_record
+from .items import OP, Drawn, ImageItem, check_items, pending, write_made, write_record
 
 if TYPE_CHECKING:
     from accelerate import PartialState
     from torch.distributed import Store
 
-Generate = Callable[[ImageItem, torch.Generator], PIL.Image.Image | Sequence[PIL.Image.Image]]
+Generate = Callable[[ImageItem, torch.Generator], PIL.Image.Image | Sequence[PIL.Image.Image] | Drawn]
+Done = TypeVar("Done")
 PATIENCE = timedelta(hours=6)
 """How long processes wait for each other at the end, at most for the time of one item."""
 
@@ -66,7 +67,8 @@ def generate_many(
         items: each with a path of its own.
         load: called with the process's device, once in each process that has something to do, after all items have been
             checked. It loads the models and returns `generate(item, generator)`, whose result is a PIL image or a list
-            of them; the generator is one of the CPU with the item's seed. What `load` raises ends the run.
+            of them, or a `Drawn`; the generator is one of the CPU with the item's seed. What `load` raises ends the
+            run.
         folder: where the files go; it is made. All processes have to see the same folder.
         progress: whether the main process shows a bar.
 
@@ -85,20 +87,17 @@ def generate_many(
         fail(OP, "folder", "the path of a folder", repr(folder))
     folder = Path(folder)
     state = process_state()
-    from accelerate.utils import broadcast_object_list, gather_object
+    from accelerate.utils import broadcast_object_list
 
     wanted = broadcast_object_list([pending(items, folder)])[0]  # the main process's: others may look later
-    store = _shared_store(state)
-    errors: dict[int, str | None] = {}
-    generate = None
-    with tqdm(total=len(wanted), disable=not (progress and state.is_main_process)) as bar:
-        for place in _claimed(store, len(wanted), state.process_index, state.num_processes):
-            if generate is None:
-                generate = load(state.device)
-            errors[wanted[place]] = _make(items[wanted[place]], generate, folder, state)
-            bar.update(store.add("made", 1) - bar.n)
-        found = dict(gather_object(list(errors.items())))
-        bar.update(len(wanted) - bar.n)
+    generate: list[Generate] = []  # once it is loaded
+
+    def make(place: int) -> str | None:
+        if not generate:
+            generate.append(load(state.device))
+        return _make(items[wanted[place]], generate[0], folder, state)
+
+    found = {wanted[place]: error for place, error in spread(len(wanted), make, state, progress=progress).items()}
     return GenerationReport(
         done=[item.path for i, item in enumerate(items) if i in found and found[i] is None],
         skipped=[item.path for i, item in enumerate(items) if i not in found],
@@ -122,6 +121,27 @@ def process_state() -> "PartialState":
         hint = "set ACCELERATE_USE_CPU=true, and make no PartialState() before"
         fail(OP, "processes", f"{started}, as WORLD_SIZE says", f"{state.num_processes} by PartialState", hint)
     return state
+
+
+def spread(
+    count: int, work: Callable[[int], Done], state: "PartialState", *, progress: bool = True, title: str | None = None
+) -> dict[int, Done]:
+    """Call work(place) for each of `count` places, in all processes together once; the results, in all processes.
+
+    Each process takes the next place of its own part, and when that part is done, one of another's. `progress`: whether
+    the main process shows a bar, with its title and the time that is left.
+    """
+    from accelerate.utils import gather_object
+
+    store = _shared_store(state)
+    done: dict[int, Done] = {}
+    with tqdm(total=count, desc=title, disable=not (progress and state.is_main_process)) as bar:
+        for place in _claimed(store, count, state.process_index, state.num_processes):
+            done[place] = work(place)
+            bar.update(store.add("done", 1) - bar.n)
+        found = dict(gather_object(list(done.items())))
+        bar.update(count - bar.n)
+    return found
 
 
 def _shared_store(state: "PartialState") -> "Store":
@@ -151,14 +171,15 @@ def _claimed(store: "Store", count: int, process: int, processes: int) -> Iterat
 def _make(item: ImageItem, generate: Generate, folder: Path, state: "PartialState") -> str | None:
     """Make an item and write its files; the error, if it failed."""
     start = time.perf_counter()
-    images, error, trace = [], None, None
+    error, trace = None, None
+    files: dict[str, Any] = {"images": []}
     try:
-        images = write_images(item, generate(item, torch.Generator().manual_seed(item.seed)), folder)
+        files = write_made(item, generate(item, torch.Generator().manual_seed(item.seed)), folder)
     except torch.AcceleratorError:
         raise
     except Exception as caught:
         error, trace = f"{type(caught).__name__}: {caught}", traceback.format_exc()
-    write_record(item, folder, images, error, trace)
+    write_record(item, folder, files | {"error": error, "traceback": trace})
     _log(folder, state, path=item.path, seconds=round(time.perf_counter() - start, 3), error=error)
     return error
 

@@ -64,6 +64,21 @@ class ImageItem:
         return asdict(self) | {"seed": self.seed}
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """What a function that makes an item may return where more than its image is to be kept.
+
+    Args:
+        image: of the item.
+        masks: pictures that lie beside it, by name: that of "context" is "0.context.png" beside "0.png".
+        seconds: what it took, by part. The item's record has them, so records of two runs differ in them.
+    """
+
+    image: PIL.Image.Image
+    masks: Mapping[str, PIL.Image.Image] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
 def check_items(items: Sequence[ImageItem]) -> list[ImageItem]:
     """The items as a list. ValueError or TypeError, which names item and field, unless each has files of its own."""
     if not isinstance(items, Sequence) or isinstance(items, str | bytes):
@@ -146,26 +161,36 @@ def _is_complete(item: ImageItem, folder: Path) -> bool:
         if record.get(name) != value:
             got = f"one whose {name} is {record.get(name)!r} instead of {value!r}"
             fail(OP, "folder", f"the record of this item in {path}", got, hint)
-    return all((folder / name).is_file() for name in record["images"])
+    return all((folder / name).is_file() for name in (*record["images"], *record.get("masks", {}).values()))
 
 
-def write_images(item: ImageItem, made: object, folder: Path) -> list[str]:
-    """Write what `generate` has returned, an image or several; their paths within the folder."""
+def write_made(item: ImageItem, made: object, folder: Path) -> dict[str, Any]:
+    """Write what `generate` has returned; what the item's record says of it, with paths within the folder."""
+    if isinstance(made, Drawn):
+        masks = {name: f"{item.path.removesuffix(SUFFIX)}.{name}{SUFFIX}" for name in made.masks}
+        for name, path in masks.items():
+            _write_picture(folder / path, made.masks[name])
+        _write_picture(folder / item.path, made.image)
+        seconds = {name: round(x, 3) for name, x in made.seconds.items()}
+        return {"images": [item.path], "masks": masks, "seconds": seconds}
     images = [made] if isinstance(made, PIL.Image.Image) else made
     if not isinstance(images, list | tuple) or not images or not all(isinstance(x, PIL.Image.Image) for x in images):
         fail(OP, "generate", "a function that returns a PIL image, or a list of them", type(made).__name__)
     paths = item.image_paths(len(images))
     for path, image in zip(paths, images):
-        encoded = io.BytesIO()
-        image.save(encoded, "PNG")
-        write_whole(folder / path, encoded.getvalue())
-    return paths
+        _write_picture(folder / path, image)
+    return {"images": paths}
 
 
-def write_record(item: ImageItem, folder: Path, images: list[str], error: str | None, trace: str | None) -> None:
+def _write_picture(path: Path, image: PIL.Image.Image) -> None:
+    encoded = io.BytesIO()
+    image.save(encoded, "PNG")
+    write_whole(path, encoded.getvalue())
+
+
+def write_record(item: ImageItem, folder: Path, of_run: Mapping[str, Any]) -> None:
     """Write the item's record, last of its files: who finds one without an error finds all images."""
-    record = item.record() | {"images": images, "error": error, "traceback": trace}
-    text = json.dumps(record, indent=2, ensure_ascii=False)
+    text = json.dumps(item.record() | dict(of_run), indent=2, ensure_ascii=False)
     write_whole(folder / item.record_path, f"{text}\n".encode())
 
 

@@ -1,0 +1,20 @@
+"""Evaluations that anyone can rerun: methods draw concepts by a file, metrics score the images, a report compares."""
+
+from ..runtime.extras import require
+
+require("diffusers")
+require("evaluation", "pydantic", "jinja2", "matplotlib")
+
+from .command import evaluate
+from .metrics import METRICS, Column, Metric, PromptImages
+from .run_file import Evaluation, read_evaluation
+
+__all__ = [
+    "METRICS",
+    "Column",
+    "Evaluation",
+    "Metric",
+    "PromptImages",
+    "evaluate",
+    "read_evaluation",
+]

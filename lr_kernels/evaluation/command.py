@@ -1,0 +1,71 @@
+"""`python -m lr_kernels eval run.yaml`: generate, score, report."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..diffusers.many.distribute import GenerationReport, process_state
+from ..diffusers.many.items import pending
+from ..runtime.checks import fail
+from .generate import generate, items_of
+from .report import report
+from .run_file import read_evaluation
+from .score import ScoreReport, score
+
+STAGES = ("generate", "score", "report")
+
+
+def evaluate(
+    path: str | Path, stages: Sequence[str] = STAGES, *, progress: bool = True
+) -> tuple[GenerationReport | None, ScoreReport | None]:
+    """Run stages of the evaluation that a file in YAML or JSON describes; docs/evaluation.md says what the file holds.
+
+    Started by `accelerate launch` or `torchrun`, the first two stages are spread over all processes, and the main one
+    writes the report. What is there already is not made again.
+
+    Args:
+        stages: some of "generate", "score" and "report", which run in this order.
+        progress: whether the main process shows bars.
+
+    Returns:
+        What became of the images and of the scores; None for a stage that did not run.
+
+    Raises:
+        ValueError: what is wrong with the file, by the name of its key, before a model is loaded; a stage that is none.
+        FileNotFoundError: no such file; a report without scores. ModuleNotFoundError: a metric's package is missing.
+    """
+    if isinstance(stages, str) or not stages or not set(stages) <= set(STAGES):
+        fail("evaluate", "stages", f"some of {', '.join(STAGES)}", repr(stages))
+    run = read_evaluation(path)
+    drawn = generate(run, progress=progress) if "generate" in stages else None
+    scored = score(run, progress=progress) if "score" in stages else None
+    if "report" in stages and process_state().is_main_process:
+        report(run)
+    return drawn, scored
+
+
+def command(path: Path, stages: Sequence[str], *, dry_run: bool = False) -> int:
+    """What `eval` does; the status of the process: 1 if an image or a score failed, 2 if the file is wrong."""
+    try:
+        run = read_evaluation(path)
+        items = items_of(run)
+        wanted = set(pending(items, run.output))
+        if dry_run:
+            for i, item in enumerate(items):
+                print(run.output / item.path, f"seed {item.seed}", repr(item.prompt), "" if i in wanted else "(there)")
+            return 0
+        drawn, scored = evaluate(path, stages)
+    except (ValueError, FileNotFoundError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    state = process_state()
+    state.destroy_process_group()
+    if not state.is_main_process:
+        return 0  # the main process's status is that of all: the first one that is not 0 ends the others
+    made = [x for x in (drawn, scored) if x is not None]
+    for part in made:
+        print(part.summary())
+    if "report" in stages:
+        print((run.output / "report" / "report.md").read_text("utf-8"))
+        print(f"report in {run.output / 'report'}")
+    return 1 if any(part.failed for part in made) else 0

@@ -1,0 +1,37 @@
+"""Where the concept is in the images: found by the methods themselves, or by a function of the user's."""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from .metric import PromptImages
+
+RECORDED = "recorded"
+Segmenter = Callable[..., Any]
+"""segmenter(image, noun) -> bool (height, width), where an RGB image shows a thing of this class; an array, a PIL image
+of two values, or a tensor"""
+
+
+def segmenter(name: str) -> Segmenter | None:
+    """The function of that name, "package.module:function"; None for "recorded"."""
+    return None if name == RECORDED else named("masks", name)
+
+
+def named(argument: str, name: str) -> Any:
+    """What "package.module:name" names. ValueError where there is no such thing."""
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{argument}: expected package.module:name of what can be imported, got {name!r}: {error}"
+        ) from None
+
+
+def masks_by(segment: Segmenter | None, shown: PromptImages) -> list[np.ndarray | None]:
+    """A mask for each image, bool (height, width); None where there is none."""
+    if segment is None:
+        return shown.masks or [None] * len(shown.images)
+    return [np.asarray(segment(image, shown.noun)) > 0 for image in shown.images]
