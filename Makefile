@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*.* csrc/cuda/sm90/* bindings/*)
 
-.PHONY: demo test test-oldest-triton lint bench readme sanitize fuzz properties faults clean
+.PHONY: demo test test-oldest-triton evaluation lint bench readme sanitize fuzz properties faults clean
 
 # Threads that wait passively: two that spin beside other work take 25 times as long over the toy model's small layers.
 demo: $(VENV)/.installed
@@ -46,6 +46,10 @@ bench: $(VENV)/.installed
 
 readme: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.readme
+
+# The full evaluation of the toy world, half an hour on two cores; README's table of the method is made of it.
+evaluation: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.toy
 
 lint: $(VENV)/.installed
 	$(BIN)/python -m pip install -q "ruff==0.17.*" "mypy==2.*" "clang-format==23.*"

@@ -2,7 +2,7 @@
 
 For every subject and seed the retouch stage runs on the same layouts from the same noise: with banks of references and
 contexts in the model's own dtype ("retouch"), with both banks in 8 bits (by the dtype's name), and with attention
-sharing off ("control"). Images are judged as in `benchmarks.method`, and differences are paired, image by image. A
+sharing off ("control"). Images are judged by `lr_kernels.toy`, and differences are paired, image by image. A
 measure has moved where the interval of its paired difference, to the four digits that are written, leaves 0 out. Writes
 per-image scores (CSV) and a summary (JSON).
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from lr_kernels.runtime.extras import require
 
@@ -27,13 +28,19 @@ from torch import Tensor
 
 from benchmarks import harness
 from benchmarks.eight_bit import EIGHT_BITS
-from benchmarks.method import SEEDS, SETS, judged, pipeline_of, summary
+from lr_kernels import toy
 from lr_kernels.diffusers import StableDiffusionLayoutRetouchPipeline
 from lr_kernels.diffusers.pipelines.output import LayoutRetouchOutput
 from lr_kernels.diffusers.pipelines.schedule import DEFAULT_SWITCH
-from lr_kernels.toy.stages import GUIDANCE, STEPS, Task, on_backgrounds
+from lr_kernels.statistics import bootstrap_interval, paired_difference
+from lr_kernels.toy import world
+from lr_kernels.toy.encoder import similarity
+from lr_kernels.toy.judge import object_masks, overlap, scores, spread
+from lr_kernels.toy.stages import GUIDANCE, STEPS, Task, on_backgrounds, personalized_pipeline
 
 PLAIN, CONTROL = "retouch", "control"
+SEEDS = (1000, 2000, 3000)
+SETS = {"tuning": tuple(world.TUNING_SUBJECTS), "unseen": tuple(world.UNSEEN_SUBJECTS)}
 
 
 def run(
@@ -56,6 +63,69 @@ def run(
     off = round(DEFAULT_SWITCH * steps)  # sharing ends where it would start
     found[CONTROL] = pipe.retouch(task.prompts, *task.reference, layout=found["layout"], retouch_end=off, **common)
     return found, nbytes
+
+
+def judged(outputs: dict, task: Task) -> tuple[list[dict], dict]:
+    """Per-image scores of every stage, and what only a set of images has."""
+    images = {name: torch.as_tensor(out.images).float() * 2 - 1 for name, out in outputs.items()}
+    rows = [{"background": name, "image": i} for i, name in enumerate(task.backgrounds)]
+    of_sets = {}
+    for stage, pixels in images.items():
+        for name, values in scores(pixels, task.backgrounds, images["layout"], task.subject).items():
+            for row, value in zip(rows, values.tolist()):
+                row[f"{stage} {name}"] = round(value, 5)
+        similar = _similarity(pixels, task.subject)
+        for row, value in zip(rows, similar):
+            row[f"{stage} encoder"] = value
+        of_sets[stage] = spread(pixels, task.backgrounds)
+    found = outputs["retouch"].context_masks[0].float()
+    true = F.adaptive_avg_pool2d(object_masks(images["layout"])[:, None], found.shape[1:])[:, 0] >= 0.5
+    for row, value in zip(rows, overlap(found, true.float()).tolist()):
+        row["mask iou"] = round(value, 5)
+    return rows, of_sets
+
+
+def _similarity(pixels: torch.Tensor, subject: str) -> list[float]:
+    """By an encoder that was trained on photographs, see `lr_kernels.toy.encoder`."""
+    return [round(x, 5) for x in similarity(pixels, world.references(subject)[0]).tolist()]
+
+
+def summary(
+    rows: list[dict], of_sets: list[dict], subjects: tuple[str, ...], pairs: tuple[tuple[str, str], ...]
+) -> dict:
+    """Means with intervals per stage, paired differences of `pairs` in all and per subject."""
+    paths = [(row["subject"], row["seed"]) for row in rows]
+
+    def column(name: str, subject: str | None = None) -> list[float]:
+        return [row[name] for row in rows if subject in (None, row["subject"])]
+
+    measures = sorted({key.split(" ", 1)[1] for key in rows[0] if " " in key and key != "mask iou"})
+    stages = {}
+    for stage in of_sets[0]["stages"]:
+        found = {name: bootstrap_interval(column(f"{stage} {name}"), paths) for name in measures}
+        for name in ("position_std", "diversity"):
+            values = [entry["stages"][stage][name] for entry in of_sets]
+            found[name] = bootstrap_interval(values)
+        stages[stage] = {name: _rounded(values) for name, values in found.items()}
+    differences = {}
+    for first, second in pairs:
+        for name in measures:
+            both = [f"{first} {name}", f"{second} {name}"]
+            entry = {"all": _rounded(paired_difference(*map(column, both), paths))}
+            for subject in subjects:
+                pair = [column(key, subject) for key in both]
+                seeds = [(row["seed"],) for row in rows if row["subject"] == subject]
+                entry[subject] = _rounded(paired_difference(*pair, seeds))
+            differences[f"{first} - {second} {name}"] = entry
+    return {
+        "stages": stages,
+        "differences": differences,
+        "mask_iou": {subject: _rounded(bootstrap_interval(column("mask iou", subject))) for subject in subjects},
+    }
+
+
+def _rounded(values: tuple[float, ...]) -> list[float]:
+    return [round(x, 4) for x in values]
 
 
 def pixel_differences(outputs: dict[str, LayoutRetouchOutput]) -> dict[str, dict[str, float]]:
@@ -108,14 +178,16 @@ def main() -> None:
     parser.add_argument("--per-background", type=int, default=2, help="images on each background and seed, 2 or more")
     parser.add_argument("--dtypes", nargs="+", choices=list(EIGHT_BITS), default=list(EIGHT_BITS))
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/method"), help="folder of the files")
-    parser.add_argument("--weights", type=Path, help="folder that keeps personalized weights between runs")
     options = parser.parse_args()
     if options.per_background < 2:
         parser.error("--per-background: expected 2 or more, whose diversity can be measured")
     subjects = tuple(name for given in options.subjects for name in SETS.get(given, (given,)))
     rows, of_sets, pixels, nbytes = [], [], [], {}
     for subject in subjects:
-        pipe, task = pipeline_of(subject, options.weights), on_backgrounds(subject, options.per_background)
+        pipe, task = (
+            personalized_pipeline(toy.load_pipeline(), subject),
+            on_backgrounds(subject, options.per_background),
+        )
         for seed in options.seeds:
             outputs, nbytes = run(pipe, task, seed, options.dtypes)
             found, sets = judged(outputs, task)

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from benchmarks import eight_bit, eight_bit_method
-from benchmarks.method import judged
 from lr_kernels import Source, multi_source_attention, quantize, toy
 from lr_kernels.diffusers import StableDiffusionLayoutRetouchPipeline
 from lr_kernels.toy.judge import Wanted
@@ -66,7 +65,7 @@ def test_pictures_with_each_bank_are_judged_beside_the_control():
     assert nbytes["int8"] / nbytes["retouch"] == 1 / 4 + 1 / 32  # of fp32, with heads of 32 channels
     images = torch.as_tensor(outputs["int8"].images)
     assert not torch.equal(images, plain) and (images - plain).abs().mean() < 0.01
-    rows, sets = judged(outputs, task)
+    rows, sets = eight_bit_method.judged(outputs, task)
     rows = [{"subject": "ring", "seed": 0, **row} for row in rows]
     pixels = [eight_bit_method.pixel_differences(outputs)]
     found = eight_bit_method.report(rows, [{"stages": sets}], pixels, ("ring",))

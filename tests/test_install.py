@@ -166,7 +166,7 @@ def told(call):
         call()
     except (ModuleNotFoundError, SystemExit) as error:
         print(type(error).__name__, error)
-for name in ("lr_kernels.diffusers", "lr_kernels.toy", "benchmarks.method", "benchmarks.price", "benchmarks.plots",
+for name in ("lr_kernels.diffusers", "lr_kernels.toy", "benchmarks.toy", "benchmarks.price", "benchmarks.plots",
              "benchmarks.__main__"):
     told(lambda: importlib.import_module(name))
 for command in ("demo", "presets", "knobs", "generate run.yaml"):

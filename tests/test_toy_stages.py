@@ -1,29 +1,54 @@
-"""The prompts that the evaluation asks for, and what of them is judged."""
+"""The prompts of the demo, and the files of the subjects."""
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
 
-from benchmarks import method
+from lr_kernels import toy
 from lr_kernels.toy import world
-from lr_kernels.toy.stages import composed, on_backgrounds
+from lr_kernels.toy.personalize import personalize
+from lr_kernels.toy.stages import on_backgrounds
+from lr_kernels.toy.subjects import FOLDER, lora_of, personalized, token, write
 
 
 @pytest.mark.parametrize("subject", world.SUBJECTS)
 def test_prompts_say_what_is_judged(subject):
-    noun = world.class_word(subject)
-    alone, more = on_backgrounds(subject, 2), composed(subject)
-    assert len(alone.prompts) == 12 and alone.prompts[0] == f"a sks {noun} on sky"
-    assert len(more.prompts) == 10 and more.prompts[0] == f"a sks {noun} at left on sky"
-    second = "ball" if noun == "box" else "box"
-    assert more.prompts[4] == f"a sks {noun} and a green {second} on sky"
-    assert more.layout_prompts[4] == f"a {noun} and a green {second} on sky"
-    for task in (alone, more):
-        words = " ".join(task.prompts).split()
-        assert set(words) <= set(world.WORDS) and len(task.backgrounds) == len(task.prompts)
+    noun, task = world.class_word(subject), on_backgrounds(subject, 2)
+    assert len(task.prompts) == 12 and task.prompts[0] == f"a sks {noun} on sky"
+    assert task.layout_prompts[0] == f"a {noun} on sky"
+    assert set(" ".join(task.prompts).split()) <= set(world.WORDS) and len(task.backgrounds) == len(task.prompts)
 
 
-def test_attributes_count_where_they_are_asked_for():
-    common = {"subject": "ball", "seed": 1, "stage": "layout", "background": 1.0, "present": 1.0, "identity": 0.5}
-    nothing = dict.fromkeys(("place", "other_shape", "other_color"))
-    rows = [{**common, **nothing, "place": 1.0}, {**common, **nothing, "other_shape": 0.0, "other_color": 1.0}]
-    (found,) = method.summary_by_attribute(rows).values()
-    assert found["place"] == [1.0, 1.0, 1.0] and found["other_shape"][0] == 0 and found["identity"][0] == 0.5
+@pytest.mark.parametrize("subject", world.SUBJECTS)
+def test_the_files_of_a_subject_are_its_pictures_and_small_weights(subject):
+    images, masks = world.references(subject)
+    for i in range(5):
+        pixels = np.asarray(Image.open(FOLDER / subject / f"images/{i}.png"), np.float32)
+        assert np.abs(pixels / 127.5 - 1 - images[i].permute(1, 2, 0).numpy()).max() <= 0.005
+        assert np.array_equal(np.asarray(Image.open(FOLDER / subject / f"masks/{i}.png")) > 0, masks[i].numpy() > 0.5)
+    assert (FOLDER / subject / "lora.safetensors").stat().st_size < 2**20
+    assert list(load_file(FOLDER / subject / "token.safetensors")) == [token(subject)]
+
+
+def test_a_lora_of_full_rank_is_the_whole_change_of_the_weights(tmp_path, monkeypatch):
+    """A short training, written as its files and read again."""
+    base = toy.load_pipeline()
+    before = {name: x.clone() for name, x in base.unet.state_dict().items()}
+    personal = personalize(base, world.references("star")[0], steps=3, progress=False)
+    assert all(torch.equal(x, before[name]) for name, x in base.unet.state_dict().items())
+    row = base.tokenizer.convert_tokens_to_ids("sks</w>")
+    write("star", personal, base, tmp_path / "star")
+    monkeypatch.setattr("lr_kernels.toy.subjects.lora_of", lambda *x: lora_of(*x, rank=10_000))
+    write("star", personal, base, tmp_path / "whole" / "star")
+    monkeypatch.setattr("lr_kernels.toy.subjects.FOLDER", tmp_path / "whole")
+    unet, text_encoder = personalized(base, "star")
+    trained, apart = personal.unet.state_dict(), []
+    for name, layer in unet.named_modules():
+        if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d):
+            change = (trained[f"{name}.weight"] - before[f"{name}.weight"]).norm()
+            apart.append(((layer.weight - trained[f"{name}.weight"]).norm() / change).item())
+    assert max(apart) < 2e-3  # fp16
+    embeddings = (x.get_input_embeddings().weight for x in (text_encoder, personal.text_encoder))
+    assert torch.equal(*(x[row] for x in embeddings))

@@ -27,9 +27,8 @@ def draw(summary: Mapping[str, Any], axes: tuple[str, str], path: Path) -> None:
     vertical, horizontal = axes
     figure = Figure(figsize=(7.5, 4.8), layout="constrained")
     plot = figure.subplots()
-    for method, found in summary["methods"].items():
-        if vertical not in found or horizontal not in found:
-            continue
+    shown = {method: x for method, x in summary["methods"].items() if vertical in x and horizontal in x}
+    for method, found in shown.items():
         x, y = found[horizontal], found[vertical]
         spans = [[[z["mean"] - z["low"]], [z["high"] - z["mean"]]] for z in (x, y)]
         plot.errorbar(x["mean"], y["mean"], xerr=spans[0], yerr=spans[1], fmt="o", capsize=3, label=method)
@@ -37,6 +36,7 @@ def draw(summary: Mapping[str, Any], axes: tuple[str, str], path: Path) -> None:
         better = summary["columns"][name]["better"]
         label(f"{name}, {better} is better" if better else name)
     plot.grid(alpha=0.3)
-    figure.legend(loc="outside right upper")
+    if shown:
+        figure.legend(loc="outside right upper")
     plot.set_title(f"means with {round(100 * summary['level'])} % intervals")
     figure.savefig(path, dpi=120)

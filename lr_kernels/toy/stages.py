@@ -56,17 +56,6 @@ def on_backgrounds(subject: str, per_background: int = 3) -> Task:
     return Task(subject, tuple(Wanted(subject=subject, background=name) for name in names))
 
 
-def composed(subject: str) -> Task:
-    """Ten images whose prompts ask for more: a place in four, a second object in six."""
-    shape = "ball" if world.class_word(subject) == "box" else "box"
-    second = Wanted(shape=shape, color="green")
-    at_places = [
-        Wanted(subject=subject, place=place, background=name) for place, name in zip(world.PLACES, world.BACKGROUNDS)
-    ]
-    beside = [Wanted(subject=subject, background=name, other=second) for name in world.BACKGROUNDS]
-    return Task(subject, (*at_places, *beside))
-
-
 def sentence(noun: str, wanted: Wanted) -> str:
     """A prompt in the form of the base model's captions: the noun with the rest of what is wanted."""
     other = "" if wanted.other is None else f" and a {wanted.other.color} {wanted.other.shape}"

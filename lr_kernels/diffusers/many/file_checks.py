@@ -5,7 +5,7 @@ import inspect
 import json
 import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any
@@ -166,7 +166,7 @@ def _fits(value: object, annotation: Any) -> bool:
     if isinstance(value, int | float):
         return kind is float or (kind is int and isinstance(value, int))
     if isinstance(value, list):
-        return kind in (list, tuple, Sequence)
+        return kind in (list, tuple, Sequence, Collection)
     return kind in ((str,) if isinstance(value, str) else (dict, Mapping)) and isinstance(value, str | dict)
 
 
