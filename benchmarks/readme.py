@@ -245,52 +245,54 @@ def demo_table() -> str:
         f"{pair}: {mean:+.3f} [{low:+.3f}, {high:+.3f}]"
         for pair, (mean, low, high) in report["identity_differences"].items()
     )
-    about = f"{report['subject']}, {report['images']} images a stage; paired identity {'; '.join(pairs)}."
+    about = f"{report['subject']}, {report['images']} images a stage; paired identity {'; '.join(pairs)}; "
+    about += f"{report['instruction_set']}, torch {report['versions']['torch']}."
     intro = "`make demo`, on its own subject, one of the three on which the defaults were chosen:"
     return "\n".join([intro, "", *stage_lines(cells), "", about])
 
 
 def method_table() -> str:
-    """Stages and paired differences on the unseen subjects."""
-    path = RESULTS / "method" / "unseen.json"
-    if not path.exists():
-        return "*The unseen subjects: not run with these weights.*"
-    report = json.loads(path.read_text())
-    cells = {
-        stage: {name: "{:.3f} [{:.3f}, {:.3f}]".format(*x) for name, x in found.items()}
-        for stage, found in report["stages"].items()
+    """The toy evaluation: every method, and what attention sharing contributes for each subject."""
+    found = json.loads((RESULTS / "evaluation" / "report.json").read_text())
+    columns = {
+        "identity": "identity ↑",
+        "histogram": "colour histogram ↑",
+        "encoder": "ImageNet encoder ↑",
+        "background": "background right ↑",
+        "outline_diversity": "1 − mIoU ↑",
+        "layout_iou": "IoU with layout",
     }
-    intro = "On subjects of the toy model that nothing was tuned on, by the pipeline's defaults "
-    lines = [
-        intro + "(95 % intervals over subjects, seeds and images):",
-        "",
-        *stage_lines(cells),
-        "",
-        "| paired difference | all | " + " | ".join(report["of"]["subjects"]) + " |",
-    ]
-    lines.append("|---" * (len(report["of"]["subjects"]) + 2) + "|")
-    for pair, entry in report["differences"].items():
-        if pair.endswith(("identity", "encoder")):
-            lines.append(
-                f"| {pair} | " + " | ".join("{:+.3f} [{:+.3f}, {:+.3f}]".format(*x) for x in entry.values()) + " |"
-            )
-    names = {
-        "present": "both objects",
-        "identity": "identity",
-        "place": "place",
-        "other_shape": "second object's shape",
-        "other_color": "its colour",
-        "background": "background",
-    }
-    lines += ["", "| prompts with a place or a second object | " + " | ".join(names.values()) + " |"]
-    lines.append("|---" * (len(names) + 1) + "|")
-    for stage, found in report["by_attribute"].items():
-        lines.append(
-            f"| {stage} | " + " | ".join("{:.2f} [{:.2f}, {:.2f}]".format(*found[name]) for name in names) + " |"
-        )
-    m = report["of"]
-    about = f"{m['images']} images a stage, {len(m['seeds'])} seeds, position spread as a fraction of the image side; "
-    return "\n".join([*lines, "", about + f"{m['isa']}, torch {m['torch']}, commit {m['commit']}."])
+    lines = [table_line(["method", *columns.values()]), "|---" * (len(columns) + 1) + "|"]
+    for method, entry in found["methods"].items():
+        shown = f"**{method}**" if method == "retouch" else method
+        lines.append(table_line([shown, *(interval(entry[name]) for name in columns)]))
+    subjects = found["concepts"]
+    lines += ["", table_line(["retouch − control", "all", *subjects]), "|---" * (len(subjects) + 2) + "|"]
+    for name in ("identity", "histogram", "encoder"):
+        entry = found["differences"]["retouch"][name]
+        cells = [entry["all"], *(entry["concepts"][subject] for subject in subjects)]
+        lines.append(table_line([columns[name][:-2], *(interval(x, "+") for x in cells)]))
+    asked = {"both_objects": "both objects", "other_shape": "the second one's shape", "other_color": "its colour"}
+    lines += ["", table_line(["prompts with a second object", *asked.values()]), "|---" * (len(asked) + 1) + "|"]
+    for method in ("personalized", "layout", "control", "retouch"):
+        entry = found["methods"][method]
+        lines.append(table_line([method, *(interval(entry[name]) for name in asked)]))
+    m, count = found["machine"], found["methods"]["retouch"]["identity"]["values"]
+    text = (
+        f"{count} images of every method: {len(subjects)} subjects, 12 prompts each, half with a second object, "
+        f"{found['samples']} samples; {round(100 * found['level'])} % intervals over subjects, prompts and samples. "
+        f"{m['device']} ({m['isa']}), torch {m['torch']}, commit {m['commit']}; `make evaluation` draws, scores and "
+        "compares anew, by [benchmarks/evaluation/toy.yaml](benchmarks/evaluation/toy.yaml)."
+    )
+    return "\n".join([*lines, "", text])
+
+
+def table_line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def interval(entry: dict[str, float], sign: str = "") -> str:
+    return f"{entry['mean']:{sign}.3f} [{entry['low']:{sign}.3f}, {entry['high']:{sign}.3f}]"
 
 
 def many_table() -> str:

@@ -15,6 +15,7 @@ PAGES = [
     "docs/own-method.md",
     "docs/layout-and-retouch.md",
     "docs/many-prompts.md",
+    "docs/evaluation.md",
     "hf_kernel/README.md",
 ]
 

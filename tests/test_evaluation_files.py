@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from pathlib import Path
 
 import PIL.Image
 import pytest
@@ -11,9 +12,10 @@ from diffusers import DiffusionPipeline
 
 from lr_kernels import __main__
 from lr_kernels.evaluation import METRICS, evaluate, read_evaluation
-from lr_kernels.evaluation.methods import METHODS
+from lr_kernels.evaluation.methods import METHODS, STAGES
 from lr_kernels.toy.subjects import FOLDER
 
+PAGE = Path(__file__).parent.parent / "docs" / "evaluation.md"
 BALL = {
     "noun": "ball",
     "token": "<ball>",
@@ -228,3 +230,21 @@ def test_a_file_in_json_and_every_method_and_metric_by_its_name(write, tmp_path)
     assert {"clip_i", "clip_t", "dino", "dino_masked", "vendi", "identity"} <= {
         x for m in run.chosen for x in m.columns
     }
+
+
+def test_the_file_of_the_papers_protocol_is_one(tmp_path):
+    """That of docs/evaluation.md, with stand-ins for what a user downloads and trains."""
+    (text,) = re.findall(r"^```yaml\n(.*?)^```", PAGE.read_text(), flags=re.M | re.S)
+    (tmp_path / "vico.yaml").write_text(text.replace("CompVis/stable-diffusion-v1-4", "toy"))
+    for name in ("barn", "black_cat"):
+        (tmp_path / f"DreamMatcher/inputs/{name}").mkdir(parents=True)
+        PIL.Image.new("RGB", (8, 8)).save(tmp_path / f"DreamMatcher/inputs/{name}/0.jpg")
+        (tmp_path / f"weights/{name}/unet").mkdir(parents=True)
+        (tmp_path / f"weights/{name}/unet/config.json").write_text("{}")
+    for name in ("nonlive", "live"):
+        lines = "\n".join(["a {} in the jungle", "a {} in the snow"])
+        (tmp_path / f"DreamMatcher/inputs/prompts_{name}_objects.txt").write_text(lines)
+    run = read_evaluation(tmp_path / "vico.yaml")
+    assert run.protocol == "dreammatcher" and run.samples == 8 and list(run.methods) == [*STAGES]
+    assert run.arguments_of("control") == {"num_inference_steps": 50, "guidance_scale": 10.0}
+    assert [name for metric in run.chosen for name in metric.columns] == ["dino", "clip_i", "clip_t", "vendi"]

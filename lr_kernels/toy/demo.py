@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .. import toy
-from ..info import versions
+from ..info import instruction_set, versions
 from ..statistics import paired_difference
 from .judge import scores, spread
 from .stages import GUIDANCE, PAIRS, STEPS, on_backgrounds, personalized_pipeline, run_stages
@@ -63,6 +63,7 @@ def run(output: Path, *, subject: str = "ball", seeds: int = 3, backend: str = "
             f"{first} - {second}": [round(x, 4) for x in paired_difference(identity[first], identity[second])]
             for first, second in PAIRS
         },
+        "instruction_set": instruction_set(),
         "versions": versions(),
     }
     (output / "metrics.json").write_text(json.dumps(report, indent=2))
