@@ -4,8 +4,7 @@ A concept's name is that of its subject in `world.SUBJECTS`. Images are those of
 """
 
 import re
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import PIL.Image
@@ -48,7 +47,7 @@ class Subject(Metric):
     """Likeness to the subject: the judge's probability of all its traits, and the overlap of its colour histogram with
     that of the references. 0 for images without an object."""
 
-    columns: ClassVar = {"identity": Column("likeness"), "histogram": Column("likeness")}
+    columns: Mapping[str, Column] = {"identity": Column("likeness"), "histogram": Column("likeness")}
 
     def score(self, shown: PromptImages, device: torch.device) -> Scores:
         """Of the object that the judge finds; of two that a prompt asks for, the one that is more like the subject."""
@@ -62,7 +61,7 @@ class Subject(Metric):
 class Encoder(Metric):
     """Likeness by an encoder that never saw the toy world, see `lr_kernels.toy.encoder`."""
 
-    columns: ClassVar = {"encoder": Column("likeness")}
+    columns: Mapping[str, Column] = {"encoder": Column("likeness")}
 
     def score(self, shown: PromptImages, device: torch.device) -> Scores:
         """Cosines."""
@@ -72,7 +71,7 @@ class Encoder(Metric):
 class Prompt(Metric):
     """What else the prompt asks for, as 0 or 1: the background, both objects, the second one's shape and colour."""
 
-    columns: ClassVar = {
+    columns: Mapping[str, Column] = {
         name: Column("prompt") for name in ("background", "both_objects", "other_shape", "other_color")
     }
 
@@ -88,7 +87,7 @@ class Prompt(Metric):
 class Layout(Metric):
     """The IoU of the object with that of the layout."""
 
-    columns: ClassVar = {"layout_iou": Column("other")}
+    columns: Mapping[str, Column] = {"layout_iou": Column("other")}
 
     def score(self, shown: PromptImages, device: torch.device) -> Scores:
         """None where there is no layout."""
@@ -102,7 +101,7 @@ class Layout(Metric):
 class Outline(Pairwise):
     """1 - the IoU of the objects in two images of a prompt."""
 
-    columns: ClassVar = {"outline_diversity": Column("diversity")}
+    columns: Mapping[str, Column] = {"outline_diversity": Column("diversity")}
 
     def pairs(self, shown: PromptImages, device: torch.device) -> list[list[float | None]]:
         """Of the masks that the judge finds."""
@@ -113,7 +112,7 @@ class Outline(Pairwise):
 class Position(Pairwise):
     """The distance of the objects' centres in two images of a prompt, a fraction of the side."""
 
-    columns: ClassVar = {"position_diversity": Column("diversity")}
+    columns: Mapping[str, Column] = {"position_diversity": Column("diversity")}
 
     def pairs(self, shown: PromptImages, device: torch.device) -> list[list[float | None]]:
         """None where an image shows no object."""
