@@ -19,6 +19,7 @@ if not torch.cuda.is_available():
 from triton.runtime import interpreter as _interpreter
 
 MINUTES = {
+    "test_evaluation.py",
     "test_toy.py",
     "test_benchmarks.py",
     "test_triton_compile.py",

@@ -159,7 +159,8 @@ def test_the_methods_are_those_of_the_pipeline(small):
         "reference_prompt": "a <ball> ball",
         "subject_tokens": "ball",
     }
-    found = pipe("a <ball> ball on sand", "a ball on sand", **reference, generator=item_noise(item), **FEW)
+    call = {"prompt": "a <ball> ball on sand", "layout_prompt": "a ball on sand", **reference, **FEW}
+    found = pipe(**call, generator=item_noise(item))
     for name, image in (("layout", found.layout_images[0]), ("retouch", found.images[0])):
         assert np.array_equal(np.asarray(image), shown(small, name))
     control = pipe.retouch(
@@ -167,6 +168,11 @@ def test_the_methods_are_those_of_the_pipeline(small):
     )
     assert np.array_equal(np.asarray(control.images[0]), shown(small, "control"))
     assert not np.array_equal(shown(small, "control"), shown(small, "retouch"))
+    given = {"retouch_guidance_scale": 2.0, "layout_steps": 0, "reading": "swap", "mask_blending": True}
+    other = pipe(**call, **given, generator=item_noise(item))
+    methods = {"retouch": {"arguments": given}}
+    evaluate(write(small.parent, "other", methods=methods), ["generate"], progress=False)
+    assert np.array_equal(np.asarray(other.images[0]), shown(small.parent / "other", "retouch"))
     record = json.loads((small / item.record_path).read_text())
     assert record["arguments"]["arguments"] == FEW and record["seconds"]["retouch"] > 0
     mask = np.asarray(PIL.Image.open(small / record["masks"]["context"]))

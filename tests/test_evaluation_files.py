@@ -5,14 +5,16 @@ import re
 import sys
 from pathlib import Path
 
+import diffusers
 import PIL.Image
 import pytest
 import yaml
 from diffusers import DiffusionPipeline
 
 from lr_kernels import __main__
+from lr_kernels.diffusers.many.run_file import METHOD_CLASSES
 from lr_kernels.evaluation import METRICS, evaluate, read_evaluation
-from lr_kernels.evaluation.methods import METHODS, STAGES
+from lr_kernels.evaluation.methods import METHODS, STAGES, known_to, taken_by
 from lr_kernels.toy.subjects import FOLDER
 
 PAGE = Path(__file__).parent.parent / "docs" / "evaluation.md"
@@ -248,3 +250,14 @@ def test_the_file_of_the_papers_protocol_is_one(tmp_path):
     assert run.protocol == "dreammatcher" and run.samples == 8 and list(run.methods) == [*STAGES]
     assert run.arguments_of("control") == {"num_inference_steps": 50, "guidance_scale": 10.0}
     assert [name for metric in run.chosen for name in metric.columns] == ["dino", "clip_i", "clip_t", "vendi"]
+
+
+@pytest.mark.parametrize("pipeline", METHOD_CLASSES)
+def test_no_argument_that_a_method_takes_is_dropped(pipeline):
+    """Each goes to a stage of the pipeline, or is one of the call that stands for a stage's."""
+    kind = METHOD_CLASSES[pipeline]
+    for method in STAGES:
+        given = dict.fromkeys(known_to(method, getattr(diffusers, pipeline)))
+        stages = [kind.layout, kind.retouch] if method in ("control", "retouch") else [kind.layout]
+        taken = {name for stage in stages for name in taken_by(stage, given)}
+        assert set(given) - taken <= {"retouch_guidance_scale"}, method

@@ -135,6 +135,8 @@ class Artist:
         layout = self.layout(wanted)
         arguments = taken_by(self.pipe.retouch, wanted.arguments)
         arguments = {name: x for name, x in arguments.items() if name not in ("height", "width")}  # the layout has it
+        if wanted.arguments.get("retouch_guidance_scale") is not None:
+            arguments["guidance_scale"] = wanted.arguments["retouch_guidance_scale"]
         if wanted.method == "control":
             start = arguments.get("retouch_start")
             arguments["retouch_end"] = round(DEFAULT_SWITCH * steps) if start is None else start
