@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 from lr_kernels import __main__
 from lr_kernels.diffusers.many.run_file import METHOD_CLASSES
 from lr_kernels.evaluation import METRICS, evaluate, read_evaluation
-from lr_kernels.evaluation.methods import METHODS, STAGES, known_to, taken_by
+from lr_kernels.evaluation.methods import METHODS, STAGE_METHODS, known_to, taken_by
 from lr_kernels.toy.subjects import FOLDER
 
 PAGE = Path(__file__).parent.parent / "docs" / "evaluation.md"
@@ -65,8 +65,8 @@ WRONG = {
     "base: expected a text that is not empty": {"base": ""},
     "base: expected a valid string, got 1; a number or a word": {"base": 1},
     "output: expected the path of a folder, got .*run.yaml": {"output": "run.yaml"},
-    "concepts: expected .*, got {}": {"concepts": {}},
-    "concepts: expected a valid dictionary, got \\['ball'\\]": {"concepts": ["ball"]},
+    "concepts: expected at least one entry, got {}": {"concepts": {}},
+    "concepts: expected a mapping, got \\['ball'\\]": {"concepts": ["ball"]},
     "concepts.a/b: expected a name of files, without /": {"concepts": {"a/b": BALL}},
     "concepts.ball.noun: expected a value, got none": ball(noun=...),
     "concepts.ball.color: expected one of the keys noun, images, .*, got an unknown key": ball(color="red"),
@@ -77,6 +77,10 @@ WRONG = {
     "concepts.ball.images: expected at least one picture, got none": ball(images="empty"),
     "concepts.ball.masks: expected 5, one for each of its images, got 1": ball(masks=["black.png"]),
     "concepts.ball.lora: expected a file, got .*nowhere": ball(lora="nowhere.safetensors"),
+    "concepts.ball.lora: expected a file of safetensors, got .*text.png": ball(lora="text.png"),
+    "concepts.ball.masks: expected masks of its images, since a metric is masked, got none": {
+        "metrics": [{"metric": "dino", "masked": True}],
+    },
     "concepts.ball.unet: expected a folder of a UNet, with its config.json, got .*empty": ball(unet="empty"),
     "concepts.ball.token: expected the token of the textual_inversion, got none": ball(token=...),
     "concepts.ball.prompts: expected a file, got .*nowhere.txt": ball(prompts="nowhere.txt"),
@@ -84,8 +88,10 @@ WRONG = {
     "prompts: expected a list of texts, or a file .*": {"prompts": "empty.txt"},
     "prompts: expected a file, got .*nowhere.txt, which is none": {"prompts": "nowhere.txt"},
     "prompts\\[1\\]: expected a text with one {}, .*, got 'a ball'": {"prompts": ["a {}", "a ball"]},
+    "prompts\\[0\\]: expected a text with one {}, .*, got 'two {}s on sand'": {"prompts": ["two {}s on sand"]},
+    "prompts: expected a list of texts, or a file .*, got 'a {} on sand'": {"prompts": "a {} on sand"},
     "prompts\\[1\\]: expected a prompt that differs from the others": {"prompts": ["a {}!", "a {}?"]},
-    "methods: expected .*, got {}": {"methods": {}},
+    "methods: expected at least one entry, got {}": {"methods": {}},
     "methods.mine.method: expected one of vanilla, .*, where the name is none of these": methods(mine=None),
     "methods.mine.method: expected one of vanilla, .*, got 'dreambooth'": methods(mine={"method": "dreambooth"}),
     "methods.scores: expected another name than log, scores, report": methods(scores={"method": "retouch"}),
@@ -95,6 +101,12 @@ WRONG = {
     ),
     "methods.retouch.arguments.layout_steps: expected what the file can hold of int": methods(
         retouch={"arguments": {"layout_steps": "six"}}
+    ),
+    "methods.retouch.arguments: .*num_inference_steps: expected a positive integer, got 0": methods(
+        retouch={"arguments": {"num_inference_steps": 0}}
+    ),
+    "methods.Layout: expected a name that differs from 'layout' in more than capitals": methods(
+        Layout={"method": "layout"}
     ),
     "methods.control.arguments.retouch_end: expected an argument of the method control": methods(
         control={"arguments": {"retouch_end": 3}}
@@ -113,6 +125,16 @@ WRONG = {
     "metrics\\[0\\]: masks: expected package.module:name": {"metrics": [{"metric": "layout_iou", "masks": "yes"}]},
     "metrics\\[0\\]: masked: expected false, since the protocol dreammatcher": {
         "metrics": [{"metric": "dino", "masked": True}], "protocol": "dreammatcher",
+    },
+    "metrics\\[0\\]: masks: expected 'recorded' where masked is false": {
+        "metrics": [{"metric": "dino", "masks": "json:loads"}],
+    },
+    "metrics\\[0\\]: masks: expected a function, got 'os:sep', which is str": {
+        "metrics": [{"metric": "layout_iou", "masks": "os:sep"}],
+    },
+    "metrics\\[0\\]: expected package.module:name of what can be imported, got '.x:Y'": {"metrics": [".x:Y"]},
+    "metrics\\[0\\]: model: expected a folder of a 'vit' of transformers, got 'no config.json'": {
+        "metrics": [{"metric": "dino", "model": "empty"}],
     },
     "metrics: expected columns that differ, got 'dino' twice": {"metrics": ["dino", "dino"]},
     "protocol: expected 'standard' or 'dreammatcher', got 'mine'": {"protocol": "mine"},
@@ -141,10 +163,16 @@ def test_a_wrong_file_is_refused_by_the_name_of_its_key(write, message, changes)
 
 
 def test_all_that_is_wrong_is_told_at_once(write):
-    with pytest.raises(ValueError) as caught:
-        read_evaluation(write(outputs="x", samples=0, **ball(noun=..., lora="nowhere.safetensors")))
-    keys = [line.split(": ")[1] for line in str(caught.value).splitlines()]
-    assert keys == ["concepts.ball.noun", "concepts.ball.lora", "samples", "outputs"]
+    """First of keys and types, then of what they mean together."""
+    for wrong, keys in (
+        ({"outputs": "x", "samples": 0} | ball(noun=..., lora="nowhere.safetensors"),
+         ["concepts.ball.noun", "concepts.ball.lora", "samples", "outputs"]),
+        ({"base": "no folder", "reference_prompt": "x", "metrics": ["clip"]} | ball(token=...),
+         ["base", "metrics[0]", "concepts.ball.token", "reference_prompt"]),
+    ):  # fmt: skip
+        with pytest.raises(ValueError) as caught:
+            read_evaluation(write(**wrong))
+        assert [line.split(": ")[1] for line in str(caught.value).splitlines()] == keys
 
 
 @pytest.mark.parametrize(
@@ -166,7 +194,7 @@ def test_a_text_that_is_no_file_of_a_run(tmp_path, name, text, message):
 def test_a_missing_package_of_a_metric_is_named(write, monkeypatch):
     monkeypatch.setitem(sys.modules, "dreamsim", None)
     with pytest.raises(
-        ModuleNotFoundError, match="metrics\\[0\\]: expected the package dreamsim, got none; pip install"
+        ModuleNotFoundError, match="metrics\\[0\\]: expected the packages dreamsim, got none; pip install"
     ):
         read_evaluation(write(metrics=["dreamsim"]))
 
@@ -183,13 +211,14 @@ def test_nothing_is_loaded_before_the_file_is_right(write, monkeypatch):
 
 
 def test_stages_that_are_none_are_refused(write):
-    for stages in ("generate", [], ["draw"]):
+    for stages in ("generate", [], ["draw"], [["score"]], 5):
         with pytest.raises(ValueError, match="evaluate: stages: expected some of generate, score, report"):
             evaluate(write(), stages)
 
 
 def test_a_report_needs_scores(write):
-    with pytest.raises(FileNotFoundError, match="which the stage score writes, got none"):
+    message = r"stages: expected the scores of 3 prompts, .*, got 0; without them is scores/.*; run the stage score"
+    with pytest.raises(ValueError, match=message):
         evaluate(write(), ["report"])
 
 
@@ -219,10 +248,9 @@ def test_a_file_in_json_and_every_method_and_metric_by_its_name(write, tmp_path)
     metrics += [{"metric": "dino", "masked": True}, "lr_kernels.toy.metrics:Subject"]
     own = {"mine": {"method": "retouch", "arguments": {"layout_steps": 4, "reading": "swap"}}}
     given = RUN | {"methods": dict.fromkeys(METHODS) | own, "prompts": "prompts.txt", "metrics": metrics}
-    given |= {
-        "concepts": {"ball": BALL, "star": BALL | {"prompts": ["a {} at night"]}},
-        "arguments": {"layout_steps": 6},
-    }
+    ball = BALL | {"masks": str(FOLDER / "ball/masks")}
+    concepts = {"ball": ball, "star": ball | {"prompts": ["a {} at night"]}}
+    given |= {"concepts": concepts, "arguments": {"layout_steps": 6}}
     (tmp_path / "run.json").write_text(json.dumps(given))
     run = read_evaluation(tmp_path / "run.json")
     assert dict(run.prompts_of("ball")) == {"a-on-sand": "a {} on sand", "a-on-grass": "a {} on grass"}
@@ -247,7 +275,7 @@ def test_the_file_of_the_papers_protocol_is_one(tmp_path):
         lines = "\n".join(["a {} in the jungle", "a {} in the snow"])
         (tmp_path / f"DreamMatcher/inputs/prompts_{name}_objects.txt").write_text(lines)
     run = read_evaluation(tmp_path / "vico.yaml")
-    assert run.protocol == "dreammatcher" and run.samples == 8 and list(run.methods) == [*STAGES]
+    assert run.protocol == "dreammatcher" and run.samples == 8 and list(run.methods) == [*STAGE_METHODS]
     assert run.arguments_of("control") == {"num_inference_steps": 50, "guidance_scale": 10.0}
     assert [name for metric in run.chosen for name in metric.columns] == ["dino", "clip_i", "clip_t", "vendi"]
 
@@ -256,7 +284,7 @@ def test_the_file_of_the_papers_protocol_is_one(tmp_path):
 def test_no_argument_that_a_method_takes_is_dropped(pipeline):
     """Each goes to a stage of the pipeline, or is one of the call that stands for a stage's."""
     kind = METHOD_CLASSES[pipeline]
-    for method in STAGES:
+    for method in STAGE_METHODS:
         given = dict.fromkeys(known_to(method, getattr(diffusers, pipeline)))
         stages = [kind.layout, kind.retouch] if method in ("control", "retouch") else [kind.layout]
         taken = {name for stage in stages for name in taken_by(stage, given)}

@@ -5,7 +5,9 @@ DINO's repository, and the preprocessing that the authors of CLIP, DINO and DINO
 package: images are NumPy arrays here, and resizing by a bicubic filter is written out.
 """
 
+import json
 import math
+import shutil
 
 import numpy as np
 import PIL.Image
@@ -13,6 +15,7 @@ import pytest
 import skimage
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -352,3 +355,62 @@ def test_photos_go_through_every_metric(models):
         cropped, turned, other = (found["images"][str(i)][name] for i in range(3))
         assert all(-1 <= x <= 1 for x in (cropped, turned, other))
     assert 1 <= found["prompt"]["vendi"] <= 3
+
+
+def test_an_encoder_without_its_weights_is_refused(models, tmp_path):
+    """transformers would draw what is missing at random, and each run would score otherwise."""
+    for name, kind in (("dino", "clip"), ("clip_i", "dino")):
+        with pytest.raises(ValueError, match=r"model: expected a folder of a '\w+' of transformers, got '\w+'"):
+            METRICS[name](model=str(models / kind))
+    shutil.copytree(models / "dino", tmp_path / "dino")
+    weights = load_file(tmp_path / "dino/model.safetensors")
+    weights.pop(next(iter(weights)))
+    save_file(weights, tmp_path / "dino/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"model: expected the weights of a ViTModel in .*, got none for"):
+        by_metric("dino", shown(IMAGES, REFERENCES), model=str(tmp_path / "dino"))
+
+
+def test_other_weights_or_another_name_are_other_scores_and_another_path_is_not(models, tmp_path):
+    shutil.copytree(models / "dino", tmp_path / "dino")
+    one, same = (METRICS["dino"](model=str(folder / "dino")).settings() for folder in (models, tmp_path))
+    assert one == same
+    weights = {name: 1.05 * x for name, x in load_file(tmp_path / "dino/model.safetensors").items()}
+    save_file(weights, tmp_path / "dino/model.safetensors", metadata={"format": "pt"})
+    assert METRICS["dino"](model=str(tmp_path / "dino")).settings() != one
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        (np.array([0.5, 1.0], np.float32), [0.5, 1.0]),
+        (torch.tensor([1, 2]), [1.0, 2.0]),
+        ([np.float32(0.5), None], [0.5, None]),
+        ([math.nan, 1.0], "expected finite numbers, or None"),
+        (["a", "b"], "expected finite numbers, or None"),
+        ("ab", "expected finite numbers, or None"),
+        ([1.0], "expected 2 values, one for each image, got 1"),
+        ([[1.0], [2.0]], "expected finite numbers, or None"),
+    ],
+)
+def test_numbers_of_any_type_are_kept_and_everything_else_is_refused(given, wanted):
+    metric = Brightness()
+    metric.score = lambda seen, device: {"brightness": given}
+    if isinstance(wanted, str):
+        with pytest.raises(ValueError, match=f"brightness: {wanted}"):
+            columns_of([metric], shown(IMAGES[:2], REFERENCES), CPU)
+        return
+    found = columns_of([metric], shown(IMAGES[:2], REFERENCES), CPU)["images"]
+    assert [found[str(i)]["brightness"] for i in range(2)] == wanted and json.dumps(found)
+
+
+def test_pictures_of_16_bits_and_masks_of_any_range_are_read_as_the_pipelines_read_them(tmp_path):
+    grey = np.full((6, 8), 180 * 257, np.uint16)
+    PIL.Image.fromarray(grey).save(tmp_path / "grey.png")
+    assert np.asarray(picture(tmp_path / "grey.png")).tolist() == np.full((6, 8, 3), 180).tolist()
+    half = np.arange(8)[None] < 4
+    for name, array in (("ones", np.uint8(half)), ("wide", np.uint16(half * 60000)), ("bytes", np.uint8(half * 255))):
+        PIL.Image.fromarray(np.repeat(array, 6, 0)).save(tmp_path / f"{name}.png")
+        assert mask(tmp_path / f"{name}.png").tolist() == np.repeat(half, 6, 0).tolist(), name
+    (tmp_path / "broken.png").write_text("no picture")
+    with pytest.raises(ValueError, match=r"broken\.png: expected a picture, got"):
+        picture(tmp_path / "broken.png")

@@ -7,7 +7,8 @@ require("evaluation", "pydantic", "jinja2", "matplotlib")
 
 from .command import evaluate
 from .metrics import METRICS, Column, Metric, PromptImages
-from .run_file import Evaluation, read_evaluation
+from .reading import read_evaluation
+from .run_file import Evaluation
 
 __all__ = [
     "METRICS",

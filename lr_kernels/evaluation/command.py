@@ -1,22 +1,23 @@
 """`python -m lr_kernels eval run.yaml`: generate, score, report."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection
 from pathlib import Path
 
 from ..diffusers.many.distribute import GenerationReport, process_state
 from ..diffusers.many.items import pending
 from ..runtime.checks import fail
 from .generate import generate, items_of
+from .reading import read_evaluation
 from .report import report
-from .run_file import read_evaluation
+from .run_file import Evaluation
 from .score import ScoreReport, score
 
 STAGES = ("generate", "score", "report")
 
 
 def evaluate(
-    path: str | Path, stages: Sequence[str] = STAGES, *, progress: bool = True
+    path: str | Path, stages: Collection[str] = STAGES, *, progress: bool = True
 ) -> tuple[GenerationReport | None, ScoreReport | None]:
     """Run stages of the evaluation that a file in YAML or JSON describes; docs/evaluation.md says what the file holds.
 
@@ -31,12 +32,20 @@ def evaluate(
         What became of the images and of the scores; None for a stage that did not run.
 
     Raises:
-        ValueError: what is wrong with the file, by the name of its key, before a model is loaded; a stage that is none.
-        FileNotFoundError: no such file; a report without scores. ModuleNotFoundError: a metric's package is missing.
+        ValueError: what is wrong with the file, by the names of its keys, before a model is loaded; a stage that is
+        none; images by other arguments in the output; a report without scores. FileNotFoundError: no such file.
+        ModuleNotFoundError: a metric's package is missing.
     """
-    if isinstance(stages, str) or not stages or not set(stages) <= set(STAGES):
+    names = stages if isinstance(stages, list | tuple | set) else []
+    if not names or not all(name in STAGES for name in names):
         fail("evaluate", "stages", f"some of {', '.join(STAGES)}", repr(stages))
-    run = read_evaluation(path)
+    return _run(read_evaluation(path), names, progress=progress)
+
+
+def _run(
+    run: Evaluation, stages: Collection[str], *, progress: bool = True
+) -> tuple[GenerationReport | None, ScoreReport | None]:
+    pending(items_of(run), run.output)  # refuses images that are there by other arguments, whatever the stage
     drawn = generate(run, progress=progress) if "generate" in stages else None
     scored = score(run, progress=progress) if "score" in stages else None
     if "report" in stages and process_state().is_main_process:
@@ -44,17 +53,17 @@ def evaluate(
     return drawn, scored
 
 
-def command(path: Path, stages: Sequence[str], *, dry_run: bool = False) -> int:
+def command(path: Path, stages: Collection[str], *, dry_run: bool = False) -> int:
     """What `eval` does; the status of the process: 1 if an image or a score failed, 2 if the file is wrong."""
     try:
         run = read_evaluation(path)
-        items = items_of(run)
-        wanted = set(pending(items, run.output))
         if dry_run:
+            items = items_of(run)
+            wanted = set(pending(items, run.output))
             for i, item in enumerate(items):
                 print(run.output / item.path, f"seed {item.seed}", repr(item.prompt), "" if i in wanted else "(there)")
             return 0
-        drawn, scored = evaluate(path, stages)
+        drawn, scored = _run(run, stages)
     except (ValueError, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -1,6 +1,7 @@
 """The gallery of an evaluation: a page without a server or a network, every prompt a row, every method a column."""
 
 import base64
+import io
 import urllib.parse
 from collections.abc import Iterator
 from importlib import resources
@@ -10,8 +11,11 @@ from typing import Any
 from jinja2 import Environment
 
 from .run_file import Evaluation
+from .score import picture
 from .table import Row, Table
 
+THUMBNAIL = 128
+"""Pixels of the longer side of a concept's picture."""
 Place = tuple[str, str, int]
 """(concept, prompt, sample)"""
 
@@ -25,22 +29,21 @@ def gallery(run: Evaluation, table: Table) -> str:
     lines: list[dict[str, Any]] = []
     values: list[dict[str, Any]] = []
     for (concept, _, sample), images in in_order(run, rows):
-        cells = [_cell(run, images.get(method), embedded) for method in table.methods]
+        shown = {method: _values(table, row) for method, row in images.items()}
+        cells = [_cell(run, images.get(method), shown.get(method, {}), embedded) for method in table.methods]
         prompt = next(iter(images.values())).prompt
         lines.append({"concept": concept, "prompt": prompt, "sample": sample, "cells": cells, "n": len(values)})
-        values.append({method: row.values for method, row in images.items()})
-    references = {name: source(run.output, concept.images[0], embedded) for name, concept in run.concepts.items()}
+        values.append(shown)
     template = resources.files("lr_kernels.evaluation").joinpath("gallery.html.jinja").read_text("utf-8")
-    columns = [name for name in table.columns if any(name in row.values for row in table.rows)]
     return (
         Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
         .from_string(template)
         .render(
             lines=lines,
             methods=table.methods,
-            columns=columns,
+            columns=list(table.columns),
             values=values,
-            references=references,
+            references=[thumbnail(concept.images[0]) for concept in run.concepts.values()],
             control=run.report.control if run.report.control in table.methods else None,
             concepts=list(run.concepts),
         )
@@ -56,21 +59,36 @@ def in_order(run: Evaluation, rows: dict[Place, dict[str, Row]]) -> Iterator[tup
                     yield (name, folder, sample), rows[name, folder, sample]
 
 
-def _cell(run: Evaluation, row: Row | None, embedded: bool) -> dict[str, Any] | None:
+def _values(table: Table, row: Row) -> dict[str, float]:
+    """What is known of an image, its own columns and those of its prompt."""
+    found = row.values | table.of_prompts[row.method, row.concept, row.folder]
+    return {name: value for name in table.columns if (value := found.get(name)) is not None}
+
+
+def _cell(run: Evaluation, row: Row | None, values: dict[str, float], embedded: bool) -> dict[str, Any] | None:
     """What a cell shows; None where the image is missing."""
     if row is None:
         return None
     return {
-        "image": source(run.output, run.output / row.path, embedded),
-        "mask": None if row.mask is None else source(run.output, run.output / row.mask, embedded),
-        "values": {name: value for name, value in row.values.items() if value is not None},
+        "image": source(run.output / row.path, row.path, embedded),
+        "mask": None if row.mask is None else source(run.output / row.mask, row.mask, embedded),
+        "values": values,
     }
 
 
-def source(output: Path, path: Path, embedded: bool) -> str:
-    """The address of a picture: relative to the folder of the report, or the picture itself."""
-    if embedded:
-        kind = "jpeg" if path.suffix.lower() in (".jpg", ".jpeg") else path.suffix[1:].lower()
-        return f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
-    relative = Path("..") / path.relative_to(output) if path.is_relative_to(output) else path.resolve()
-    return urllib.parse.quote(relative.as_posix()) if not relative.is_absolute() else relative.as_uri()
+def source(file: Path, path: str, embedded: bool) -> str:
+    """The address of a PNG: relative to the folder of the report, or the picture itself."""
+    return _data(file.read_bytes()) if embedded else "../" + urllib.parse.quote(path)
+
+
+def thumbnail(path: Path) -> str:
+    """A small copy of a concept's picture, of any format, as an address; the page has it once for all rows."""
+    image = picture(path)
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    encoded = io.BytesIO()
+    image.save(encoded, "PNG")
+    return _data(encoded.getvalue())
+
+
+def _data(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"

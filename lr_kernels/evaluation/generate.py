@@ -1,6 +1,6 @@
 """The first stage of an evaluation: every method draws every concept with every prompt."""
 
-import hashlib
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -9,14 +9,15 @@ import diffusers
 import torch
 
 from ..diffusers.many.distribute import Generate, GenerationReport, generate_many
+from ..diffusers.many.file_checks import fingerprint
 from ..diffusers.many.items import Drawn, ImageItem, check_items
 from ..diffusers.many.run_file import METHOD_CLASSES
 from ..diffusers.many.weights import personalized
 from .methods import Artist, Wanted
 from .run_file import Evaluation
 
-ENDS = 2**20
-"""Bytes at each end of a file that its fingerprint covers."""
+READ_PICTURES = ("control", "retouch", "reference_only")
+"""The methods whose images depend on the concept's first picture."""
 
 
 def items_of(run: Evaluation) -> list[ImageItem]:
@@ -27,16 +28,17 @@ def items_of(run: Evaluation) -> list[ImageItem]:
     the same noise.
     """
     items = []
+    base = f"{run.base} {fingerprint(Path(run.model))}" if Path(run.model).is_dir() else run.base
     for name, concept in run.concepts.items():
-        given = given_of(run, name)
+        given, shown = given_of(run, name), pictures_of(run, name)
         for folder, template in run.prompts_of(name).items():
             for sample in range(run.samples):
                 for column in run.methods:
                     arguments = {
-                        "base": run.base,
+                        "base": base,
                         "dtype": run.dtype,
                         "scheduler": run.scheduler,
-                        "concept": given,
+                        "concept": given | (shown if run.method_of(column) in READ_PICTURES else {}),
                         "layout_prompt": template.replace("{}", concept.noun),
                         "reference_prompt": run.reference_prompt.replace("{}", concept.words),
                         "method": run.method_of(column),
@@ -51,25 +53,18 @@ def items_of(run: Evaluation) -> list[ImageItem]:
 def given_of(run: Evaluation, name: str) -> dict[str, Any]:
     """What of a concept makes its images what they are, as JSON holds it; files by name and fingerprint."""
     concept = run.concepts[name]
-    found: dict[str, Any] = {"noun": concept.noun, "token": concept.token}
-    files = {"image": concept.images[0], "mask": concept.masks[0] if concept.masks else None}
-    files |= {key: getattr(concept, key) for key in ("unet", "lora", "textual_inversion")}
-    return found | {key: f"{path.name} {fingerprint(path)}" for key, path in files.items() if path is not None}
+    weights = {key: getattr(concept, key) for key in ("unet", "lora", "textual_inversion")}
+    return {"noun": concept.noun, "token": concept.token} | _named(weights)
 
 
-def fingerprint(path: Path) -> str:
-    """A digest of the names, the sizes and the ends of a file, or of all files in a folder: files of weights are too
-    large to be read as a whole whenever a run goes on."""
-    files = sorted(x for x in path.rglob("*") if x.is_file()) if path.is_dir() else [path]
-    found = hashlib.sha256()
-    for one in files:
-        size = one.stat().st_size
-        found.update(f"{one.relative_to(path)} {size}\n".encode())
-        with one.open("rb") as file:
-            found.update(file.read(ENDS))
-            file.seek(max(size - ENDS, 0))
-            found.update(file.read())
-    return found.hexdigest()[:16]
+def pictures_of(run: Evaluation, name: str) -> dict[str, str]:
+    """Likewise the pictures that the methods of READ_PICTURES read."""
+    concept = run.concepts[name]
+    return _named({"image": concept.images[0], "mask": concept.masks[0] if concept.masks else None})
+
+
+def _named(files: Mapping[str, Path | None]) -> dict[str, str]:
+    return {key: f"{path.name} {fingerprint(path)}" for key, path in files.items() if path is not None}
 
 
 def generate(run: Evaluation, *, progress: bool = True) -> GenerationReport:

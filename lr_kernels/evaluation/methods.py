@@ -22,7 +22,7 @@ from ..diffusers.pipelines.pipeline import LayoutRetouch
 from ..diffusers.pipelines.schedule import DEFAULT_SWITCH
 from ..diffusers.pipelines.stock import StockArguments
 
-STAGES = ("vanilla", "personalized", "layout", "control", "retouch")
+STAGE_METHODS = ("vanilla", "personalized", "layout", "control", "retouch")
 PRESETS: dict[str, Callable[..., Any]] = {
     "masactrl": presets.masactrl,
     "style_aligned": presets.style_aligned,
@@ -32,7 +32,7 @@ PRESETS: dict[str, Callable[..., Any]] = {
 }
 """Presets of `lr_kernels.diffusers.methods`. Each draws a picture of the concept beside the image, or reads the
 concept's first image; the image reads it."""
-METHODS = (*STAGES, *PRESETS)
+METHODS = (*STAGE_METHODS, *PRESETS)
 _OF_STAGES = {"layout_steps", "layout_blend", "context_storage", "context_limit", "context_dtype"}
 _OF_SHARING = {"retouch_start", "retouch_end", "retouch_layers"}
 _OF_PRESETS = {

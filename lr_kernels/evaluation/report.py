@@ -18,7 +18,7 @@ FOLDER = "report"
 def report(run: Evaluation) -> Path:
     """Write images.csv, prompts.csv, report.json, report.md, plot.png and gallery.html; the folder that they are in.
 
-    FileNotFoundError where scores are not there.
+    ValueError where scores are missing or stale.
     """
     folder = run.output / FOLDER
     table = read_table(run)
@@ -27,19 +27,23 @@ def report(run: Evaluation) -> Path:
     write_whole(folder / "prompts.csv", prompts_csv(table).encode())
     write_whole(folder / "report.json", f"{json.dumps(summary, indent=2, ensure_ascii=False)}\n".encode())
     write_whole(folder / "report.md", markdown(summary).encode())
-    if (axes := axes_of(summary, run.report.identity, run.report.diversity)) is not None:
-        draw(summary, axes, folder / "plot.png")
+    axes = axes_of(summary, run.report.identity, run.report.diversity)
+    if axes is None:
+        (folder / "plot.png").unlink(missing_ok=True)
+    else:
+        write_whole(folder / "plot.png", draw(summary, axes))
     write_whole(folder / "gallery.html", gallery(run, table).encode())
     return folder
 
 
 def images_csv(table: Table) -> str:
-    """A line for each image."""
+    """A line for each image; `prompt` is the name of the prompt's folder, as in prompts.csv, `text` what was drawn."""
     columns = [name for name in table.columns if any(name in row.values for row in table.rows)]
-    lines = [["method", "concept", "prompt", "sample", "seed", "path", *columns]]
+    lines = [["method", "concept", "prompt", "sample", "text", "seed", "path", *columns]]
     for row in table.rows:
         values = [_text(row.values.get(name)) for name in columns]
-        lines.append([row.method, row.concept, row.prompt, str(row.sample), str(row.seed), row.path, *values])
+        place = [row.method, row.concept, row.folder, str(row.sample)]
+        lines.append([*place, row.prompt, str(row.seed), row.path, *values])
     return _csv(lines)
 
 

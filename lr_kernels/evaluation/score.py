@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ import torch
 
 from ..diffusers.many.distribute import process_state, spread
 from ..diffusers.many.items import write_whole
+from ..diffusers.pipelines.pictures import as_mask, preprocess
+from ..runtime.checks import fail, plain_number
 from .metrics import Metric, PromptImages
 from .run_file import Evaluation
 
@@ -79,7 +82,8 @@ def score(run: Evaluation, *, progress: bool = True) -> ScoreReport:
     from accelerate.utils import broadcast_object_list
 
     groups = groups_of(run)
-    wanted = [i for i, group in enumerate(groups) if not is_scored(run, group)]
+    kept = [kept_scores(run, group) for group in groups]
+    wanted = [i for i, scores in enumerate(kept) if scores is None or scores["error"] is not None]
     wanted = broadcast_object_list([wanted])[0]
 
     def work(place: int) -> str | None:
@@ -95,11 +99,18 @@ def score(run: Evaluation, *, progress: bool = True) -> ScoreReport:
 
 
 def records_of(run: Evaluation, group: Group) -> dict[int, dict[str, Any]]:
-    """The records of a group's images that are there, by sample."""
+    """The records of a group's images that are there with all their files, by sample."""
     found = {}
     for sample in range(run.samples):
         path = run.output / group.path / f"{sample}.json"
-        if path.is_file() and (record := json.loads(path.read_bytes())).get("error") is None:
+        if not path.is_file():
+            continue
+        try:
+            record = json.loads(path.read_bytes())
+            names = [*record["images"], *record.get("masks", {}).values()]
+        except (ValueError, KeyError, TypeError):
+            fail("evaluate", "output", f"the record of an image in {path}", "something else", "remove the file")
+        if record.get("error") is None and all((run.output / name).is_file() for name in names):
             found[sample] = record
     return found
 
@@ -113,7 +124,7 @@ def settings_of(run: Evaluation, group: Group) -> dict[str, Any]:
     layouts = [layout_path(run, group, sample) for sample in range(run.samples)]
     return {
         "format": FORMAT,
-        "metrics": [metric.settings() for metric in run.chosen],
+        "metrics": [metric.settings() | {"columns": list(metric.columns)} for metric in run.chosen],
         "files": files,
         "layouts": [digest(path) for path in layouts if path.is_file()],
         "references": [digest(path) for path in (*concept.images, *(concept.masks or ()))],
@@ -139,13 +150,14 @@ def digest(path: Path) -> str:
     return _digest(path, status.st_mtime_ns, status.st_size)
 
 
-def is_scored(run: Evaluation, group: Group) -> bool:
-    """Whether the scores of a group are there, made by the same metrics from the same files."""
-    path = run.output / group.score_path
-    if not path.is_file():
-        return False
-    kept = json.loads(path.read_bytes())
-    return kept.get("error") is None and kept["of"] == settings_of(run, group)
+def kept_scores(run: Evaluation, group: Group) -> dict[str, Any] | None:
+    """The scores of a group, or the error that they ended with; None where there are none, or where they are of other
+    metrics or of other files than those that are there."""
+    try:
+        kept = json.loads((run.output / group.score_path).read_bytes())
+    except (FileNotFoundError, ValueError):  # a broken file is one that is to be made again
+        return None
+    return kept if isinstance(kept, dict) and kept.get("of") == settings_of(run, group) else None
 
 
 def seen_by_metrics(run: Evaluation, group: Group) -> PromptImages:
@@ -167,19 +179,21 @@ def seen_by_metrics(run: Evaluation, group: Group) -> PromptImages:
 
 
 def picture(path: Path) -> PIL.Image.Image:
-    """A picture as metrics see it: upright, on white where it is transparent, in RGB."""
-    with PIL.Image.open(path) as image:
-        upright = PIL.ImageOps.exif_transpose(image)
-        if "A" in upright.getbands() or "transparency" in upright.info:
-            upright = upright.convert("RGBA")
-            upright = PIL.Image.alpha_composite(PIL.Image.new("RGBA", upright.size, "white"), upright)
-        return upright.convert("RGB")
+    """A picture as metrics see it, in RGB: upright, on white where it is transparent, read as the pipelines read it."""
+    try:
+        with PIL.Image.open(path) as image:
+            upright = PIL.ImageOps.exif_transpose(image)
+            pixels = preprocess(upright, upright.height, upright.width, normalize=False)[0]
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{path}: expected a picture, got {error}") from error
+    return PIL.Image.fromarray((pixels * 255).round().byte().permute(1, 2, 0).numpy())
 
 
 def mask(path: Path) -> np.ndarray:
-    """A mask, bool (height, width): where the picture is brighter than half."""
+    """A mask, bool (height, width), read as the pipelines read it."""
     with PIL.Image.open(path) as image:
-        return np.asarray(PIL.ImageOps.exif_transpose(image).convert("L")) > 127
+        upright = PIL.ImageOps.exif_transpose(image)
+        return as_mask(upright, (upright.height, upright.width), "crop", torch.device("cpu"), "masks")[0].numpy()
 
 
 def _mask(folder: Path, record: Mapping[str, Any]) -> np.ndarray | None:
@@ -216,11 +230,22 @@ def columns_of(metrics: Sequence[Metric], shown: PromptImages, device: torch.dev
         if set(values) != set(metric.columns):
             raise ValueError(f"{type(metric).__name__}: expected the columns {set(metric.columns)}, got {set(values)}")
         for name, column in values.items():
-            if column is None or isinstance(column, float | int):
-                of_prompt[name] = column
-            elif len(column) == len(images):
-                for values_of_image, value in zip(images.values(), column):
-                    values_of_image[name] = value
+            entries = getattr(column, "tolist", lambda given=column: given)()
+            if not isinstance(entries, list | tuple):
+                of_prompt[name] = _number(name, entries)
+            elif len(entries) != len(images):
+                raise ValueError(f"{name}: expected {len(images)} values, one for each image, got {len(entries)}")
             else:
-                raise ValueError(f"{name}: expected {len(images)} values, one for each image, got {len(column)}")
+                for values_of_image, value in zip(images.values(), entries):
+                    values_of_image[name] = _number(name, value)
     return {"images": images, "prompt": of_prompt}
+
+
+def _number(column: str, value: object) -> float | None:
+    """A finite number of any type as a float. ValueError for anything else but None."""
+    if value is None:
+        return None
+    number = plain_number(value)
+    if number is None or not math.isfinite(number):
+        raise ValueError(f"{column}: expected finite numbers, or None where there is nothing to measure, got {value!r}")
+    return float(number)

@@ -21,7 +21,7 @@ def summarize(run: Evaluation, table: Table) -> dict[str, Any]:
     and their number.
     """
     control = run.report.control if run.report.control in table.methods else None
-    others = [method for method in table.methods if control is not None and method != control]
+    others = [] if control is None else [method for method in table.methods if method != control]
     return {
         "protocol": run.protocol,
         "control": control,
@@ -38,7 +38,6 @@ def summarize(run: Evaluation, table: Table) -> dict[str, Any]:
         "differences": {
             method: _present({name: _difference(run, table, method, control, name) for name in table.columns})
             for method in others
-            if control is not None
         },
         "missing": table.missing,
         "failed": table.failed,
@@ -72,8 +71,9 @@ def _groups(key: Key) -> tuple[str, ...]:
     return (concept,) if sample is None else (concept, folder)
 
 
-def _difference(run: Evaluation, table: Table, method: str, control: str, column: str) -> dict[str, Any] | None:
+def _difference(run: Evaluation, table: Table, method: str, control: str | None, column: str) -> dict[str, Any] | None:
     """Of all concepts, and of each."""
+    assert control is not None
     one, other = table.values(method, column), table.values(control, column)
     both = [key for key in one if key in other]
     if not both:
@@ -113,9 +113,10 @@ def markdown(summary: Mapping[str, Any]) -> str:
     samples, level = summary["samples"], round(100 * summary["level"])
     prompts = sum(len(x) for x in summary["prompts"].values())
     text += (
-        f"\n\n{len(summary['concepts'])} concepts, {prompts} pairs of concept and prompt, {samples} images of each by "
-        f"every method. Protocol {summary['protocol']}. In brackets are {level} % intervals, bootstrapped over "
-        "concepts, prompts and images; differences are paired, image by image.\n"
+        f"\n\nConcepts: {len(summary['concepts'])}; pairs of concept and prompt: {prompts}; images of each by every "
+        f"method: {samples}. Protocol {summary['protocol']}. A mean is that of the concepts' means, each of its "
+        f"prompts' means. In brackets are {level} % intervals, bootstrapped over concepts, prompts and images; "
+        "differences are paired, image by image, or prompt by prompt where a metric has one value for a prompt.\n"
     )
     return text
 

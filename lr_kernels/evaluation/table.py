@@ -1,13 +1,12 @@
 """All values of an evaluation, read from the files of its first two stages."""
 
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..runtime.checks import fail
 from .metrics import Column
 from .run_file import Evaluation
-from .score import Group, groups_of, records_of
+from .score import Group, groups_of, kept_scores, records_of
 
 Key = tuple[str, str, int | None]
 """(concept, prompt, sample); a value of a whole prompt has no sample"""
@@ -59,14 +58,17 @@ class Table:
 
 
 def read_table(run: Evaluation) -> Table:
-    """The table of an evaluation. FileNotFoundError where scores of a group are not there."""
+    """The table of an evaluation. ValueError where scores are missing, or are of other metrics or images."""
     rows: list[Row] = []
     of_prompts, failed, missing = {}, {}, []
-    for group in groups_of(run):
-        path = run.output / group.score_path
-        if not path.is_file():
-            raise FileNotFoundError(f"lr_kernels.evaluation: expected {path}, which the stage score writes, got none")
-        scores = json.loads(path.read_bytes())
+    groups = {group: kept_scores(run, group) for group in groups_of(run)}
+    stale = [group.score_path for group, scores in groups.items() if scores is None]
+    if stale:
+        expected = f"the scores of {len(groups)} prompts, of these metrics and images"
+        got = f"{len(groups) - len(stale)}; without them is {stale[0]}"
+        fail("evaluate", "stages", expected, got, "run the stage score")
+    for group, scores in groups.items():
+        assert scores is not None
         if scores["error"] is not None:
             failed[group.path] = scores["error"]
         records = records_of(run, group)
@@ -93,8 +95,3 @@ def _row(group: Group, sample: int, record: dict[str, Any], values: dict[str, fl
         seconds=sum(record.get("seconds", {}).values()),
         values=values,
     )
-
-
-def of_prompt(keys: Sequence[Key]) -> bool:
-    """Whether values are those of whole prompts."""
-    return bool(keys) and keys[0][2] is None

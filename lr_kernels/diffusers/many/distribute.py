@@ -61,7 +61,7 @@ def generate_many(
     An item's images and its record, a JSON beside them, are written whole or not at all. A run that was ended goes on
     where it was: items whose records are there are skipped, those that failed are tried again. An item that raises an
     error gets a record with it, and the others go on. What depends on the run, as seconds, is in `log/<process>.jsonl`
-    alone, a line for each item. One run at a time writes to a folder.
+    alone, a line for each item; a `Drawn` brings seconds into the record too. One run at a time writes to a folder.
 
     Args:
         items: each with a path of its own.

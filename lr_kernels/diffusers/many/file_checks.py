@@ -1,5 +1,6 @@
 """What files that describe runs have in common: YAML or JSON, prompts, pictures, base models, arguments of calls."""
 
+import hashlib
 import importlib.util
 import inspect
 import json
@@ -21,6 +22,8 @@ from .items import why_no_name
 Known = Mapping[str, tuple[Any, Any]]
 """Arguments by name: annotation and default of each."""
 TOY = Path(__file__).parents[2] / "toy" / "base"
+ENDS = 2**20
+"""Bytes at each end of a file that its fingerprint covers."""
 SCHEDULERS = ("DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler")
 DTYPES = ("float32", "float16", "bfloat16")
 SET_BY_THE_RUN = {
@@ -85,7 +88,7 @@ def check_picture(op: str, where: str, path: Path) -> None:
     """ValueError unless a file is a picture that PIL reads."""
     try:
         with PIL.Image.open(path) as image:
-            image.verify()
+            image.load()
     except Exception as error:  # of damaged files PIL raises many kinds
         fail(op, where, "a picture that PIL reads", f"{path}: {error}")
 
@@ -172,3 +175,18 @@ def _fits(value: object, annotation: Any) -> bool:
 
 def _shown(annotation: Any) -> str:
     return annotation.__name__ if inspect.isclass(annotation) else str(annotation).replace("typing.", "")
+
+
+def fingerprint(path: Path) -> str:
+    """A digest of the names, the sizes and the ends of a file, or of all files in a folder: files of weights are too
+    large to be read as a whole whenever a run goes on."""
+    files = sorted(x for x in path.rglob("*") if x.is_file()) if path.is_dir() else [path]
+    found = hashlib.sha256()
+    for one in files:
+        size = one.stat().st_size
+        found.update(f"{one.relative_to(path)} {size}\n".encode())
+        with one.open("rb") as file:
+            found.update(file.read(ENDS))
+            file.seek(max(size - ENDS, 0))
+            found.update(file.read())
+    return found.hexdigest()[:16]

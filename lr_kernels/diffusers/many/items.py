@@ -159,9 +159,19 @@ def _is_complete(item: ImageItem, folder: Path) -> bool:
         return False
     for name, value in item.record().items():
         if record.get(name) != value:
-            got = f"one whose {name} is {record.get(name)!r} instead of {value!r}"
+            place, found, wanted = _first_difference(name, record.get(name), value)
+            got = f"one whose {place} is {found!r} instead of {wanted!r}"
             fail(OP, "folder", f"the record of this item in {path}", got, hint)
     return all((folder / name).is_file() for name in (*record["images"], *record.get("masks", {}).values()))
+
+
+def _first_difference(place: str, found: object, wanted: object) -> tuple[str, object, object]:
+    """The first place in which two values differ, with keys after dots, and what is there."""
+    if isinstance(found, Mapping) and isinstance(wanted, Mapping):
+        for key in [*wanted, *(key for key in found if key not in wanted)]:
+            if found.get(key) != wanted.get(key) or (key in found) != (key in wanted):
+                return _first_difference(f"{place}.{key}", found.get(key), wanted.get(key))
+    return place, found, wanted
 
 
 def write_made(item: ImageItem, made: object, folder: Path) -> dict[str, Any]:

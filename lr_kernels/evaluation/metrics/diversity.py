@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .encoders import DEFAULTS, load_encoder
+from .encoders import DEFAULTS, identity_of, load_encoder, model_of
 from .masks import RECORDED, masks_by, segmenter
 from .metric import Column, Metric, PromptImages, Scores
 from .preprocess import pixels_of
 
 
 class Pairwise(Metric):
-    """The mean over the pairs of images of a prompt of something that each pair has.
+    """A column: the mean over the pairs of images of a prompt of something that each pair has.
 
     It is given per image, as the mean over the pairs that the image is in: so the mean over images is that over pairs,
     and each image says how far it is from the others. A prompt with one image has no pairs, and None.
@@ -90,12 +90,16 @@ class Vendi(Metric):
     ):
         if encoder not in DEFAULTS:
             raise ValueError(f"encoder: expected one of {', '.join(DEFAULTS)}, got {encoder!r}")
-        self.protocol, self.encoder, self.model = protocol, encoder, model or DEFAULTS[encoder]
+        self.protocol, self.encoder, self.model = protocol, encoder, model_of(encoder, model)
         self.columns = {name: Column("diversity")}
 
     def settings(self) -> dict[str, Any]:
         """With the encoder."""
-        return super().settings() | {"encoder": self.encoder, "model": self.model, "protocol": self.protocol}
+        return (
+            super().settings()
+            | {"encoder": self.encoder, "model": identity_of(self.model)}
+            | {"protocol": self.protocol}
+        )
 
     def score(self, shown: PromptImages, device: torch.device) -> Scores:
         """One value for the prompt; None for a single image."""
@@ -183,7 +187,7 @@ def need(*modules: str) -> None:
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise ModuleNotFoundError(
-            f"expected the package {', '.join(missing)}, got none; pip install {' '.join(missing)}"
+            f"expected the packages {', '.join(missing)}, got none; pip install {' '.join(missing)}"
         )
 
 

@@ -1,15 +1,18 @@
 """Encoders of images and texts, from a folder or the hub; each is loaded once for all metrics of a process."""
 
+import json
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import PIL.Image
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModel, CLIPModel, CLIPTokenizer, ViTModel
+from transformers import CLIPModel, CLIPTokenizer, Dinov2Model, ViTModel
 
+from ...diffusers.many.file_checks import fingerprint
 from .preprocess import (
     CLIP_MEAN,
     CLIP_STD,
@@ -120,12 +123,42 @@ class DinoV2(Encoder):
         return self.network(inputs).last_hidden_state[:, 0]
 
 
+MODEL_TYPES = {"clip": "clip", "dino": "vit", "dinov2": "dinov2"}
+"""What the configuration of a model of each kind says."""
+
+
+def model_of(kind: str, model: str | None) -> str:
+    """The folder or id of an encoder, by default that of DEFAULTS. ValueError for a folder of another kind."""
+    if model is None:
+        return DEFAULTS[kind]
+    if Path(model).is_dir():
+        path = Path(model) / "config.json"
+        found = json.loads(path.read_bytes()).get("model_type") if path.is_file() else "no config.json"
+        if found != MODEL_TYPES[kind]:
+            raise ValueError(f"model: expected a folder of a {MODEL_TYPES[kind]!r} of transformers, got {found!r}")
+    return model
+
+
+def identity_of(model: str) -> str:
+    """What says which weights a model has: the fingerprint of a folder, or the id on the hub."""
+    return fingerprint(Path(model)) if Path(model).is_dir() else model
+
+
 @cache
 def load_encoder(kind: str, model: str, protocol: str, device: torch.device) -> Encoder:
-    """An encoder of DEFAULTS' kinds with the weights of a folder or of the hub."""
+    """An encoder of DEFAULTS' kinds with the weights of a folder or of the hub. ValueError where weights are missing,
+    which transformers would draw at random."""
     if kind == "clip":
         tokenizer = CLIPTokenizer.from_pretrained(model)
-        return Clip(CLIPModel.from_pretrained(model).to(device), protocol, tokenizer)
+        return Clip(_loaded(CLIPModel, model).to(device), protocol, tokenizer)
     if kind == "dino":
-        return Dino(ViTModel.from_pretrained(model, add_pooling_layer=False).to(device), protocol)
-    return DinoV2(AutoModel.from_pretrained(model).to(device), protocol)
+        return Dino(_loaded(ViTModel, model, add_pooling_layer=False).to(device), protocol)
+    return DinoV2(_loaded(Dinov2Model, model).to(device), protocol)
+
+
+def _loaded(network: Any, model: str, **options: Any) -> Any:
+    found, about = network.from_pretrained(model, output_loading_info=True, **options)
+    if about["missing_keys"]:
+        missing = sorted(about["missing_keys"])
+        raise ValueError(f"model: expected the weights of a {network.__name__} in {model}, got none for {missing[0]}")
+    return found

@@ -16,7 +16,12 @@ of two values, or a tensor"""
 
 def segmenter(name: str) -> Segmenter | None:
     """The function of that name, "package.module:function"; None for "recorded"."""
-    return None if name == RECORDED else named("masks", name)
+    if name == RECORDED:
+        return None
+    found = named("masks", name)
+    if not callable(found):
+        raise ValueError(f"masks: expected a function, got {name!r}, which is {type(found).__name__}")
+    return found
 
 
 def named(argument: str, name: str) -> Any:
@@ -24,7 +29,7 @@ def named(argument: str, name: str) -> Any:
     module, _, attribute = name.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # of a module of the user's, whatever it is
         raise ValueError(
             f"{argument}: expected package.module:name of what can be imported, got {name!r}: {error}"
         ) from None

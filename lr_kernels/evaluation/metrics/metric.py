@@ -12,6 +12,9 @@ Scores = Mapping[str, Sequence[float | None] | float | None]
 """By column: a value for each image, or one for all images of the prompt; None where there is nothing to measure."""
 
 
+ABOUT, BETTER = ("likeness", "prompt", "diversity", "other"), ("higher", "lower", "")
+
+
 @dataclass(frozen=True)
 class Column:
     """One of a metric's columns.
@@ -23,6 +26,11 @@ class Column:
 
     about: str
     better: str = "higher"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("about", ABOUT), ("better", BETTER)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"Column: {name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True)
@@ -57,13 +65,16 @@ class PromptImages:
 class Metric:
     """A measure of images; a class of one's own serves as well, see docs/evaluation.md.
 
-    Options are keyword arguments of `__init__`, with annotations of what a file can hold, besides `protocol`. It is
-    called before any model is loaded; a wrong option is a ValueError. `score` loads what it needs.
+    Options are keyword arguments of `__init__`, with annotations of what a file can hold; `protocol` is the file's and
+    has to be among them. It is called before any model is loaded; a wrong option is a ValueError. `score` loads what it
+    needs. What changes the numbers belongs into `settings`.
     """
 
     version: ClassVar[str] = "1"
     """another one means other numbers: it is kept with the scores, which are computed anew when it changes"""
     columns: Mapping[str, Column]
+    needs_masks: bool = False
+    """whether the concept's images need masks"""
 
     def __init__(self, *, protocol: str = "standard"):
         pass

@@ -6,7 +6,7 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from .encoders import DEFAULTS, Clip, Encoder, load_encoder
+from .encoders import Clip, Encoder, identity_of, load_encoder, model_of
 from .masks import RECORDED, masks_by, segmenter
 from .metric import Column, Metric, PromptImages, Scores
 from .preprocess import without_background
@@ -23,7 +23,7 @@ class EncoderMetric(Metric):
     about: str
 
     def __init__(self, *, protocol: str = "standard", model: str | None = None, name: str | None = None):
-        self.protocol, self.model = protocol, model or DEFAULTS[self.kind]
+        self.protocol, self.model = protocol, model_of(self.kind, model)
         self.columns = {name or self.column(): Column(self.about)}
 
     def column(self) -> str:
@@ -36,7 +36,7 @@ class EncoderMetric(Metric):
 
     def settings(self) -> dict[str, Any]:
         """The class, the model and the protocol."""
-        return super().settings() | {"model": self.model, "protocol": self.protocol}
+        return super().settings() | {"model": identity_of(self.model), "protocol": self.protocol}
 
 
 class ImageSimilarity(EncoderMetric):
@@ -59,7 +59,9 @@ class ImageSimilarity(EncoderMetric):
         masked: bool = False,
         masks: str = RECORDED,
     ):
-        self.masked, self.masks = masked, masks
+        if masks != RECORDED and not masked:
+            raise ValueError(f"masks: expected {RECORDED!r} where masked is false, got {masks!r}")
+        self.masked, self.masks, self.needs_masks = masked, masks, masked
         if masked and protocol == "dreammatcher":
             raise ValueError("masked: expected false, since the protocol dreammatcher has no masks, got true")
         self.segment = segmenter(masks) if masked else None
