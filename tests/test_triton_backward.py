@@ -46,7 +46,8 @@ def test_gradients_match_the_formula(case, dtype, device):
     )
     if device == "cpu" and not heads_matter:  # half the interpreter's time; heads differ in addresses alone
         case = replace(case, heads=1, key_heads=None)
-    check_attention_backward(by_triton, *(attention_inputs(case, dtype, i, device) for i in range(SEEDS[dtype])))
+    problems = 1 if device == "cpu" and "everything" in case.id else SEEDS[dtype]  # their size makes up for the number
+    check_attention_backward(by_triton, *(attention_inputs(case, dtype, i, device) for i in range(problems)))
 
 
 @pytest.mark.parametrize("extreme", EXTREMES, ids=str)
