@@ -45,8 +45,11 @@ def evaluate(
 def _run(
     run: Evaluation, stages: Collection[str], *, progress: bool = True
 ) -> tuple[GenerationReport | None, ScoreReport | None]:
-    pending(items_of(run), run.output)  # refuses images that are there by other arguments, whatever the stage
-    drawn = generate(run, progress=progress) if "generate" in stages else None
+    drawn = None
+    if "generate" in stages:
+        drawn = generate(run, progress=progress)
+    else:
+        pending(items_of(run), run.output)  # refuses images by other arguments, as the stage generate does
     scored = score(run, progress=progress) if "score" in stages else None
     if "report" in stages and process_state().is_main_process:
         report(run)

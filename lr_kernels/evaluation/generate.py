@@ -1,18 +1,17 @@
 """The first stage of an evaluation: every method draws every concept with every prompt."""
 
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 
 from ..diffusers.many.distribute import Generate, GenerationReport, generate_many
 from ..diffusers.many.file_checks import fingerprint
 from ..diffusers.many.items import Drawn, ImageItem, check_items
 from ..diffusers.many.run_file import METHOD_CLASSES
-from ..diffusers.many.weights import personalized
+from ..diffusers.many.weights import base_pipeline, one_at_a_time
+from ..diffusers.pipelines.pipeline import LayoutRetouch
 from .methods import Artist, Wanted
 from .run_file import Evaluation
 
@@ -74,23 +73,18 @@ def generate(run: Evaluation, *, progress: bool = True) -> GenerationReport:
 
 def load(run: Evaluation, device: torch.device) -> Generate:
     """The base model on a device, and what draws items with it: a concept's weights are loaded with its first item."""
-    base = run.pipeline.from_pretrained(run.model, dtype=getattr(torch, run.dtype)).to(device)
-    if run.scheduler is not None:
-        base.scheduler = getattr(diffusers, run.scheduler).from_config(base.scheduler.config)
-    kind = METHOD_CLASSES[run.pipeline.__name__]
-    loaded = ExitStack()
-    artists: dict[str, Artist] = {}  # of the concept whose weights are loaded
+    base = base_pipeline(run.pipeline, run.model, run.dtype, run.scheduler, device)
+
+    def artist(pipe: LayoutRetouch, name: str) -> Artist:
+        concept = run.concepts[name]
+        mask = None if concept.masks is None else concept.masks[0]
+        words = run.reference_prompt.replace("{}", concept.words)
+        return Artist(pipe, run.pipeline, concept.noun, words, concept.images[0], mask)
+
+    artist_of = one_at_a_time(base, METHOD_CLASSES[run.pipeline.__name__], run.concepts, artist)
 
     def draw(item: ImageItem, _: torch.Generator) -> Drawn:
-        concept = run.concepts[item.subject]
-        if item.subject not in artists:
-            artists.clear()
-            loaded.close()
-            pipe = loaded.enter_context(personalized(base, kind, concept))
-            mask = None if concept.masks is None else concept.masks[0]
-            words = run.reference_prompt.replace("{}", concept.words)
-            artists[item.subject] = Artist(pipe, run.pipeline, concept.noun, words, concept.images[0], mask)
         layout_prompt, method, arguments = (item.arguments[key] for key in ("layout_prompt", "method", "arguments"))
-        return artists[item.subject].draw(Wanted(item.prompt, layout_prompt, item.seed, method, arguments))
+        return artist_of(item.subject).draw(Wanted(item.prompt, layout_prompt, item.seed, method, arguments))
 
     return draw

@@ -15,7 +15,7 @@ import PIL.Image
 import PIL.ImageOps
 import torch
 
-from ..diffusers.many.distribute import process_state, spread
+from ..diffusers.many.distribute import SpreadReport, process_state, spread
 from ..diffusers.many.items import write_whole
 from ..diffusers.pipelines.pictures import as_mask, preprocess
 from ..runtime.checks import fail, plain_number
@@ -47,19 +47,12 @@ class Group:
         return f"scores/{self.path}.json"
 
 
-@dataclass(frozen=True)
-class ScoreReport:
-    """What became of the groups, by their paths; the same in all processes."""
-
-    done: list[str]
-    skipped: list[str]
-    """scored before, from the same images by the same metrics"""
-    failed: dict[str, str]
+class ScoreReport(SpreadReport):
+    """What became of the groups; skipped are those scored before, from the same images by the same metrics."""
 
     def summary(self) -> str:
-        """The numbers in a line, and a line for each failure."""
-        counts = f"scores: {len(self.done)} done, {len(self.skipped)} skipped, {len(self.failed)} failed"
-        return "\n".join([counts, *(f"failed: {path}: {error}" for path, error in self.failed.items())])
+        """As of images, under a title."""
+        return f"scores: {super().summary()}"
 
 
 def groups_of(run: Evaluation) -> list[Group]:
@@ -91,11 +84,7 @@ def score(run: Evaluation, *, progress: bool = True) -> ScoreReport:
 
     title = "scores"
     found = {wanted[place]: e for place, e in spread(len(wanted), work, state, progress=progress, title=title).items()}
-    return ScoreReport(
-        done=[group.path for i, group in enumerate(groups) if i in found and found[i] is None],
-        skipped=[group.path for i, group in enumerate(groups) if i not in found],
-        failed={group.path: error for i, group in enumerate(groups) if (error := found.get(i)) is not None},
-    )
+    return ScoreReport.of([group.path for group in groups], found)
 
 
 def records_of(run: Evaluation, group: Group) -> dict[int, dict[str, Any]]:
@@ -163,6 +152,7 @@ def kept_scores(run: Evaluation, group: Group) -> dict[str, Any] | None:
 def seen_by_metrics(run: Evaluation, group: Group) -> PromptImages:
     """The images of a group with what metrics may compare them with."""
     concept, records = run.concepts[group.concept], records_of(run, group)
+    references = _pictures(tuple((path, digest(path)) for path in concept.images))
     layouts = [layout_path(run, group, sample) for sample in records]
     return PromptImages(
         concept=group.concept,
@@ -171,7 +161,7 @@ def seen_by_metrics(run: Evaluation, group: Group) -> PromptImages:
         prompt=group.template.replace("{}", concept.words),
         images=[picture(run.output / record["images"][0]) for record in records.values()],
         samples=list(records),
-        references=[picture(path) for path in concept.images],
+        references=references,
         masks=[_mask(run.output, record) for record in records.values()],
         reference_masks=None if concept.masks is None else [mask(path) for path in concept.masks],
         layouts=[picture(path) if path.is_file() else None for path in layouts],
@@ -187,6 +177,12 @@ def picture(path: Path) -> PIL.Image.Image:
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{path}: expected a picture, got {error}") from error
     return PIL.Image.fromarray((pixels * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+@lru_cache(maxsize=1)  # the groups of one concept follow each other, and photos are large
+def _pictures(files: tuple[tuple[Path, str], ...]) -> list[PIL.Image.Image]:
+    """Pictures of files, which are given with their digests."""
+    return [picture(path) for path, _ in files]
 
 
 def mask(path: Path) -> np.ndarray:

@@ -2,11 +2,9 @@
 
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import PIL.Image
 import torch
 
@@ -14,7 +12,7 @@ from ..processors.bank import ReferenceBank
 from .distribute import Generate, GenerationReport, generate_many, process_state
 from .items import ImageItem, pending
 from .run_file import METHOD_CLASSES, METHODS, Run, Subject, read_run
-from .weights import personalized
+from .weights import base_pipeline, one_at_a_time
 
 
 def generate_from_file(path: str | Path) -> GenerationReport:
@@ -55,23 +53,10 @@ def command(path: Path, *, dry_run: bool = False) -> int:
 def _load(run: Run, device: torch.device) -> Generate:
     """The base model on a device, and what draws an item with it: the models of its subject are loaded when an item of
     another subject came before."""
-    base = run.pipeline.from_pretrained(run.base, dtype=getattr(torch, run.dtype)).to(device)
-    if run.scheduler is not None:
-        base.scheduler = getattr(diffusers, run.scheduler).from_config(base.scheduler.config)
+    base = base_pipeline(run.pipeline, run.base, run.dtype, run.scheduler, device)
     kind = METHOD_CLASSES[run.pipeline.__name__] if run.method == METHODS[0] else run.pipeline
-    loaded = ExitStack()
-    current: dict[str, Callable[..., PIL.Image.Image]] = {}  # of the subject whose models are loaded
-
-    def generate(item: ImageItem, generator: torch.Generator) -> PIL.Image.Image:
-        if item.subject not in current:
-            current.clear()
-            loaded.close()
-            subject = run.subjects[item.subject]
-            pipe = loaded.enter_context(personalized(base, kind, subject))
-            current[item.subject] = _draws(pipe, run, subject)
-        return current[item.subject](item, generator)
-
-    return generate
+    draws_of = one_at_a_time(base, kind, run.subjects, lambda pipe, name: _draws(pipe, run, run.subjects[name]))
+    return lambda item, generator: draws_of(item.subject)(item, generator)
 
 
 def _draws(pipe: Any, run: Run, subject: Subject) -> Callable[..., PIL.Image.Image]:

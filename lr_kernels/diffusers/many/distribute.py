@@ -4,7 +4,7 @@ import json
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +21,7 @@ from .items import OP, Drawn, ImageItem, check_items, pending, write_made, write
 if TYPE_CHECKING:
     from accelerate import PartialState
     from torch.distributed import Store
+    from typing_extensions import Self
 
 Generate = Callable[[ImageItem, torch.Generator], PIL.Image.Image | Sequence[PIL.Image.Image] | Drawn]
 Done = TypeVar("Done")
@@ -29,20 +30,33 @@ PATIENCE = timedelta(hours=6)
 
 
 @dataclass(frozen=True)
-class GenerationReport:
-    """What became of the items, by their paths, in their order; the same in all processes."""
+class SpreadReport:
+    """What became of work that was spread over processes, by paths, in their order; the same in all processes."""
 
     done: list[str]
     """made by this run"""
     skipped: list[str]
     """there before"""
     failed: dict[str, str]
-    """the error of each item that failed; its record has the traceback"""
+    """the error of each that failed; its record has the traceback"""
+
+    @classmethod
+    def of(cls, paths: Sequence[str], found: Mapping[int, str | None]) -> "Self":
+        """From what was worked on: the error, or None, by the place in `paths`."""
+        return cls(
+            done=[path for i, path in enumerate(paths) if i in found and found[i] is None],
+            skipped=[path for i, path in enumerate(paths) if i not in found],
+            failed={path: error for i, path in enumerate(paths) if (error := found.get(i)) is not None},
+        )
 
     def summary(self) -> str:
         """The numbers in a line, and a line for each failure."""
         counts = f"{len(self.done)} done, {len(self.skipped)} skipped, {len(self.failed)} failed"
         return "\n".join([counts, *(f"failed: {path}: {error}" for path, error in self.failed.items())])
+
+
+class GenerationReport(SpreadReport):
+    """What became of the items of `generate_many`."""
 
 
 def generate_many(
@@ -98,11 +112,7 @@ def generate_many(
         return _make(items[wanted[place]], generate[0], folder, state)
 
     found = {wanted[place]: error for place, error in spread(len(wanted), make, state, progress=progress).items()}
-    return GenerationReport(
-        done=[item.path for i, item in enumerate(items) if i in found and found[i] is None],
-        skipped=[item.path for i, item in enumerate(items) if i not in found],
-        failed={item.path: error for i, item in enumerate(items) if (error := found.get(i)) is not None},
-    )
+    return GenerationReport.of([item.path for item in items], found)
 
 
 def process_state() -> "PartialState":

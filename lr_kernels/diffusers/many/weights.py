@@ -1,16 +1,21 @@
 """A base model with the weights of one subject, loaded when its turn comes and gone after it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
+import diffusers
+import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
 from ..pipelines.pipeline import LayoutRetouch
 
 ADAPTER = "subject"
 """The name under which a subject's LoRA is loaded, one at a time."""
+
+
+Made = TypeVar("Made")
 
 
 class Weights(Protocol):
@@ -56,3 +61,34 @@ def personalized(base: DiffusionPipeline, kind: type[DiffusionPipeline], weights
             pipe.load_textual_inversion(str(weights.textual_inversion), token=weights.token)
             undone.callback(pipe.unload_textual_inversion, weights.token)
         yield pipe
+
+
+def base_pipeline(
+    kind: type[DiffusionPipeline], model: str, dtype: str, scheduler: str | None, device: torch.device
+) -> DiffusionPipeline:
+    """A base model's own pipeline on a device, with a scheduler of another class where one is named."""
+    base: Any = kind.from_pretrained(model, dtype=getattr(torch, dtype)).to(device)
+    if scheduler is not None:
+        base.scheduler = getattr(diffusers, scheduler).from_config(base.scheduler.config)
+    return base
+
+
+def one_at_a_time(
+    base: DiffusionPipeline,
+    kind: type[DiffusionPipeline],
+    weights: Mapping[str, Weights],
+    make: Callable[[Any, str], Made],
+) -> Callable[[str], Made]:
+    """A function of a subject's name that returns make(pipe, name), the pipe with its weights; they are loaded when
+    another subject came before, whose weights are then gone."""
+    loaded = ExitStack()
+    current: dict[str, Made] = {}
+
+    def of(name: str) -> Made:
+        if name not in current:
+            current.clear()
+            loaded.close()
+            current[name] = make(loaded.enter_context(personalized(base, kind, weights[name])), name)
+        return current[name]
+
+    return of

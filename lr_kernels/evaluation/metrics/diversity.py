@@ -29,8 +29,13 @@ class Pairwise(Metric):
     def score(self, shown: PromptImages, device: torch.device) -> Scores:
         """A column of means."""
         values, (column,) = self.pairs(shown, device), self.columns
-        others = [[x for j, x in enumerate(row) if j != i and x is not None] for i, row in enumerate(values)]
-        return {column: [sum(row) / len(row) if row else None for row in others]}
+        return {column: means_of_others(values)}
+
+
+def means_of_others(values: list[list[float | None]]) -> list[float | None]:
+    """Of each row of a square the mean without the diagonal and without None; None where nothing is left."""
+    others = [[x for j, x in enumerate(row) if j != i and x is not None] for i, row in enumerate(values)]
+    return [sum(row) / len(row) if row else None for row in others]
 
 
 def square(count: int, distances: Any) -> list[list[float | None]]:
@@ -91,15 +96,12 @@ class Vendi(Metric):
         if encoder not in DEFAULTS:
             raise ValueError(f"encoder: expected one of {', '.join(DEFAULTS)}, got {encoder!r}")
         self.protocol, self.encoder, self.model = protocol, encoder, model_of(encoder, model)
+        self.identity = identity_of(self.model)
         self.columns = {name: Column("diversity")}
 
     def settings(self) -> dict[str, Any]:
         """With the encoder."""
-        return (
-            super().settings()
-            | {"encoder": self.encoder, "model": identity_of(self.model)}
-            | {"protocol": self.protocol}
-        )
+        return super().settings() | {"encoder": self.encoder, "model": self.identity, "protocol": self.protocol}
 
     def score(self, shown: PromptImages, device: torch.device) -> Scores:
         """One value for the prompt; None for a single image."""
@@ -177,9 +179,7 @@ class DreamSim(Metric):
 
         likeness = [float(np.mean([distance(image, reference) for reference in references])) for image in images]
         values = square(len(images), lambda i, j: distance(images[i], images[j]))
-        others = [[x for x in row if x is not None] for row in values]
-        apart = [sum(row) / len(row) if row else None for row in others]
-        return {self.name: likeness, f"{self.name}_diversity": apart}
+        return {self.name: likeness, f"{self.name}_diversity": means_of_others(values)}
 
 
 def need(*modules: str) -> None:

@@ -24,6 +24,7 @@ class EncoderMetric(Metric):
 
     def __init__(self, *, protocol: str = "standard", model: str | None = None, name: str | None = None):
         self.protocol, self.model = protocol, model_of(self.kind, model)
+        self.identity = identity_of(self.model)
         self.columns = {name or self.column(): Column(self.about)}
 
     def column(self) -> str:
@@ -36,7 +37,7 @@ class EncoderMetric(Metric):
 
     def settings(self) -> dict[str, Any]:
         """The class, the model and the protocol."""
-        return super().settings() | {"model": identity_of(self.model), "protocol": self.protocol}
+        return super().settings() | {"model": self.identity, "protocol": self.protocol}
 
 
 class ImageSimilarity(EncoderMetric):
